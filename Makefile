@@ -1,0 +1,28 @@
+# Two commands on a bare machine: `make train` and `make test`. Each sets up what it needs in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PROCESSES ?= 1
+
+.PHONY: train test lint setup clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+train: .venv/ready ## Pretrain a small SLTrain LLaMA on real text, on all cores.
+	$(BIN)/torchrun --nproc_per_node=$(PROCESSES) launch/pretrain.py model=llama_tiny param=sltrain resume=auto $(ARGS)
+
+test: .venv/ready ## All tests.
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready ## Style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv

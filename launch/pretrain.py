@@ -1,0 +1,79 @@
+"""Pretrain a low-rank language model.
+
+    torchrun --nproc_per_node=2 launch/pretrain.py model=llama_60m param=sltrain train.steps=1000
+    python launch/pretrain.py --help
+"""
+
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+SHOW_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
+os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors here instead of printing them
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+warnings.filterwarnings("ignore", message="Sparse C[SR][RC] tensor support is in beta state")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from lrtrain.config import check, composition_sentence, run_name, typed
+from lrtrain.distributed import environment_rank, environment_world_size
+from lrtrain.errors import ConfigError
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="pretrain")
+def main(composed: DictConfig) -> None:
+    """One job; what is wrong with its configuration is said in one sentence."""
+    try:
+        job(composed)
+    except ConfigError as error:
+        fail(error, str(error), code=2)
+
+
+def job(composed: DictConfig) -> None:
+    """Check the configuration, then plan it (`dry_run=true`) or train it."""
+    if composed.run.name is None:
+        composed.run.name = run_name(composed, HydraConfig.get().overrides.task)
+    config = typed(composed)
+    world_size = environment_world_size()
+    if config.dry_run:
+        from lrtrain.plan import print_plan
+
+        if environment_rank() == 0:
+            print_plan(config, world_size)
+        return
+    if environment_rank() == 0:  # if this fails, the others still wait at the rendezvous and torchrun ends them
+        check(config, world_size)
+    from lrtrain.train import Diverged, pretrain
+
+    try:
+        pretrain(config)
+    except Diverged as error:
+        fail(error, str(error), code=1)
+
+
+def fail(error: Exception, message: str, code: int) -> None:
+    """Say what is wrong once: the main process speaks at once, the others only if it had nothing to say."""
+    if SHOW_TRACEBACKS:
+        raise error
+    if environment_rank() != 0:
+        time.sleep(10)
+        message = f"process {environment_rank()}: {message}"
+    print(message, file=sys.stderr, flush=True)
+    os._exit(code)  # threads of a process group that others still wait in must not hold it up
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(error, composition_sentence(error), code=2)

@@ -1,0 +1,252 @@
+"""The typed configuration: what Hydra composed, checked before anything is built.
+
+Sections of fixed shape are dataclasses; `param`, `optim`, `schedule` and `engine` are choices: they name what is
+called by `_target_`, and are checked against its signature. Defaults live in conf/ alone.
+"""
+
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, make_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import hydra
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from lrtrain.data.config import DataConfig
+from lrtrain.errors import ConfigError
+from lrtrain.spectra.config import SpectraConfig
+from lrtrain.tracking.config import TrackingConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class RunConfig:
+    name: str
+    dir: str
+
+
+@dataclass
+class RecipeConfig:
+    """Sizes that suit the model: other sections refer to them."""
+
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    rank: Any
+    eval_every: int
+    checkpoint_every: int
+
+
+@dataclass
+class ModelConfig:
+    name: str
+    path: str | None
+    vocab_size: int
+    config: dict[str, Any]
+    recipe: RecipeConfig
+
+
+@dataclass
+class TrainConfig:
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    seed: int
+    dtype: str
+    compile: bool
+    clip: float | None
+    recompute_every: int
+    max_skipped: int
+    log_every: int
+
+
+@dataclass
+class EvalConfig:
+    every: int
+    sequences: int
+    compat: str | None
+
+
+@dataclass
+class CheckpointConfig:
+    every: int
+    minutes: float
+    keep: int
+    keep_every: int | None
+    asynchronous: bool
+
+
+@dataclass
+class Config:
+    run: RunConfig
+    resume: str
+    dry_run: bool
+    model: ModelConfig
+    param: dict[str, Any]
+    optim: dict[str, Any]
+    schedule: dict[str, Any]
+    data: DataConfig
+    engine: dict[str, Any]
+    train: TrainConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    spectra: SpectraConfig
+    tracking: TrackingConfig
+
+
+def typed(composed: DictConfig) -> Config:
+    """The composed configuration with every interpolation resolved and every type checked.
+
+    Raises:
+        ConfigError: for an unknown or missing key, or a value of the wrong type.
+    """
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
+        config = cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(sentence(error, composed)) from error
+    for section in ("param", "optim", "schedule", "engine"):
+        check_choice(section, getattr(config, section), composed)
+    return config
+
+
+def sentence(error: OmegaConfBaseException, composed: DictConfig) -> str:
+    """What a user reads of an OmegaConf error: the key, its value and what would be right, on one line."""
+    key = error.full_key or ""
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} has no value; give one, as in {key}=…"
+    if "not in struct" in str(error.msg) or "not in 'Config'" in str(error.msg) or "Key '" in str(error.msg):
+        return unknown_key(key, composed)
+    value = OmegaConf.select(composed, key, throw_on_missing=False) if key else None
+    reason = str(error.msg).splitlines()[0].strip()
+    return f"{key}={value}: {reason[0].lower()}{reason[1:]}"
+
+
+def unknown_key(key: str, composed: DictConfig) -> str:
+    """`train.stps is not a key; did you mean train.steps?`"""
+    near = difflib.get_close_matches(key, list(keys(composed)), n=1, cutoff=0.5)
+    return f"{key} is not a key of the configuration" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All dotted keys below a node."""
+    for key in node:
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+            yield from keys(child, f"{prefix}{key}.")
+
+
+NOT_ARGUMENTS = {"name", "_target_", "_partial_", "pattern", "rank"}
+
+
+def check_choice(section: str, node: dict[str, Any], composed: DictConfig) -> None:
+    """Check a `_target_` node against the signature of what it names.
+
+    Raises:
+        ConfigError: for a key that is no parameter of it, or a value that is not of the annotated type.
+    """
+    if node.get("_target_") is None:
+        return
+    target = hydra.utils.get_object(node["_target_"])
+    parameters = inspect.signature(target).parameters
+    given = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
+    for key in given:
+        if key not in parameters:
+            raise ConfigError(unknown_key(f"{section}.{key}", composed) + f" of {section}={node['name']}")
+    schema = make_dataclass(section, [(key, parameters[key].annotation) for key in given])
+    try:
+        OmegaConf.merge(OmegaConf.structured(schema), given)
+    except OmegaConfBaseException as error:
+        reason = str(error.msg).splitlines()[0]
+        raise ConfigError(f"{section}.{error.full_key}={given[error.full_key]}: {reason}") from error
+
+
+def choice(node: dict[str, Any]) -> Callable[..., Any]:
+    """The callable that a `_target_` node names, with the node's values bound."""
+    arguments = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
+    return partial(hydra.utils.get_object(node["_target_"]), **arguments)
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """`train.dtype` as torch's; auto is bf16 on CUDA and fp32 on CPU, where bfloat16 has few fast kernels."""
+    name = config.train.dtype
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return DTYPES[name]
+
+
+def check(config: Config, world_size: int) -> None:
+    """Everything about the values that can be told before a process group, model or data exist.
+
+    Raises:
+        ConfigError: naming the key, the value and what would be right.
+    """
+    train = config.train
+    for section, key, least in [
+        ("train", "steps", 1), ("train", "batch_size", 1), ("train", "micro_batch_size", 1), ("train", "log_every", 1),
+        ("train", "max_skipped", 1), ("train", "recompute_every", 0), ("eval", "every", 0), ("eval", "sequences", 1),
+        ("checkpoint", "every", 0), ("checkpoint", "keep", 1), ("spectra", "every", 0), ("data", "seq_len", 1),
+    ]:  # fmt: skip
+        value = getattr(getattr(config, section), key)
+        if value < least:
+            raise ConfigError(f"{section}.{key}={value} must be at least {least}")
+    if train.dtype not in (*DTYPES, "auto"):
+        raise ConfigError(f"train.dtype={train.dtype} is not one of {', '.join(DTYPES)}, auto")
+    if config.eval.compat not in (None, "galore"):
+        raise ConfigError(f"eval.compat={config.eval.compat} is not galore or null")
+    if train.batch_size % (world_size * train.micro_batch_size):
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is not a multiple of {world_size * train.micro_batch_size}, which is "
+            f"train.micro_batch_size={train.micro_batch_size} × {world_size} processes"
+        )
+    if not config.optim["lr"] > 0:
+        raise ConfigError(f"optim.lr={config.optim['lr']} must be above 0")
+    if config.resume == "never" and Path(config.run.dir).exists():
+        raise ConfigError(
+            f"run.dir={config.run.dir} exists; go on with resume=auto, or choose another run.name or run.dir"
+        )
+    if config.resume not in ("never", "auto") and not Path(config.resume).exists():
+        raise ConfigError(f"resume={config.resume} is not never, auto, or the path of a run or checkpoint")
+
+
+def fingerprint(config: Config) -> str:
+    """A hash of the whole resolved configuration: all processes must agree on it."""
+    text = json.dumps(OmegaConf.to_container(OmegaConf.structured(config)), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def run_name(composed: DictConfig, overrides: list[str]) -> str:
+    """The name of a run that was given none: <model>-<param>, and a hash of the other overrides if there are any.
+
+    A function of the command line alone, so all processes and a requeued job find the same run.
+    """
+    named = ("model=", "param=", "resume=", "dry_run=", "run.", "tracking", "hydra")
+    others = sorted(o for o in overrides if not o.lstrip("+~").startswith(named))
+    suffix = "-" + hashlib.blake2b("\n".join(others).encode(), digest_size=4).hexdigest() if others else ""
+    return f"{composed.model.name}-{composed.param.name}{suffix}"
+
+
+def composition_sentence(error: Exception) -> str:
+    """What a user reads of an error that Hydra met while composing: one line."""
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key and "not in struct" in str(cause.msg):
+        return unknown_key(cause.full_key, default_composition())
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def default_composition() -> DictConfig:
+    """conf/pretrain.yaml without overrides: where names are looked up for suggestions."""
+    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    conf = Path(__file__).resolve().parent.parent / "conf"
+    with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+        return hydra.compose("pretrain")

@@ -1,0 +1,114 @@
+"""Text to batches: sources → tokenizer → packed rows → order → loader."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from transformers import PreTrainedTokenizerFast
+
+from lrtrain.data.cache import build_once, fingerprint
+from lrtrain.data.config import DataConfig, TokenizerConfig
+from lrtrain.data.loader import PackedTrain, StreamedTrain, TrainData
+from lrtrain.data.packing import Rows, pack_first, pack_split
+from lrtrain.data.sources import JsonStream, TextSource
+from lrtrain.data.tokenizer import load_saved, load_tokenizer, tokenizer_fingerprint
+from lrtrain.errors import ConfigError
+
+__all__ = ["Data", "DataConfig", "Rows", "TokenizerConfig", "TrainData", "check", "prepare"]
+
+PACKING_VERSION = 1  # raised when the same text gives other rows
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything a run reads."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: TrainData
+    validation: Rows
+    fingerprint: str  # of source, tokenizer, seq_len and split: the meaning of a position
+    train_tokens: int | None  # targets in one epoch; None for a stream
+
+
+def check(cfg: DataConfig) -> None:
+    """Raise ConfigError for what can be seen to be wrong without building anything."""
+    if cfg.seq_len < 1:
+        raise ConfigError(f"data.seq_len={cfg.seq_len} must be at least 1")
+    if not 0 <= cfg.validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction={cfg.validation_fraction} must be in [0, 1)")
+    _check_writable(_cache_dir(cfg))
+    if cfg.tokenizer.path is not None:
+        load_saved(cfg.tokenizer.path)
+    _source(cfg).check()
+
+
+def prepare(cfg: DataConfig, seed: int) -> Data:
+    """Tokenizer and rows of `cfg`, built or opened; `seed` decides the order of the epochs.
+
+    Every process calls it, before or after the process group is up: it uses files and locks, no collectives.
+    Raises ConfigError where the corpus cannot give what `cfg` asks for.
+    """
+    source = _source(cfg)
+    tokenizer = load_tokenizer(cfg.tokenizer, source, _cache_dir(cfg))
+    identity = fingerprint(
+        PACKING_VERSION,
+        source.fingerprint(_cache_dir(cfg)),
+        tokenizer_fingerprint(tokenizer),
+        cfg.seq_len,
+        cfg.validation_fraction,
+    )
+    if isinstance(source, JsonStream):
+        return _streamed(cfg, source, tokenizer, identity)
+    return _packed(cfg, source, tokenizer, identity, seed)
+
+
+def _packed(
+    cfg: DataConfig, source: TextSource, tokenizer: PreTrainedTokenizerFast, identity: str, seed: int
+) -> Data:
+    def build(folder: Path) -> None:
+        pack_split(source.documents(), tokenizer, cfg.seq_len, cfg.validation_fraction, folder)
+
+    folder = build_once(_cache_dir(cfg) / f"packed-{identity}", build)
+    train, validation = Rows(folder / "train.arrow"), Rows(folder / "validation.arrow")
+    if not len(train):
+        raise ConfigError(f"data.seq_len={cfg.seq_len} leaves no training sequence; give less, or more text")
+    if cfg.validation_fraction > 0 and not len(validation):
+        raise ConfigError(
+            f"data.validation_fraction={cfg.validation_fraction} holds out less than one sequence of "
+            f"data.seq_len={cfg.seq_len}; give more or smaller documents, a larger fraction, or 0 for none"
+        )
+    return Data(tokenizer, PackedTrain(train, seed), validation, identity, len(train) * cfg.seq_len)
+
+
+def _streamed(cfg: DataConfig, source: JsonStream, tokenizer: PreTrainedTokenizerFast, identity: str) -> Data:
+    count = source.validation_sequences
+
+    def build(folder: Path) -> None:
+        pack_first(source.validation_documents(), tokenizer, cfg.seq_len, count, folder)
+
+    folder = build_once(_cache_dir(cfg) / f"validation-{fingerprint(identity, count)}", build)
+    train = StreamedTrain(source.train_files(), source.text_field, source.streams, tokenizer, cfg.seq_len)
+    return Data(tokenizer, train, Rows(folder / "validation.arrow"), identity, None)
+
+
+def _source(cfg: DataConfig) -> TextSource:
+    try:
+        return instantiate(cfg.source, _convert_="all")
+    except InstantiationException as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"data.source={cfg.source} cannot be made ({reason}); see conf/data") from error
+
+
+def _cache_dir(cfg: DataConfig) -> Path:
+    return Path(cfg.cache_dir).expanduser()
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data.cache_dir={folder} cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"data.cache_dir={folder} is not writable; give one that is")

@@ -1,0 +1,138 @@
+"""Documents of one file, by its format and compression."""
+
+import bz2
+import gzip
+import io
+import json
+import logging
+import lzma
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+log = logging.getLogger(__name__)
+
+Reader = Callable[[Path, str], Iterator[tuple[int, Any]]]  # (file, text field) → (line, text or not a text)
+
+READ_ERRORS = (OSError, EOFError, ValueError, KeyError, zlib.error, lzma.LZMAError, pa.ArrowException)
+
+
+def read_documents(
+    files: Iterable[Path], reader_of: Callable[[Path], Reader], text_field: str
+) -> Iterator[str]:
+    """The texts of `files` in order, without the empty ones.
+
+    What cannot be read is skipped, a line or the rest of a file at a time; a warning after the last file
+    says how many and where the first is.
+    """
+    skipped: list[str] = []
+    for path in files:
+        line = 1
+        try:
+            for line, text in reader_of(path)(path, text_field):
+                if not _is_text(text):
+                    skipped.append(f"{path}:{line}: no text in field {text_field!r}")
+                elif text and not text.isspace():
+                    yield text
+        except READ_ERRORS as error:
+            skipped.append(f"{path}:{line}: {error}")
+    if skipped:
+        log.warning("skipped %d unreadable documents, the first: %s", len(skipped), skipped[0])
+
+
+def reader_of(path: Path) -> Reader:
+    """The reader for the name of `path`. Raises KeyError for a name that is none of ours."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes[-1:] == [".parquet"]:
+        return parquet_rows
+    if suffixes and suffixes[-1] in OPENERS:
+        suffixes.pop()
+    return READERS["".join(suffixes[-1:])]
+
+
+def is_supported(path: Path) -> bool:
+    """Whether `reader_of(path)` finds a reader."""
+    try:
+        return bool(reader_of(path))
+    except KeyError:
+        return False
+
+
+def whole_text(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
+    """The file as one document, its line ends as they are."""
+    with open_binary(path) as file:
+        yield 1, file.read().decode("utf-8-sig")
+
+
+def json_lines(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
+    """`text_field` of each line; None for a line that is no JSON object with this field."""
+    with open_binary(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.isspace():
+                yield number, _field(line, text_field)
+
+
+def parquet_rows(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
+    """`text_field` of each row, counted from 1."""
+    number = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+            for text in batch.column(text_field).to_pylist():
+                number += 1
+                yield number, text
+
+
+def field_names(path: Path) -> list[str] | None:
+    """Names a text field may have, by the schema or the first line; None where this cannot be told."""
+    reader = reader_of(path)
+    try:
+        if reader is parquet_rows:
+            return pq.read_schema(path).names
+        if reader is json_lines:
+            with open_binary(path) as file:
+                return list(json.loads(file.readline()).keys())
+    except (*READ_ERRORS, AttributeError):  # reading the corpus counts such a line and goes on
+        return None
+    return None
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """The decompressed bytes of `path`."""
+    return OPENERS.get(path.suffix.lower(), open)(path, "rb")
+
+
+def _open_zstd(path: Path, mode: str) -> IO[bytes]:
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # pyright: ignore
+
+
+READERS: dict[str, Reader] = {
+    ".txt": whole_text,
+    ".md": whole_text,
+    ".jsonl": json_lines,
+    ".json": json_lines,
+}
+OPENERS: dict[str, Callable[[Path, str], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+
+
+def _field(line: bytes, text_field: str) -> Any:
+    try:
+        return json.loads(line)[text_field]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_text(text: Any) -> bool:
+    """Whether a tokenizer takes it: JSON can hold half of a surrogate pair, UTF-8 cannot."""
+    try:
+        return isinstance(text, str) and text.encode() is not None
+    except UnicodeEncodeError:
+        return False

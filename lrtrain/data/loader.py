@@ -1,0 +1,124 @@
+"""What the trainer reads: batches that are a function of the position, at every number of processes."""
+
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
+
+from lrtrain.data.order import sample_rows
+from lrtrain.data.packing import Rows
+from lrtrain.data.streams import Cursor, TokenStream
+from lrtrain.errors import ConfigError
+
+
+class TrainData(Protocol):
+    """The contract of the trainer. Sample p is the same for every batch size and number of processes."""
+
+    def batch(self, position: int, batch_size: int, dist_rank: int, world_size: int) -> torch.Tensor:
+        """This process's share of samples position … position + batch_size - 1.
+
+        `batch_size` is of all processes together and divisible by `world_size`; the result is
+        (batch_size // world_size, seq_len + 1) int64.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What is needed beside the position to go on, JSON-able. Every process must call it."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class PackedTrain:
+    """Packed rows in the order of lrtrain.data.order. A process takes a contiguous slice of the batch."""
+
+    def __init__(self, rows: Rows, seed: int):
+        self._rows = rows
+        self._seed = seed
+
+    def batch(self, position: int, batch_size: int, dist_rank: int, world_size: int) -> torch.Tensor:
+        share = batch_size // world_size
+        positions = position + dist_rank * share + np.arange(share)
+        return self._rows.rows(sample_rows(positions, len(self._rows), self._seed))
+
+    def state(self) -> dict[str, Any]:
+        return {}  # the position says it all
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class StreamedTrain:
+    """Sample p is the next sequence of canonical stream p mod K; file i belongs to stream i mod K.
+
+    A process takes the samples p with p mod world_size == dist_rank, so it reads only the streams k with
+    k mod world_size == dist_rank. Batches are read in order: `batch` wants the position where the last one
+    ended, or that of the loaded state.
+    """
+
+    def __init__(
+        self,
+        files: list[str],
+        text_field: str,
+        streams: int,
+        tokenizer: PreTrainedTokenizerFast,
+        seq_len: int,
+    ):
+        self._files = files
+        self._text_field = text_field
+        self._tokenizer = tokenizer
+        self._seq_len = seq_len
+        self._position = 0
+        self._cursors = [Cursor()] * streams
+        self._open: dict[int, TokenStream] = {}
+
+    def batch(self, position: int, batch_size: int, dist_rank: int, world_size: int) -> torch.Tensor:
+        """See TrainData. Raises ConfigError unless the streams can be dealt evenly to the processes."""
+        count = len(self._cursors)
+        if count % world_size:
+            raise ConfigError(f"data.streams={count} must be a multiple of the {world_size} processes")
+        if position != self._position:
+            raise RuntimeError(f"streamed data is at {self._position}, not at {position}: load its state")
+        self._position += batch_size
+        mine = [p for p in range(position, position + batch_size) if p % world_size == dist_rank]
+        sequences = np.stack([self._stream(p % count).next_sequence() for p in mine])
+        return torch.from_numpy(sequences.astype(np.int64))
+
+    def state(self) -> dict[str, Any]:
+        """The position and the cursor of every stream, gathered from the processes that read them."""
+        cursors = dict(enumerate(self._cursors))
+        for moved in _gather({k: stream.cursor for k, stream in self._open.items()}):
+            cursors |= moved
+        return {"position": self._position, "streams": [asdict(cursors[k]) for k in sorted(cursors)]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, saved at any number of processes. Raises ConfigError for other streams."""
+        if len(state["streams"]) != len(self._cursors):
+            raise ConfigError(
+                f"data.streams={len(self._cursors)} must be {len(state['streams'])}, as when saved"
+            )
+        self._position = state["position"]
+        self._cursors = [Cursor(**cursor) for cursor in state["streams"]]
+        self._open = {}
+
+    def _stream(self, k: int) -> TokenStream:
+        if k not in self._open:
+            self._open[k] = TokenStream(
+                self._files[k :: len(self._cursors)],
+                self._text_field,
+                self._tokenizer,
+                self._seq_len,
+                self._cursors[k],
+            )
+        return self._open[k]
+
+
+def _gather(mine: dict[int, Cursor]) -> list[dict[int, Cursor]]:
+    if not dist.is_initialized():
+        return [mine]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return parts

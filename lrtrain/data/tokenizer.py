@@ -1,0 +1,176 @@
+"""The tokenizer: a saved one, or a SentencePiece BPE model of the corpus, as a transformers tokenizer."""
+
+import hashlib
+import heapq
+import io
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges
+
+from lrtrain.data.cache import build_once, fingerprint
+from lrtrain.data.config import TokenizerConfig
+from lrtrain.data.sources import TextSource
+from lrtrain.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+SAMPLE_CHARACTERS = 20_000_000  # 32,000 pieces are learnt from them in seconds; more change little
+PIECE_CHARACTERS = 1 << 20  # a document is encoded this much at a time: bounded memory, all cores
+SETTINGS = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "max_sentence_length": 1 << 30,  # longer lines would be left out without a word
+}
+
+
+def load_tokenizer(cfg: TokenizerConfig, source: TextSource, cache_dir: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of `cfg`; a trained one is built once for each (source, size) and loaded afterwards.
+
+    Raises ConfigError when the saved one cannot serve, or the corpus cannot support the size.
+    """
+    if cfg.path is not None:
+        return load_saved(cfg.path)
+    key = fingerprint("tokenizer", source.fingerprint(cache_dir), cfg.vocab_size, SAMPLE_CHARACTERS, SETTINGS)
+
+    def build(folder: Path) -> None:
+        log.info("training a tokenizer of %d pieces", cfg.vocab_size)
+        model = train_sentencepiece(sample(source.documents(), SAMPLE_CHARACTERS), cfg.vocab_size)
+        from_sentencepiece(model).save_pretrained(folder)
+
+    return AutoTokenizer.from_pretrained(build_once(cache_dir / f"tokenizer-{key}", build))
+
+
+def load_saved(path: str) -> PreTrainedTokenizerFast:
+    """The tokenizer that AutoTokenizer finds at `path`. Raises ConfigError without one, or without EOS."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"data.tokenizer.path={path} cannot be loaded ({reason})") from error
+    if not tokenizer.is_fast:
+        raise ConfigError(f"data.tokenizer.path={path} is slow; give one that has a tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"data.tokenizer.path={path} has no EOS token; give one that has, it ends documents"
+        )
+    return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A digest of everything that the ids of a text depend on."""
+    return fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
+
+
+def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+    """The ids of each text and EOS, int32. "</s>" in a text is text and not the special token."""
+    pieces = [list(_pieces(text)) for text in texts]
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    encodings = iter(backend.encode_batch_fast(list(chain(*pieces)), add_special_tokens=False))
+    ids = [[i for _ in parts for i in next(encodings).ids] for parts in pieces]
+    return [np.array([*document, tokenizer.eos_token_id], dtype=np.int32) for document in ids]
+
+
+def sample(documents: Iterable[str], characters: int) -> list[str]:
+    """The documents with the smallest hashes, `characters` in sum or a little more; all of a small corpus.
+
+    It depends on the documents alone, not on their order, and is taken in one pass with bounded memory.
+    """
+    chosen: list[tuple[int, str]] = []
+    total = 0
+    for text in documents:
+        text = text[:characters]
+        digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"sample").digest()
+        heapq.heappush(chosen, (-int.from_bytes(digest), text))
+        total += len(text)
+        while total - len(chosen[0][1]) >= characters:
+            total -= len(heapq.heappop(chosen)[1])
+    return [text for _, text in sorted(chosen)]
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A serialized SentencePiece BPE model of exactly `vocab_size` pieces: <unk>, <s>, </s>, 256 bytes, text.
+
+    Raises ConfigError when the texts cannot support the size.
+    """
+    model = io.BytesIO()
+    lines = (line for text in texts for line in text.split("\n") if line)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            vocab_size=vocab_size,
+            num_threads=os.cpu_count(),
+            minloglevel=2,
+            **SETTINGS,
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"data.tokenizer.vocab_size={vocab_size} {_what_would_do(str(error))}") from error
+    return model.getvalue()
+
+
+def from_sentencepiece(model: bytes) -> PreTrainedTokenizerFast:
+    """A transformers tokenizer that gives the ids of SentencePiece.
+
+    Its pieces are spelt with spaces where SentencePiece has "▁" (U+2581). So a "▁" of the text is encoded as
+    bytes and comes back, where SentencePiece itself gives back a space.
+    """
+    trained = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = [trained.id_to_piece(i).replace("▁", " ") for i in range(len(trained))]
+    special = [p for i, p in enumerate(pieces) if trained.is_control(i) or trained.is_unknown(i)]
+    text = {p: i for i, p in enumerate(pieces) if p not in special and not trained.is_byte(i)}
+    unk, bos, eos = (pieces[i] for i in (trained.unk_id(), trained.bos_id(), trained.eos_id()))
+    backend = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=generate_merges(text, None),
+            byte_fallback=True,
+            unk_token=unk,
+        )
+    )
+    # No piece of SentencePiece holds a line end or goes on after a space, so this cut changes no id; it
+    # makes encoding several times faster, for words repeat and are cached.
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| *[^ \n]+| +"), behavior="isolated")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token=unk,
+        bos_token=bos,
+        eos_token=eos,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+    )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """`text` in pieces of at most PIECE_CHARACTERS, cut after a line end where there is one."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE_CHARACTERS
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
+
+
+def _what_would_do(message: str) -> str:
+    if most := re.search(r"value <= (\d+)", message):
+        return f"is more than this corpus can support; give at most {most[1]}, or more text"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return f"is less than the bytes and characters of this corpus; give more than {least[1]}"
+    return f"cannot be trained on this corpus ({message}); give more text"

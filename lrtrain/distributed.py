@@ -1,0 +1,114 @@
+"""The processes of a run: group, device, threads, and small agreements between them.
+
+"Process rank" here is torch's rank; `rank` alone always means a matrix rank in lrtrain.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lrtrain.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among the others."""
+
+    dist_rank: int
+    local_rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one process that prints and writes files."""
+        return self.dist_rank == 0
+
+
+def environment_rank() -> int:
+    """This process's rank as torchrun tells it, before any group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def environment_world_size() -> int:
+    """The number of processes as torchrun tells it, before any group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start() -> World:
+    """Join the process group (of one, without torchrun) and set device and threads (cores ÷ local processes)."""
+    size, local_size = environment_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return World(environment_rank(), local_rank, size, local_size, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def total(*values: float) -> list[float]:
+    """The values summed over all processes, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def largest(*values: float) -> list[float]:
+    """The largest of each value over all processes."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, on every process."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run `action` on the main process only; its result, or the ConfigError it raised, reaches every process."""
+    outcome: tuple[T | None, ConfigError | None] = (None, None)
+    if dist.get_rank() == 0:
+        try:
+            outcome = (action(), None)
+        except ConfigError as error:
+            outcome = (None, error)
+    result, error = from_main(outcome)
+    if error is not None:
+        raise error
+    return result
+
+
+def agree(value: str, what: str) -> None:
+    """Check that all processes hold the same value.
+
+    Raises:
+        ConfigError: on every process, naming those that differ from process 0.
+    """
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    others = [rank for rank, other in enumerate(values) if other != values[0]]
+    if others:
+        raise ConfigError(f"{what} differs between process 0 and {others}; start all with the same files and overrides")

@@ -1,0 +1,1 @@
+"""Engines shard the model and run the step; the only place that knows FSDP."""

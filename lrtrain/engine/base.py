@@ -1,0 +1,66 @@
+"""What the training loop needs of an engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lrtrain.distributed import World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What became of one optimizer step."""
+
+    grad_norm: float
+    """Global L2 norm over all trainable parameters before clipping."""
+    skipped: bool
+    """True if loss or gradient was not finite: then neither parameters nor optimizer state were touched."""
+
+
+class Engine(ABC):
+    """Shards a model over the processes and runs its steps. All methods are collectives."""
+
+    world: World
+    model: PreTrainedModel
+    optimizer: torch.optim.Optimizer
+
+    @abstractmethod
+    def prepare(
+        self,
+        model: PreTrainedModel,
+        seed: int,
+        make_optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer],
+    ) -> None:
+        """Take a model on meta: shard it, give it storage and initial values, and make its optimizer."""
+
+    @abstractmethod
+    def forward_backward(self, rows: Tensor, tokens: int) -> Tensor:
+        """Add the gradient of (sum of this micro-batch's token losses) / tokens to the gradients.
+
+        Args:
+            rows: this process's token ids (sequences, seq_len + 1).
+            tokens: target tokens of the whole step over all processes and micro-batches.
+
+        Returns:
+            The sum of the token losses of this process's rows, a detached scalar on the device.
+        """
+
+    @abstractmethod
+    def clip_and_step(self, lr: float, clip: float | None, loss: float) -> StepResult:
+        """Clip to global norm `clip`, take one optimizer step at learning rate `lr`, and clear the gradients.
+
+        If the gradient norm or `loss` (the step's, over all processes) is not finite the step is skipped.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Model and optimizer in the canonical form: keyed by qualified parameter names, unsharded shapes."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, at any world size."""

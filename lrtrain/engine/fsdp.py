@@ -1,0 +1,113 @@
+"""Fully sharded data parallelism by torch's FSDP2, block by block; HSDP with `replicas` > 1."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lrtrain.distributed import World
+from lrtrain.engine.base import Engine, StepResult
+from lrtrain.errors import ConfigError
+from lrtrain.loss import next_token_loss
+from lrtrain.model import blocks, materialize
+
+CANONICAL = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class FSDPEngine(Engine):
+    """FSDP2 over all processes.
+
+    Args:
+        dtype: of activations and of the gathered parameters; parameters, gradients and states stay float32.
+        compile: compile each block.
+        recompute_every: recompute the activations of every k-th block in the backward pass (0: of none).
+        replicas: groups of processes that each hold the whole model; shards lie within a group.
+
+    Raises:
+        ConfigError: if the processes do not divide into `replicas` groups.
+    """
+
+    def __init__(self, world: World, dtype: torch.dtype, compile: bool, recompute_every: int, replicas: int):
+        self.world = world
+        self.dtype = dtype
+        self.compile = compile
+        self.recompute_every = recompute_every
+        self.mesh = device_mesh(world, replicas)
+
+    def prepare(
+        self,
+        model: PreTrainedModel,
+        seed: int,
+        make_optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer],
+    ) -> None:
+        recompute(model, self.recompute_every)
+        if self.compile:
+            for block in blocks(model):
+                block.compile()
+        policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
+        for block in blocks(model):
+            fully_shard(block, mesh=self.mesh, mp_policy=policy)
+        fully_shard(model, mesh=self.mesh, mp_policy=policy)
+        model.set_gradient_divide_factor(1.0)  # the loss is divided by all tokens already
+        materialize(model, seed, self.world.device)
+        self.model = model.train()
+        self.optimizer = make_optimizer(model)
+
+    def forward_backward(self, rows: Tensor, tokens: int) -> Tensor:
+        loss = next_token_loss(self.model, rows.to(self.world.device, non_blocking=True))
+        (loss / tokens).backward()
+        return loss.detach()
+
+    def clip_and_step(self, lr: float, clip: float | None, loss: float) -> StepResult:
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        finite = math.isfinite(norm.item()) and math.isfinite(loss)
+        if finite:
+            if clip is not None:
+                clip_grads_with_norm_(parameters, clip, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(grad_norm=norm.item(), skipped=not finite)
+
+    def state_dict(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=CANONICAL)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=CANONICAL,
+        )
+
+
+def device_mesh(world: World, replicas: int) -> DeviceMesh:
+    """(shard,) over all processes, or (replicate, shard) with `replicas` groups."""
+    if world.size % replicas:
+        raise ConfigError(f"engine.replicas={replicas} does not divide the {world.size} processes")
+    if replicas == 1:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def recompute(model: PreTrainedModel, every: int) -> None:
+    """Keep only the inputs of every `every`-th block and run it again in the backward pass (0: none)."""
+    if every:
+        for block in list(blocks(model))[::every]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)

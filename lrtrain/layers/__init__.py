@@ -1,0 +1,1 @@
+"""Factorized linear layers: the contract in `base`, one file per parameterization."""

@@ -1,0 +1,58 @@
+"""Initial values that several parameterizations share."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
+    """Entries from U(-bound, bound), float32."""
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
+    """Entries from N(0, std²), float32."""
+    return torch.empty(shape).normal_(std=std, generator=generator)
+
+
+def orthonormal(rows: int, cols: int, generator: torch.Generator) -> Tensor:
+    """A (rows, cols) matrix with orthonormal columns, Haar-distributed (QR of a Gaussian with the signs of R fixed)."""
+    q, r = torch.linalg.qr(normal((rows, cols), 1.0, generator))
+    return q * r.diagonal().sign()
+
+
+def gaussian_spectrum(m: int, n: int, std: float) -> Tensor:
+    """Singular values that an (m, n) matrix of N(0, std²) entries has in the limit of large shapes, descending.
+
+    With N = max(m, n) and M = min(m, n) the density of s = σ / (std √N) on [1 - √β, 1 + √β], β = M/N, is
+    √((b - s²)(s² - a)) / (π β s) with a, b = (1 ∓ √β)² (Marchenko and Pastur, 1967); the i-th of M values is taken
+    at the quantile (i + ½) / M. Returns (M,) float64.
+    """
+    small, large = min(m, n), max(m, n)
+    beta = small / large
+    low, high = 1 - math.sqrt(beta), 1 + math.sqrt(beta)
+    # s = mid - half·cos(t) keeps the grid dense at both edges, where the density has square roots.
+    t = torch.linspace(0, math.pi, 20_001, dtype=torch.float64)
+    s = (low + high) / 2 - (high - low) / 2 * torch.cos(t)
+    density = ((high**2 - s**2) * (s**2 - low**2)).clamp_min(0).sqrt() / (math.pi * beta * s.clamp_min(1e-12))
+    mass = torch.cumulative_trapezoid(density, s)
+    mass = mass / mass[-1]
+    quantiles = (torch.arange(small, dtype=torch.float64) + 0.5) / small
+    return s[1:][torch.searchsorted(mass, quantiles).clamp_max(len(mass) - 1)].flip(0) * std * math.sqrt(large)
+
+
+def spectral_factors(m: int, n: int, rank: int, std: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """B (m, rank) and A (rank, n) with BA distributed as the best rank-`rank` part of a dense N(0, std²) draw.
+
+    B = U √S and A = √S Vᵀ. The singular vectors of a Gaussian matrix are Haar-distributed and independent of its
+    singular values, so they are drawn directly and the values taken from their limit law: no SVD of an m×n matrix.
+    """
+    root = gaussian_spectrum(m, n, std)[:rank].sqrt().float()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # LAPACK's rounding depends on the thread count; initial values must not
+    try:
+        left, right = orthonormal(m, rank, generator), orthonormal(n, rank, generator)
+    finally:
+        torch.set_num_threads(threads)
+    return left * root, (right * root).T.contiguous()

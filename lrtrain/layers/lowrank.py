@@ -1,0 +1,86 @@
+"""W = B A: the plain low-rank layer, trained from scratch."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.layers.initial import normal, spectral_factors, uniform
+from lrtrain.spectra.factors import product_singular_values
+
+INITS = ("spectral", "lora", "xavier")
+
+
+class LowRankLinear(FactorizedLinear):
+    """y = B (A x) + bias with A (rank, in) and B (out, rank).
+
+    Args:
+        init: where the factors start.
+            `spectral`: BA is the best rank-r part of a dense N(0, init_std²) draw, split evenly (as LOST and Spectron).
+            `lora`: A from U(±1/√in), B = 0 (Hu et al. 2021; the baseline row of the GaLore and SLTrain tables).
+            `xavier`: normal with variances 2/(in + r) and 2/(r + out) (LORO, Mo et al., ICLR 2025).
+        init_std: standard deviation of the dense initialization that `spectral` imitates.
+
+    Raises:
+        ConfigError: if `init` is none of these.
+    """
+
+    roles = {"B.weight": "factor_left", "A.weight": "factor_right", "B.bias": "bias"}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        rank: int,
+        init: str,
+        init_std: float,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(in_features, out_features, rank)
+        if init not in INITS:
+            raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
+        self.init = init
+        self.init_std = init_std
+        self.A = nn.Linear(in_features, rank, bias=False, device=device)
+        self.B = nn.Linear(rank, out_features, bias=bias, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.B(self.A(x))  # (..., in) → (..., rank) → (..., out)
+
+    def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
+        m, n, r = self.out_features, self.in_features, self.rank
+        if self.init == "spectral":
+            left, right = spectral_factors(m, n, r, self.init_std, generator)
+        elif self.init == "lora":
+            left, right = torch.zeros(m, r), uniform((r, n), 1 / math.sqrt(n), generator)
+        else:
+            left = normal((m, r), math.sqrt(2 / (m + r)), generator)
+            right = normal((r, n), math.sqrt(2 / (n + r)), generator)
+        bias = {} if self.B.bias is None else {"B.bias": torch.zeros(m)}
+        return {"A.weight": right, "B.weight": left, **bias}
+
+    def dense_weight(self) -> Tensor:
+        return self.B.weight @ self.A.weight
+
+    def singular_values(self) -> Tensor:
+        return product_singular_values(self.B.weight, self.A.weight, 1.0)
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.rank * (self.in_features + self.out_features)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, rank: int, bias: Tensor | None = None) -> "LowRankLinear":
+        """The layer whose W is the best rank-`rank` approximation of weight (out, in), in weight's dtype."""
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, bias is not None, rank, "spectral", 0.02).to(weight)
+        u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        root = s[:rank].sqrt()
+        with torch.no_grad():
+            layer.B.weight.copy_(u[:, :rank] * root)
+            layer.A.weight.copy_(root[:, None] * vt[:rank])
+            if bias is not None:
+                layer.B.bias.copy_(bias)
+        return layer

@@ -1,0 +1,1 @@
+"""Optimizers, one file each; who gets what in `groups`; learning-rate schedules in `schedules`."""

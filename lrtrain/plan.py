@@ -1,0 +1,147 @@
+"""What a run would need, told without allocating anything: parameters, memory per process, FLOPs, tokens."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+
+from lrtrain.config import Config, check, choice, compute_dtype
+from lrtrain.engine.fsdp import recompute
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.loss import next_token_loss
+from lrtrain.model import CAUSAL, blocks, dense_parameter_count, make_model, parameter_count, training_flops
+
+FP32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one process."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    supports: int
+    gathered: int
+    """One block's whole parameters and gradients, and the root's, while they are in use."""
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+
+def print_plan(config: Config, world_size: int) -> None:
+    """Print what `dry_run=true` promises."""
+    check(config, world_size)
+    model = make_model(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(config, device)
+    kinds = parameters_by_kind(model)
+    ours, dense = parameter_count(model), dense_parameter_count(model)
+    memory = memory_per_process(config, model, dtype, world_size)
+    flops = training_flops(model, config.data.seq_len)
+    tokens = config.train.batch_size * config.data.seq_len
+
+    table = Table(title=f"{config.model.name} · {config.param['name']} · {world_size} processes", box=box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("[bold]parameters", f"[bold]{ours / 1e6:,.2f} M")
+    for kind, count in kinds.items():
+        table.add_row(f"  {kind}", f"{count / 1e6:,.2f} M")
+    table.add_row("  dense model, for comparison", f"{dense / 1e6:,.2f} M  ({ours / dense:.0%})")
+    table.add_row("[bold]memory per process", f"[bold]{memory.total / 2**30:,.2f} GiB")
+    for part, size in vars(memory).items():
+        table.add_row(f"  {part}", f"{size / 2**30:,.3f} GiB")
+    table.add_row("[bold]FLOPs per token, forward and backward", f"[bold]{flops.model / 1e9:,.3f} G")
+    table.add_row("  dense model, for comparison", f"{flops.dense_equivalent / 1e9:,.3f} G")
+    table.add_row("[bold]steps", f"[bold]{config.train.steps:,}")
+    table.add_row("  tokens per step", f"{tokens:,}")
+    table.add_row("  tokens in all", f"{tokens * config.train.steps:,}")
+    table.add_row("  FLOPs in all", f"{flops.model * tokens * config.train.steps:.3g}")
+    Console(width=100).print(table)
+
+
+def parameters_by_kind(model: nn.Module) -> dict[str, int]:
+    """Parameters by what they are: the roles of factorized layers, and linears, embeddings and the rest."""
+    counts: defaultdict[str, int] = defaultdict(int)
+    seen: set[int] = set()
+    for module in model.modules():
+        factorized = isinstance(module, FactorizedLinear)
+        for name, parameter in module.named_parameters(recurse=factorized):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if factorized:
+                kind = module.roles[name].replace("_", " ")
+            elif isinstance(module, nn.Embedding):
+                kind = "embeddings"
+            elif isinstance(module, nn.Linear):
+                kind = "dense linears"
+            else:
+                kind = "norms and others"
+            counts[kind] += parameter.numel()
+    return dict(counts)
+
+
+def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Memory:
+    """Float32 weights, gradients and optimizer state in shards; supports and one gathered block whole; activations."""
+    shards = world_size // config.engine["replicas"]
+    parameters = parameter_count(model)
+    largest_block = max(parameter_count(block) for block in blocks(model))
+    root = parameters - sum(parameter_count(block) for block in blocks(model))
+    supports = sum(
+        b.numel() * b.element_size() for m in model.modules() if isinstance(m, FactorizedLinear) for b in m.buffers()
+    )
+    return Memory(
+        weights=FP32 * parameters // shards,
+        gradients=FP32 * parameters // shards,
+        optimizer=optimizer_bytes(config, model) // shards,
+        supports=supports,
+        gathered=2 * dtype.itemsize * (largest_block + root),
+        activations=activation_bytes(config, model, dtype),
+    )
+
+
+def optimizer_bytes(config: Config, model: PreTrainedModel) -> int:
+    """Bytes of the optimizer's state over all shards: it takes one step on tensors that have no storage."""
+    with FakeTensorMode():
+        twin = nn.ParameterList([nn.Parameter(torch.empty(p.shape)) for p in model.parameters()])
+        optimizer = choice(config.optim)(twin)
+        for parameter in twin:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        tensors = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.ndim]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Bytes that one micro-batch's forward pass keeps for its backward pass, and the logits' gradient.
+
+    The forward pass really runs, on the meta device; what autograd saves is counted, each storage once.
+    """
+    model = model.to(dtype)
+    model.set_attn_implementation(CAUSAL)  # a sliding window saves as much
+    recompute(model, config.train.recompute_every)
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    shape = (config.train.micro_batch_size, config.data.seq_len + 1)
+    rows = torch.empty(shape, dtype=torch.int64, device="meta")
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        next_token_loss(model.train(), rows)
+    logits = shape[0] * config.data.seq_len * model.config.get_text_config().vocab_size
+    return sum(storage.nbytes() for storage in kept.values()) + FP32 * logits

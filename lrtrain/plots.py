@@ -1,0 +1,333 @@
+"""Pictures of runs from their files alone: losses, singular values, effective ranks.
+
+Drawn without pyplot, so that a training process can do it without touching matplotlib's global state.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from lrtrain.spectra.names import depth_of, projection_of
+from lrtrain.tracking.jsonl import Row, read_metrics
+from lrtrain.tracking.spectra_files import load_spectra, spectra_steps
+
+STYLE = {
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "medium",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa3ad",
+    "axes.labelcolor": "#4a525b",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e8ebee",
+    "xtick.color": "#4a525b",
+    "ytick.color": "#4a525b",
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+COLORS = ("#1f4e79", "#4a90c2", "#2a9d8f", "#84b59f", "#c8553d", "#e9a03b", "#8a5a83", "#6b7280")
+INK, MUTED, ACCENT = "#20262d", "#aab4bf", "#c8553d"
+FAINT = 1e-5  # of the largest singular value: what is smaller would only stretch the axis
+
+
+@dataclass
+class Run:
+    """What the pictures need of one run."""
+
+    name: str
+    rows: list[Row]
+    spectra: dict[int, dict[str, np.ndarray]]  # at the first, middle and last measured step
+
+    def curve(self, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Steps, tokens and values where the metric was logged and finite."""
+        rows = [row for row in self.rows if row["metrics"].get(metric) is not None]
+        columns = [[row["step"] for row in rows], [row["tokens"] for row in rows]]
+        values = [row["metrics"][metric] for row in rows]
+        return np.array(columns[0]), np.array(columns[1]), np.array(values, dtype=float)
+
+    def last(self, metric: str) -> float | None:
+        values = self.curve(metric)[2]
+        return float(values[-1]) if len(values) else None
+
+    @property
+    def loss(self) -> tuple[str, float | None]:
+        """What to judge the run by: its last evaluation, or else its last training loss."""
+        evaluated = self.last("eval/loss")
+        return ("eval loss", evaluated) if evaluated is not None else ("training loss", self.last("train/loss"))
+
+    @property
+    def projections(self) -> list[str]:
+        """In the order of the model."""
+        layers = self.spectra[max(self.spectra)] if self.spectra else {}
+        return list(dict.fromkeys(map(projection_of, layers)))
+
+
+def load_run(run_dir: Path) -> Run:
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    last = max((row["step"] for row in rows), default=0)
+    steps = [step for step in spectra_steps(run_dir) if step <= last]  # later ones were taken back by a resume
+    shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
+    return Run(run_dir.resolve().name, rows, {step: load_spectra(run_dir, step) for step in shown})
+
+
+def plot_run(run_dir: Path) -> Path:
+    """Write `<run_dir>/plots/summary.png`: loss, effective ranks and singular values of one run."""
+    run = load_run(run_dir)
+    out = run_dir / "plots" / "summary.png"
+    out.parent.mkdir(exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure, top, bottom = _page(bool(run.spectra))
+        loss, ranks, heat = top.subplots(1, 3, width_ratios=[1.15, 1.15, 1])
+        _draw_loss(loss, run)
+        _draw_ranks(ranks, run)
+        _draw_heatmap(heat, run)
+        if bottom is not None:
+            _draw_snapshots(bottom, run)
+        figure.suptitle(_headline(run), x=0.012, ha="left", fontsize=14, weight="semibold", color=INK)
+        figure.savefig(out, dpi=150)
+    return out
+
+
+def plot_runs(run_dirs: list[Path], out: Path) -> Path:
+    """Write to `out` a comparison of several runs: losses, mean effective ranks and final singular values."""
+    runs = [load_run(run_dir) for run_dir in run_dirs]
+    colors = dict(zip((run.name for run in runs), COLORS * len(runs), strict=False))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure, top, bottom = _page(any(run.spectra for run in runs))
+        curves, bars, ranks = top.subplots(1, 3, width_ratios=[1.15, 0.85, 1.15])
+        _compare_losses(curves, runs, colors)
+        _compare_final_losses(bars, runs, colors)
+        _compare_ranks(ranks, runs, colors)
+        if bottom is not None:
+            _compare_spectra(bottom, runs, colors)
+        title = f"{len(runs)} runs compared"
+        figure.suptitle(title, x=0.012, ha="left", fontsize=14, weight="semibold", color=INK)
+        figure.savefig(out, dpi=150)
+    return out
+
+
+# One run ---------------------------------------------------------------------------------------------------
+
+
+def _draw_loss(axes: Axes, run: Run) -> None:
+    _, tokens, losses = run.curve("train/loss")
+    axes.plot(tokens, losses, color=MUTED, lw=1.2, label="training")
+    _, tokens, losses = run.curve("eval/loss")
+    if len(losses):
+        axes.plot(tokens, losses, color=ACCENT, lw=1.8, marker="o", ms=4, label="evaluation")
+    kind, final = run.loss
+    axes.set_title("No loss was logged" if final is None else f"{kind.capitalize()} falls to {final:.3f}")
+    _tokens_axis(axes)
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(loc="upper right")
+
+
+def _draw_ranks(axes: Axes, run: Run) -> None:
+    for projection, color in _projection_colors(run).items():
+        steps, _, shares = run.curve(f"spectra/summary/{projection}/erank_rel_mean")
+        axes.plot(steps, shares, color=color, lw=1.8, marker="o", ms=2.5, label=projection)
+    shares = run.curve("spectra/summary/all/erank_rel_mean")[2]
+    axes.set_title(_movement(shares) if len(shares) else "No spectra were measured")
+    axes.set_xlabel("step")
+    axes.set_ylabel("effective rank / possible rank")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if len(shares):
+        axes.legend(ncols=2, loc="best", columnspacing=1.2, handlelength=1.4)
+
+
+def _draw_heatmap(axes: Axes, run: Run) -> None:
+    layers = list(run.spectra[max(run.spectra)]) if run.spectra else []
+    depths = sorted({depth for layer in layers if (depth := depth_of(layer)) is not None})
+    projections = [p for p in run.projections if any(depth_of(x) is not None for x in layers if projection_of(x) == p)]
+    table = np.full((len(projections), len(depths)), np.nan)
+    for layer in layers:
+        share, depth = run.last(f"spectra/{layer}/erank_rel"), depth_of(layer)
+        if share is not None and depth is not None:
+            table[projections.index(projection_of(layer)), depths.index(depth)] = 100 * share
+    axes.grid(False)
+    axes.set_title("Final effective rank, % of the possible")
+    if np.isnan(table).all():
+        axes.set_axis_off()
+        return
+    image = axes.imshow(table, cmap="YlGnBu_r", aspect="auto")
+    axes.set_xticks(range(len(depths)), map(str, depths))
+    axes.set_yticks(range(len(projections)), projections)
+    axes.set_xlabel("depth")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if len(depths) <= 16:
+        _write_cells(axes, table, image)
+
+
+def _write_cells(axes: Axes, table: np.ndarray, image) -> None:
+    for (row, column), value in np.ndenumerate(table):
+        if np.isfinite(value):
+            dark = np.dot(image.cmap(image.norm(value))[:3], (0.299, 0.587, 0.114)) < 0.55
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color="w" if dark else INK)
+
+
+def _draw_snapshots(figure: SubFigure, run: Run) -> None:
+    """σ over index, one panel per projection: the median over layers, later steps darker."""
+    strengths = np.linspace(0.35, 1, len(run.spectra))
+    colors = _projection_colors(run)
+    panels = _panels(figure, len(colors))
+    for axes, (projection, color) in zip(panels, colors.items(), strict=True):
+        for strength, (step, spectra) in zip(strengths, run.spectra.items(), strict=True):
+            sigma = _layers_of(spectra, projection)
+            _draw_median(axes, sigma, _tint(color, strength), f"step {step:,}")
+        _draw_range(axes, _layers_of(run.spectra[max(run.spectra)], projection), color)
+        axes.set_title(projection, color=color)
+        axes.legend(loc="lower left", handlelength=1.2)
+    _same_log_axis(panels)
+    figure.suptitle("Singular values: median over the layers, band from the smallest to the largest at the last step",
+                    x=0.012, ha="left", fontsize=10.5, color=INK)  # fmt: skip
+
+
+def _headline(run: Run) -> str:
+    if not run.rows:
+        return run.name
+    return f"{run.name}: {run.rows[-1]['step']:,} steps, {_count(run.rows[-1]['tokens'])} tokens"
+
+
+def _movement(shares: np.ndarray) -> str:
+    first, last = shares[0], shares[-1]
+    if abs(last - first) < 0.005:
+        return f"Effective rank stays at {last:.0%} of the possible"
+    verb = "rises" if last > first else "falls"
+    return f"Effective rank {verb} from {first:.0%} to {last:.0%}"
+
+
+def _projection_colors(run: Run) -> dict[str, str]:
+    return dict(zip(run.projections, COLORS * (1 + len(run.projections) // len(COLORS)), strict=False))
+
+
+# Several runs ----------------------------------------------------------------------------------------------
+
+
+def _compare_losses(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
+    evaluated = all(run.last("eval/loss") is not None for run in runs)
+    for run in runs:
+        _, tokens, losses = run.curve("eval/loss" if evaluated else "train/loss")
+        axes.plot(tokens, losses, color=colors[run.name], lw=1.6, label=run.name)
+    axes.set_title("Evaluation loss" if evaluated else "Training loss")
+    _tokens_axis(axes)
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(loc="upper right")
+
+
+def _compare_final_losses(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
+    finals = sorted(((loss, run.name) for run in runs if (loss := run.loss[1]) is not None), reverse=True)
+    if not finals:
+        axes.set_axis_off()
+        return
+    losses, names = zip(*finals, strict=True)
+    axes.barh(names, losses, color=[colors[name] for name in names], height=0.55)
+    for place, loss in enumerate(losses):
+        axes.text(loss, place, f" {loss:.3f}", va="center", fontsize=9, color=INK)
+    margin = max(max(losses) - min(losses), 0.02 * max(losses))
+    axes.set_xlim(min(losses) - margin, max(losses) + 0.5 * margin)
+    axes.grid(axis="y", visible=False)
+    axes.set_title(f"Lowest final loss: {names[-1]}")
+    axes.set_xlabel("final loss (the axis does not begin at 0)")
+
+
+def _compare_ranks(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
+    for run in runs:
+        steps, _, ranks = run.curve("spectra/summary/all/erank_mean")
+        axes.plot(steps, ranks, color=colors[run.name], lw=1.8, marker="o", ms=2.5, label=run.name)
+    axes.set_title("Mean effective rank of all layers")
+    axes.set_xlabel("step")
+    axes.set_ylabel("effective rank")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _compare_spectra(figure: SubFigure, runs: list[Run], colors: dict[str, str]) -> None:
+    projections = list(dict.fromkeys(projection for run in runs for projection in run.projections))
+    panels = _panels(figure, len(projections))
+    for axes, projection in zip(panels, projections, strict=True):
+        for run in runs:
+            if projection in run.projections:
+                sigma = _layers_of(run.spectra[max(run.spectra)], projection)
+                _draw_median(axes, sigma, colors[run.name], run.name)
+        axes.set_title(projection)
+    _same_log_axis(panels)
+    figure.suptitle("Singular values at the last measured step, median over the layers",
+                    x=0.012, ha="left", fontsize=10.5, color=INK)  # fmt: skip
+
+
+# Shared ----------------------------------------------------------------------------------------------------
+
+
+def _page(with_spectra: bool) -> tuple[Figure, SubFigure, SubFigure | None]:
+    if not with_spectra:
+        figure = Figure(figsize=(15, 4.6), layout="constrained")
+        return figure, figure.subfigures(1, 1), None
+    figure = Figure(figsize=(15, 8.4), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.2, 1], hspace=0.04)
+    return figure, top, bottom
+
+
+def _panels(figure: SubFigure, count: int) -> list[Axes]:
+    return list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
+def _layers_of(spectra: dict[str, np.ndarray], projection: str) -> np.ndarray:
+    """σ of the projection's layers (layers, longest); NaN for zeros and beyond a shorter spectrum."""
+    layers = [sigma for layer, sigma in spectra.items() if projection_of(layer) == projection]
+    table = np.full((len(layers), max(map(len, layers), default=0)), np.nan)
+    for row, sigma in zip(table, layers, strict=True):
+        row[: len(sigma)] = np.where(sigma > FAINT * sigma[0], sigma, np.nan)
+    return table
+
+
+def _draw_median(axes: Axes, sigma: np.ndarray, color, label: str) -> None:
+    present = ~np.isnan(sigma).all(axis=0)
+    if present.any():
+        index = 1 + np.flatnonzero(present)
+        axes.plot(index, np.nanmedian(sigma[:, present], axis=0), color=color, lw=1.7, label=label)
+
+
+def _draw_range(axes: Axes, sigma: np.ndarray, color: str) -> None:
+    present = ~np.isnan(sigma).all(axis=0)
+    index = 1 + np.flatnonzero(present)
+    low, high = np.nanmin(sigma[:, present], axis=0), np.nanmax(sigma[:, present], axis=0)
+    axes.fill_between(index, low, high, color=color, alpha=0.13, lw=0)
+
+
+def _same_log_axis(panels: list[Axes]) -> None:
+    panels[0].set_yscale("log")
+    panels[0].set_ylabel("singular value σ")
+    for axes in panels:
+        axes.set_xlabel("index")
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+
+
+def _tokens_axis(axes: Axes) -> None:
+    axes.set_xlabel("tokens")
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _count(tokens)))
+
+
+def _count(value: float) -> str:
+    """13_100_000 → 13.1M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def _tint(color: str, strength: float) -> tuple[float, ...]:
+    """The color mixed with white: 1 is the color itself."""
+    return tuple(1 - strength * (1 - channel) for channel in to_rgb(color))

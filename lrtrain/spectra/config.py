@@ -1,0 +1,8 @@
+"""The `spectra` group of the configuration."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class SpectraConfig:
+    every: int  # optimizer updates between two measurements; 0 switches them off

@@ -1,0 +1,55 @@
+"""Tokens per second, model FLOPs utilization, and the peak that it is a share of."""
+
+import time
+
+import torch
+
+from lrtrain.model import Flops
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of this process's best large matrix product: measured, so that no table of devices can be wrong.
+
+    MFU is a share of this figure; a share of the data sheet's peak is lower.
+    """
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+class Meter:
+    """Adds up steps since it was last read. Evaluation, spectra and checkpoints are not steps."""
+
+    def __init__(self, peak: float, flops: Flops, processes: int):
+        self.peak = peak * processes
+        self.flops = flops
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seconds = self.waited = 0.0
+        self.steps = self.tokens = 0
+
+    def add(self, seconds: float, waited: float, tokens: int) -> None:
+        """Count one step: its time, the part of it spent waiting for data, and its tokens over all processes."""
+        self.seconds += seconds
+        self.waited += waited
+        self.steps += 1
+        self.tokens += tokens
+
+    def read(self) -> dict[str, float]:
+        """The metrics since the last reading; MFU by the layers' own FLOPs and by the dense model's."""
+        rate = self.tokens / self.seconds
+        metrics = {
+            "perf/tokens_per_second": rate,
+            "perf/step_seconds": self.seconds / self.steps,
+            "perf/data_wait_pct": 100 * self.waited / self.seconds,
+            "perf/mfu": rate * self.flops.model / self.peak,
+            "perf/mfu_dense_equivalent": rate * self.flops.dense_equivalent / self.peak,
+        }
+        self._clear()
+        return metrics

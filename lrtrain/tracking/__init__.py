@@ -1,0 +1,36 @@
+"""Where a run's numbers go: metrics.jsonl (the source of truth), the console, Weights & Biases."""
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lrtrain.tracking.base import Tracker
+from lrtrain.tracking.config import TrackingConfig, WandbMode
+from lrtrain.tracking.console import ConsoleTracker
+from lrtrain.tracking.fanout import FanOut
+from lrtrain.tracking.jsonl import JsonlTracker
+from lrtrain.tracking.wandb_sink import WandbTracker
+
+__all__ = ["Tracker", "TrackingConfig", "open_tracker"]
+
+
+def open_tracker(cfg: TrackingConfig, run_dir: Path, run_id: str, config: dict, total_steps: int) -> Tracker:
+    """The tracker of this process: all sinks on the first process, none on the others.
+
+    Args:
+        run_id: the same one when a run is resumed, so that its curves go on; at most 64 characters.
+        config: the whole configuration, as plain containers.
+    """
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return Tracker()
+    sinks: dict[str, Tracker] = {
+        "jsonl": JsonlTracker(run_dir, run_id),
+        "console": ConsoleTracker(total_steps, sys.stdout),
+    }
+    if cfg.wandb != WandbMode.disabled:
+        try:
+            sinks["wandb"] = WandbTracker(cfg, run_dir, run_id, config)
+        except Exception as error:  # no network, no login: metrics.jsonl has everything
+            print(f"tracking: wandb did not start ({error}); the run goes on without it", file=sys.stderr)
+    return FanOut(sinks)

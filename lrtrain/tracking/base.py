@@ -1,0 +1,24 @@
+"""The one interface through which a run tells the outside what it measured."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+Value = float | int | str
+
+
+class Tracker:
+    """Records nothing: what every process but the first one gets. Sinks override what they can show."""
+
+    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Scalars at `step` completed optimizer updates and `tokens` tokens seen by all processes together."""
+
+    def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
+        """Singular values by layer name, each 1-D and descending."""
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        """A picture that was written to `path`."""
+
+    def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
+        """The run is over; `exit_code` is 0 if it went well."""

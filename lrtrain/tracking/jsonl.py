@@ -1,0 +1,126 @@
+"""`<run.dir>/metrics.jsonl`: the source of truth of a run, one strict JSON object per line.
+
+A row: schema (1), run_id, segment (0, then one more for each time the run was resumed), step (optimizer updates
+completed), tokens (seen by all processes), time (Unix seconds), wall_s (seconds since the segment began),
+metrics (name → number, null where it was not finite) and nonfinite (the names of these).
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypedDict, TypeVar
+
+import numpy as np
+
+from lrtrain.tracking.base import Tracker, Value
+from lrtrain.tracking.spectra_files import save_spectra
+
+SCHEMA = 1
+T = TypeVar("T", float, Value)
+
+
+class Row(TypedDict):
+    schema: int
+    run_id: str
+    segment: int
+    step: int
+    tokens: int
+    time: float
+    wall_s: float
+    metrics: dict[str, float | None]
+    nonfinite: list[str]
+
+
+class JsonlTracker(Tracker):
+    """Appends to metrics.jsonl, beside it spectra/*.npz and at the end summary.json."""
+
+    def __init__(self, run_dir: Path, run_id: str):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        path = run_dir / "metrics.jsonl"
+        path.touch()
+        _cut_torn_tail(path)
+        self._segment = 1 + max((row["segment"] for row in _rows(path)), default=-1)
+        self._run_dir = run_dir
+        self._run_id = run_id
+        self._began = time.time()
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        now = time.time()
+        values = {name: _finite_or_none(float(value)) for name, value in metrics.items()}
+        row = Row(
+            schema=SCHEMA,
+            run_id=self._run_id,
+            segment=self._segment,
+            step=step,
+            tokens=tokens,
+            time=now,
+            wall_s=round(now - self._began, 3),
+            metrics=values,
+            nonfinite=_names_of_none(values),
+        )
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()  # a killed process then loses no row: the system has it
+
+    def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
+        save_spectra(self._run_dir, step, spectra)
+
+    def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
+        self._file.close()
+        record = {
+            "run_id": self._run_id,
+            "segment": self._segment,
+            "exit_code": exit_code,
+            "summary": {name: _finite_or_none(value) for name, value in summary.items()},
+        }
+        unfinished = self._run_dir / "summary.tmp"
+        unfinished.write_text(json.dumps(record, allow_nan=False, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, self._run_dir / "summary.json")
+
+
+def read_metrics(path: Path) -> list[Row]:
+    """One row per step, ascending, with all metrics logged at that step.
+
+    Of a run that was resumed, the newest segment counts: for a name logged twice at a step, and for steps that
+    an older segment reached but the newer one took back by starting from an earlier checkpoint.
+    A line that a killed process left half-written at the end is ignored.
+    """
+    rows = list(_rows(path))
+    resumed_at = {row["segment"]: row["step"] for row in reversed(rows)}  # its first step
+    merged: dict[int, Row] = {}
+    for row in sorted(rows, key=lambda row: (row["step"], row["segment"])):
+        if any(row["segment"] < newer and row["step"] > first for newer, first in resumed_at.items()):
+            continue
+        known = merged.get(row["step"])
+        metrics = (known["metrics"] if known else {}) | row["metrics"]
+        merged[row["step"]] = {**row, "metrics": metrics, "nonfinite": _names_of_none(metrics)}
+    return list(merged.values())
+
+
+def series(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one metric; NaN where the value was not finite."""
+    rows = [row for row in read_metrics(path) if key in row["metrics"]]
+    values = [math.nan if (value := row["metrics"][key]) is None else value for row in rows]
+    return np.array([row["step"] for row in rows], dtype=int), np.array(values, dtype=float)
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    *lines, _torn = path.read_bytes().split(b"\n")  # what follows the last newline is not whole
+    return (json.loads(line) for line in lines)
+
+
+def _cut_torn_tail(path: Path) -> None:
+    """Let the next row begin on a line of its own, after a kill in the middle of a write."""
+    with path.open("r+b") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _finite_or_none(value: T) -> T | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _names_of_none(metrics: Mapping[str, float | None]) -> list[str]:
+    return [name for name, value in metrics.items() if value is None]

@@ -1,0 +1,31 @@
+"""Full spectra on disk: `<run.dir>/spectra/step-00000100.npz`, one float32 array per layer name."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def save_spectra(run_dir: Path, step: int, spectra: Mapping[str, np.ndarray]) -> None:
+    path = _path(run_dir, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("wb") as file:
+        arrays = {layer: np.asarray(sigma, dtype=np.float32) for layer, sigma in spectra.items()}
+        np.savez(file, allow_pickle=False, **arrays)
+    os.replace(unfinished, path)
+
+
+def load_spectra(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    with np.load(_path(run_dir, step)) as arrays:
+        return dict(arrays)
+
+
+def spectra_steps(run_dir: Path) -> list[int]:
+    """The steps that have spectra, ascending."""
+    return sorted(int(path.stem.removeprefix("step-")) for path in run_dir.glob("spectra/step-*.npz"))
+
+
+def _path(run_dir: Path, step: int) -> Path:
+    return run_dir / "spectra" / f"step-{step:08d}.npz"

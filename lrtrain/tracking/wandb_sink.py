@@ -1,0 +1,86 @@
+"""Weights & Biases, a mirror of metrics.jsonl: offline unless the config says otherwise.
+
+The step travels as data (`train/step`, the x-axis of every chart), never as wandb's own step: after a restart from
+an older checkpoint wandb would drop the repeated steps, since its own step may not go back.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrtrain.spectra.names import projection_of
+from lrtrain.tracking.base import Tracker, Value
+from lrtrain.tracking.config import TrackingConfig
+
+STEP = "train/step"
+FLUSH_SECONDS = 1.0  # wandb's own 15 s of buffer would be lost with a killed process
+
+
+class WandbTracker(Tracker):
+    def __init__(self, cfg: TrackingConfig, run_dir: Path, run_id: str, config: dict):
+        import wandb  # half a second, only for those who use it
+
+        run_dir = run_dir.resolve()
+        os.environ["WANDB_DATA_DIR"] = str(run_dir / "wandb")  # else tables wait for upload in the home directory
+        self._wandb = wandb
+        self._run = wandb.init(
+            mode=cfg.wandb.value,
+            project=cfg.project,
+            entity=cfg.entity,
+            group=cfg.group,
+            tags=cfg.tags,
+            id=run_id,
+            name=run_dir.name,
+            resume="allow",
+            dir=run_dir,
+            config=config,
+            settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=FLUSH_SECONDS),
+        )
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
+
+    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({STEP: step, "train/tokens": tokens, **metrics})
+
+    def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
+        """For each projection a table of σ and a chart of it over the index, one line per layer."""
+        projections: defaultdict[str, dict[str, np.ndarray]] = defaultdict(dict)
+        for layer, sigma in spectra.items():
+            projections[projection_of(layer)][layer] = sigma
+        charts = {f"spectra_curves/{name}": self._chart(step, name, layers) for name, layers in projections.items()}
+        self._run.log({STEP: step, **charts})
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        self._run.log({STEP: step, name: self._wandb.Image(str(path))})
+
+    def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
+        self._run.summary.update(dict(summary))
+        self._run.finish(exit_code=exit_code)
+
+    def _chart(self, step: int, projection: str, layers: Mapping[str, np.ndarray]):
+        rows: list[Any] = [
+            [step, layer, int(index), float(sigma[index])]
+            for layer, sigma in layers.items()
+            for index in shown_indices(len(sigma))
+        ]
+        columns = {"step": int, "layer": str, "index": int, "sigma": float}
+        # With the types given wandb need not infer them row by row, which takes three times as long.
+        types = list(columns.values())
+        table = self._wandb.Table(columns=list(columns), data=rows, dtype=types, optional=False)
+        return self._wandb.plot_table(
+            vega_spec_name="wandb/lineseries/v0",
+            data_table=table,
+            fields={"step": "index", "lineKey": "layer", "lineVal": "sigma"},
+            string_fields={"title": f"Singular values of {projection} at step {step}", "xname": "index"},
+        )
+
+
+def shown_indices(length: int) -> np.ndarray:
+    """At most 64 of 0 … length − 1: the first 16, then evenly on a logarithmic axis to the last."""
+    if length <= 64:
+        return np.arange(length)
+    return np.unique(np.concatenate([np.arange(16), np.geomspace(16, length - 1, 48).round().astype(int)]))

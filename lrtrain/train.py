@@ -1,0 +1,456 @@
+"""The training loop. It knows no method by name: model, optimizer and engine come from the configuration."""
+
+import json
+import resource
+import sys
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from transformers import PreTrainedModel
+
+from lrtrain import data, distributed
+from lrtrain.checkpoint import Checkpointer, find_checkpoint, read_meta, whole_checkpoints, write_durably
+from lrtrain.config import Config, choice, compute_dtype, fingerprint
+from lrtrain.distributed import World, agree, from_main, largest, on_main, total
+from lrtrain.engine.base import Engine, StepResult
+from lrtrain.errors import ConfigError
+from lrtrain.evaluate import Evaluation, evaluate, perplexity
+from lrtrain.model import (
+    above_break_even,
+    dense_parameter_count,
+    integer_seed,
+    ledger,
+    make_model,
+    matrices,
+    parameter_count,
+    settle,
+    support_hash,
+    training_flops,
+)
+from lrtrain.plots import plot_run
+from lrtrain.spectra.weights import spectra_metrics, weight_spectra
+from lrtrain.stop import StopRequest
+from lrtrain.throughput import Meter, matmul_peak
+from lrtrain.tracking import Tracker, open_tracker
+from lrtrain.tracking.console import print_summary
+
+
+class Diverged(RuntimeError):
+    """The loss or gradient was not finite for too many steps in a row."""
+
+
+def pretrain(config: Config) -> None:
+    """Train as configured, from the start or from where the run stopped. Every process of the group calls it.
+
+    Raises:
+        ConfigError: for whatever the configuration has wrong, on every process.
+        Diverged: after `train.max_skipped` steps in a row without a finite loss and gradient.
+    """
+    world = distributed.start()
+    stop = StopRequest()
+    try:
+        agree(fingerprint(config), "the configuration")
+        Trainer(config, world, stop).run()
+    finally:
+        stop.restore()
+        distributed.stop()
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that is needed to go on besides model, optimizer and the data source's own state."""
+
+    step: int = 0
+    """Optimizer steps completed, skipped ones included."""
+    position: int = 0
+    """Sequences consumed: the next step takes position … position + batch_size − 1 of the data's order."""
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """Time spent in steps, evaluation, spectra and checkpoints aside."""
+
+
+class Trainer:
+    """One run on one process among others: what it owns, in the order in which it is built."""
+
+    def __init__(self, config: Config, world: World, stop: StopRequest):
+        self.config = config
+        self.world = world
+        self.stop = stop
+        self.run_dir = Path(config.run.dir)
+        self.progress = Progress()
+
+        self.data = data.prepare(config.data, config.train.seed)
+        model = make_model(config)
+        self._check_sizes(model)
+        checkpoint = on_main(self._find_checkpoint)
+        self.meta = read_meta(checkpoint) if checkpoint else {}
+        self._check_compatible(checkpoint)
+        run = on_main(self._claim_run_dir)
+
+        dtype = compute_dtype(config, world.device)
+        tokens = config.train.micro_batch_size * config.data.seq_len
+        self.executions = from_main(
+            self.meta.get("executions") or (settle(model, tokens, dtype, world.device) if world.main else None)
+        )
+        for name, execution in self.executions.items():
+            model.get_submodule(name).execution = execution
+        self.flops = training_flops(model, config.data.seq_len)
+        self.matrices = matrices(model, config.param["pattern"])
+        self.counts = {"ours": parameter_count(model), "dense": dense_parameter_count(model)}
+        self._print_ledger(model)
+
+        train = config.train
+        self.engine: Engine = choice(config.engine)(
+            world=world, dtype=dtype, compile=train.compile, recompute_every=train.recompute_every
+        )
+        self.engine.prepare(model, train.seed, choice(config.optim))
+        self.support_hash = support_hash(self.engine.model)
+        self.checkpointer = Checkpointer(
+            self.run_dir / "checkpoints",
+            world,
+            config.checkpoint.keep,
+            config.checkpoint.keep_every,
+            config.checkpoint.asynchronous,
+        )
+        if checkpoint:
+            self._load(checkpoint)
+
+        self.schedule = choice(config.schedule)
+        self.meter = Meter(matmul_peak(world.device, dtype), self.flops, world.size)
+        self.saved_at = (self.progress.step if checkpoint else -1, time.monotonic())
+        self.tracker = (
+            open_tracker(config.tracking, self.run_dir, run["id"], as_dict(config), train.steps)
+            if world.main
+            else Tracker()
+        )
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to `train.steps`, or to a signal; then report."""
+        try:
+            stopped = self._train()
+            summary = {"stopped_by": stopped, "step": self.progress.step} if stopped else self._conclude()
+        except BaseException:
+            self.tracker.finish({"step": self.progress.step}, exit_code=1)
+            raise
+        self.tracker.finish(summary, exit_code=0)
+        if self.world.main and stopped:
+            print(
+                f"stopped by {stopped} at step {self.progress.step} of {self.config.train.steps}; the checkpoint is "
+                f"saved: go on with the same command and resume=auto",
+                flush=True,
+            )
+
+    def _train(self) -> str | None:
+        """The steps; the name of the signal if one ended them."""
+        config, progress = self.config, self.progress
+        if progress.step == 0:
+            self._measure_spectra()
+        while progress.step < config.train.steps:
+            stopped, save_now, signal = self._agree_on_interruptions()
+            if stopped:
+                self._save()
+                self.checkpointer.wait()
+                return signal
+            if save_now:
+                self._save()
+            self._step()
+            if due(config.checkpoint.every, progress.step):
+                self._save()
+            last = progress.step == config.train.steps
+            if due(config.spectra.every, progress.step) and not last:
+                self._measure_spectra()
+            if due(config.eval.every, progress.step) and not last:
+                self._evaluate()
+        return None
+
+    def _step(self) -> None:
+        """One optimizer step on the next `batch_size` sequences."""
+        config, progress = self.config, self.progress
+        started = time.perf_counter()
+        rows = self.data.train.batch(
+            progress.position, config.train.batch_size, self.world.dist_rank, self.world.size
+        )
+        waited = time.perf_counter() - started
+        # Dropout draws from a function of (seed, step, process): no generator state to save.
+        torch.manual_seed(integer_seed(config.train.seed, f"step {progress.step} process {self.world.dist_rank}"))
+        tokens = config.train.batch_size * config.data.seq_len
+        losses = [self.engine.forward_backward(micro, tokens) for micro in rows.split(config.train.micro_batch_size)]
+        (loss,) = total(torch.stack(losses).double().sum().item() / tokens)
+        lr = config.optim["lr"] * self.schedule(progress.step, config.train.steps)
+        result = self.engine.clip_and_step(lr, config.train.clip, loss)
+
+        progress.step += 1
+        progress.position += config.train.batch_size
+        seconds = time.perf_counter() - started
+        progress.seconds += seconds
+        self.meter.add(seconds, waited, tokens)
+        self._account(result, tokens)
+        if progress.step == 1 or progress.step % config.train.log_every == 0 or progress.step == config.train.steps:
+            self._log({"train/loss": loss, "train/grad_norm": result.grad_norm, "train/lr": lr})
+
+    def _account(self, result: StepResult, tokens: int) -> None:
+        """Count a step that trained; tell of one that was skipped, and give up after too many."""
+        progress, most = self.progress, self.config.train.max_skipped
+        if not result.skipped:
+            progress.tokens += tokens
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if self.world.main:
+            print(f"step {progress.step} skipped: its loss or gradient is not finite", file=sys.stderr, flush=True)
+        self.tracker.log(progress.step, progress.tokens, {"train/skipped": progress.skipped})
+        if progress.skipped_in_a_row >= most:
+            self.checkpointer.wait()
+            kept = whole_checkpoints(self.checkpointer.folder)
+            raise Diverged(
+                f"the loss or gradient was not finite for train.max_skipped={most} steps in a row; "
+                + (f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet")
+            )
+
+    def _agree_on_interruptions(self) -> tuple[bool, bool, str]:
+        """(stop, save, signal): a signal to one process stops all at the same step; the main one's clock says when to
+        save."""
+        overdue = time.monotonic() - self.saved_at[1] > 60 * self.config.checkpoint.minutes
+        stop, save = total(self.stop.signal is not None, overdue and self.world.main)
+        return stop > 0, save > 0, self.stop.signal or "a signal to another process"
+
+    # --- looking at the model ------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> Evaluation | None:
+        """The loss on the held-out set, logged; None if a signal cut it short."""
+        started = time.perf_counter()
+        indices = spread(len(self.data.validation), self.config.eval.sequences)
+        found = evaluate(
+            self.engine.model,
+            self.data.validation.rows(indices),
+            self.config.train.micro_batch_size,
+            self.world,
+            stop=lambda: self._agree_on_interruptions()[0],
+        )
+        if found is not None:
+            seconds = {"perf/eval_seconds": time.perf_counter() - started}
+            self.tracker.log(
+                self.progress.step, self.progress.tokens, found.metrics(self.config.eval.compat) | seconds
+            )
+        return found
+
+    def _measure_spectra(self) -> dict[str, float]:
+        """The spectra of all matrices, logged; returns their metrics."""
+        if not self.config.spectra.every:
+            return {}
+        started = time.perf_counter()
+        spectra = weight_spectra(self.matrices)
+        metrics = spectra_metrics(spectra)
+        metrics["perf/spectra_seconds"] = time.perf_counter() - started
+        self.tracker.log(self.progress.step, self.progress.tokens, metrics)
+        self.tracker.log_spectra(self.progress.step, {name: s.numpy() for name, s in spectra.items()})
+        return metrics
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        memory = peak_memory_gib(self.world.device)
+        (most,) = largest(memory)
+        self.tracker.log(
+            self.progress.step,
+            self.progress.tokens,
+            metrics | {"train/ppl": perplexity(metrics["train/loss"]), "perf/memory_gib": most} | self.meter.read(),
+        )
+
+    def _conclude(self) -> dict[str, Any]:
+        """Save, evaluate, measure, and write summary and plot of a finished run."""
+        self._save()
+        found = self._evaluate()
+        spectra = self._measure_spectra()
+        self.checkpointer.wait()
+        dist.barrier()
+        (memory,) = largest(peak_memory_gib(self.world.device))
+        progress = self.progress
+        summary = {
+            "run": self.config.run.name,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "skipped": progress.skipped,
+            "parameters": self.counts["ours"],
+            "parameters_dense": self.counts["dense"],
+            "eval_loss": found.loss if found else None,
+            "eval_perplexity": perplexity(found.loss) if found else None,
+            "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
+            "memory_gib": memory,
+            "effective_rank": spectra.get("spectra/summary/all/erank_mean"),
+            "world_size": self.world.size,
+        }
+        if self.world.main:
+            write_durably(self.run_dir / "summary.json", json.dumps(summary, indent=1))
+            picture = plot_run(self.run_dir)
+            self.tracker.log_image(progress.step, "plots/run", picture)
+            print_summary(summary_rows(summary) | {"picture": str(picture)})
+        return {key: value for key, value in summary.items() if value is not None}
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Begin a checkpoint of this step, unless it has one."""
+        if self.saved_at[0] == self.progress.step:
+            return
+        meta = {
+            "progress": asdict(self.progress),
+            "data": {"fingerprint": self.data.fingerprint, "state": self.data.train.state()},
+            "config": as_dict(self.config),
+            "executions": self.executions,
+            "support_hash": self.support_hash,
+            "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
+            "world_size": self.world.size,
+        }
+        started = time.perf_counter()
+        self.checkpointer.save(self.engine.state_dict(), self.progress.step, meta)
+        self.saved_at = (self.progress.step, time.monotonic())
+        self.tracker.log(
+            self.progress.step, self.progress.tokens, {"perf/checkpoint_seconds": time.perf_counter() - started}
+        )
+
+    def _load(self, checkpoint: Path) -> None:
+        state = self.engine.state_dict()
+        self.checkpointer.load(state, checkpoint)
+        self.engine.load_state_dict(state)
+        if self.meta["support_hash"] != self.support_hash:
+            raise ConfigError(f"{checkpoint} was trained with other sparse supports than train.seed gives here")
+        if self.meta["data"]["fingerprint"] == self.data.fingerprint:
+            self.progress = Progress(**self.meta["progress"])
+            self.data.train.load_state(self.meta["data"]["state"])
+        if self.world.main:
+            print(f"going on from {checkpoint} at step {self.progress.step}", flush=True)
+
+    def _find_checkpoint(self) -> Path | None:
+        if self.config.resume == "never":
+            return None
+        if self.config.resume == "auto":
+            found = whole_checkpoints(self.run_dir / "checkpoints")
+            return found[-1] if found else None
+        return find_checkpoint(Path(self.config.resume))
+
+    def _check_compatible(self, checkpoint: Path | None) -> None:
+        """A checkpoint fits only the model it was made of, and a run goes on only with its data."""
+        if checkpoint is None:
+            return
+        differences = [
+            f"{key} is {old} there and {new} here"
+            for key, (old, new) in differing(self.meta["config"], as_dict(self.config)).items()
+            if key.startswith(("model.config.", "param.", "train.seed", "model.path")) and key != "param.execution"
+        ]
+        if differences:
+            raise ConfigError(f"{checkpoint} is of another model: {'; '.join(differences)}")
+        same_data = self.meta["data"]["fingerprint"] == self.data.fingerprint
+        if self.config.resume == "auto" and not same_data:
+            raise ConfigError(
+                f"{checkpoint} was trained on other data than data={self.config.data.name} gives here; to start on new "
+                f"data from its weights use another run.name and resume={checkpoint}"
+            )
+
+    def _claim_run_dir(self) -> dict[str, str]:
+        """Create the run directory, or take up the one that is there; the run's identity."""
+        path = self.run_dir / "run.json"
+        if self.config.resume == "auto" and path.is_file():
+            return json.loads(path.read_text())
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=self.config.resume == "auto")
+        except OSError as error:
+            raise ConfigError(f"run.dir={self.run_dir} cannot be created: {error.strerror}") from error
+        run = {"id": uuid.uuid4().hex[:12], "name": self.config.run.name}
+        write_durably(path, json.dumps(run))
+        write_durably(self.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+        return run
+
+    # --- checks and notices --------------------------------------------------------------------------------------
+
+    def _check_sizes(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config()
+        pieces = len(self.data.tokenizer)
+        if pieces > config.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={config.vocab_size} is below the tokenizer's {pieces} pieces; raise it, or lower "
+                f"data.tokenizer.vocab_size"
+            )
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and self.config.data.seq_len > longest:
+            raise ConfigError(
+                f"data.seq_len={self.config.data.seq_len} is above the model's max_position_embeddings={longest}"
+            )
+
+    def _print_ledger(self, model: PreTrainedModel) -> None:
+        if not self.world.main:
+            return
+        for kind, layers, shape, size in ledger(model):
+            print(f"  {kind:<12} {layers:>3} × ({shape}): {size:,} parameters")
+        if wasteful := above_break_even(model):
+            print(f"  above break-even, no smaller than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
+        ours, dense = self.counts["ours"], self.counts["dense"]
+        print(f"  {ours:,} parameters, {ours / dense:.0%} of the dense model's {dense:,}", flush=True)
+
+
+def due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+def spread(available: int, wanted: int) -> list[int]:
+    """At most `wanted` indices, evenly spaced over `available`: always the same ones."""
+    count = min(available, wanted)
+    return [i * available // count for i in range(count)]
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain containers."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys → leaf values."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, child in node.items() for k, v in flat(child, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ → (old, new)."""
+    before, after = flat(old), flat(new)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """The summary as people read it."""
+    ours, dense = summary["parameters"], summary["parameters_dense"]
+    rows = {
+        "run": summary["run"],
+        "steps": f"{summary['step']:,} ({summary['tokens']:,} tokens, {summary['skipped']} skipped)",
+        "parameters": f"{ours:,} ({ours / dense:.0%} of dense {dense:,})",
+        "memory": f"{summary['memory_gib']:.2f} GiB per process, peak",
+    }
+    if summary["eval_perplexity"] is not None:
+        rows["eval perplexity"] = f"{summary['eval_perplexity']:.2f} (loss {summary['eval_loss']:.4f})"
+    if summary["tokens_per_second"] is not None:
+        rows["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
+    if summary["effective_rank"] is not None:
+        rows["effective rank"] = f"{summary['effective_rank']:.1f} (mean over matrices)"
+    return rows

@@ -1,0 +1,50 @@
+"""Draw one or several runs from their files, and print how they ended.
+
+    python scripts/plot_run.py runs/a                    writes runs/a/plots/summary.png
+    python scripts/plot_run.py runs/a runs/b --out ab.png  the same for both, and compares them in ab.png
+"""
+
+import argparse
+from pathlib import Path
+
+from lrtrain.plots import load_run, plot_run, plot_runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, with metrics.jsonl in it")
+    parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="picture of several runs")
+    args = parser.parse_args()
+    without = [str(run) for run in args.runs if not (run / "metrics.jsonl").exists()]
+    if without:
+        parser.error(f"no metrics.jsonl in {', '.join(without)}")
+    print_table(args.runs)
+    pictures = [plot_run(run) for run in args.runs]
+    if len(args.runs) > 1:
+        pictures.append(plot_runs(args.runs, args.out))
+    for picture in pictures:
+        print(picture)
+
+
+def print_table(run_dirs: list[Path]) -> None:
+    columns = {
+        "steps": lambda run: f"{run.rows[-1]['step']:,}" if run.rows else "0",
+        "tokens": lambda run: f"{run.rows[-1]['tokens']:,}" if run.rows else "0",
+        "train loss": lambda run: number(run.last("train/loss"), "{:.3f}"),
+        "eval loss": lambda run: number(run.last("eval/loss"), "{:.3f}"),
+        "mean erank": lambda run: number(run.last("spectra/summary/all/erank_mean"), "{:.1f}"),
+    }
+    runs = [load_run(run_dir) for run_dir in run_dirs]
+    table = [["run", *columns], *([run.name, *(show(run) for show in columns.values())] for run in runs)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *values in table:
+        cells = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
+        print("  ".join([f"{name:<{widths[0]}}", *cells]))
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Offline W&B runs, read back with its own command-line reader."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lrtrain.tracking.config import TrackingConfig, WandbMode
+from lrtrain.tracking.wandb_sink import STEP, WandbTracker, shown_indices
+
+pytest.importorskip("wandb")
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+CONFIG = TrackingConfig(wandb=WandbMode.offline, project="p", entity=None, group="g", tags=["lowrank", "rank-4"])
+
+
+@pytest.fixture(autouse=True)
+def quiet_wandb(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+
+
+def open_run(run_dir: Path) -> WandbTracker:
+    run_dir.mkdir(exist_ok=True)
+    return WandbTracker(CONFIG, run_dir, "run-id", {"optim": {"lr": 1e-3}})
+
+
+def records(folder: Path) -> list[dict]:
+    command = ["wandb", "leet", "inspect", "--json", str(folder)]
+    shown = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in shown.stdout.splitlines()]
+
+
+def of_type(folder: Path, kind: str) -> list[dict]:
+    return [record[kind] for record in records(folder) if record["type"] == kind]
+
+
+def history(folder: Path, key: str) -> list[tuple]:
+    """(step, value) of the rows that have the key."""
+    items = [record["item"] for record in of_type(folder, "history")]
+    return [(item[STEP], item[key]) for item in items if key in item]
+
+
+def segments(run_dir: Path) -> list[Path]:
+    return sorted(run_dir.glob("wandb/offline-run-*"))
+
+
+def test_a_run_comes_back_as_it_was_logged(tmp_path: Path):
+    run = open_run(tmp_path)
+    for step in (10, 20):
+        run.log(step, 100 * step, {"train/loss": 4.0 - step / 10})
+    run.finish({"eval/loss": 1.5, "method": "lowrank"}, exit_code=0)
+
+    (folder,) = segments(tmp_path)
+    assert history(folder, "train/loss") == [(10, 3.0), (20, 2.0)]
+    assert history(folder, "train/tokens") == [(10, 1000), (20, 2000)]
+    (about,) = of_type(folder, "run")
+    assert about["run_id"] == "run-id"
+    assert about["tags"] == ["lowrank", "rank-4"] and about["run_group"] == "g"
+    metrics = of_type(folder, "metric")
+    assert any(metric.get("glob_name") == "*" and metric["step_metric"] == STEP for metric in metrics)
+    assert of_type(folder, "exit")[0]["exit_code"] == 0
+    summaries = [record["update"] for record in of_type(folder, "summary")]
+    assert {"eval/loss": 1.5, "method": "lowrank"} in summaries
+
+
+def test_a_resumed_run_goes_on_under_the_same_id(tmp_path: Path):
+    for first_step in (1, 2):  # the second start repeats step 2, as after a crash
+        run = open_run(tmp_path)
+        for step in (first_step, first_step + 1):
+            run.log(step, step, {"train/loss": float(step)})
+        run.finish({}, exit_code=0)
+        time.sleep(1.1)  # wandb names folders by the second
+
+    first, second = segments(tmp_path)
+    assert {of_type(folder, "run")[0]["run_id"] for folder in (first, second)} == {"run-id"}
+    assert history(first, "train/loss") == [(1, 1), (2, 2)]
+    assert history(second, "train/loss") == [(2, 2), (3, 3)]
+
+
+def test_a_killed_process_loses_little(tmp_path: Path):
+    program = f"""
+import time
+from pathlib import Path
+from lrtrain.tracking.config import TrackingConfig, WandbMode
+from lrtrain.tracking.wandb_sink import WandbTracker
+config = TrackingConfig(WandbMode.offline, "p", None, None, [])
+run = WandbTracker(config, Path({str(tmp_path)!r}), "run-id", {{}})
+for step in range(10):
+    run.log(step, step, {{"train/loss": 1.0}})
+time.sleep(3)
+print("flushed", flush=True)
+time.sleep(60)
+"""
+    # Without this the child would write through this process's wandb service, which is not killed with it.
+    alone = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "flushed\n"
+        process.send_signal(signal.SIGKILL)
+    (folder,) = segments(tmp_path)
+    assert len(history(folder, "train/loss")) >= 9  # wandb holds the last row open
+
+
+def test_spectra_are_a_table_and_a_chart_per_projection(tmp_path: Path):
+    run = open_run(tmp_path)
+    sigma = np.geomspace(3, 0.1, 200)
+    run.log_spectra(5, {"layers.0.q_proj": sigma, "layers.1.q_proj": sigma, "layers.0.up_proj": sigma})
+    run.finish({}, exit_code=0)
+
+    (path,) = segments(tmp_path)[0].glob("files/media/table/spectra_curves/q_proj_table*.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["step", "layer", "index", "sigma"]
+    assert len(table["data"]) == 2 * len(shown_indices(200))
+    assert table["data"][0] == [5, "layers.0.q_proj", 0, 3.0]
+    charts = json.dumps(of_type(segments(tmp_path)[0], "config"))
+    assert "spectra_curves/q_proj" in charts and "spectra_curves/up_proj" in charts
+
+
+def test_images_are_kept_with_their_step(tmp_path: Path):
+    from matplotlib.figure import Figure
+
+    picture = tmp_path / "picture.png"
+    Figure(figsize=(1, 1)).savefig(picture)
+    run = open_run(tmp_path)
+    run.log_image(7, "plots/summary", picture)
+    run.finish({}, exit_code=0)
+    folder = segments(tmp_path)[0]
+    assert list(folder.glob("files/media/images/plots/summary*.png"))
+    assert history(folder, "plots/summary._type") == [(7, "image-file")]
+
+
+def test_the_api_key_stays_out_of_the_run_directory(tmp_path: Path):
+    run = open_run(tmp_path)
+    run.log(1, 1, {"x": 1.0})
+    run.finish({}, exit_code=0)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not any(SECRET.encode() in path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("length", [1, 16, 64, 65, 128, 2048])
+def test_shown_indices_hold_the_head_and_the_last(length: int):
+    shown = shown_indices(length)
+    assert len(shown) <= 64
+    assert shown[0] == 0 and shown[-1] == length - 1
+    assert set(range(min(16, length))) <= set(shown.tolist())
