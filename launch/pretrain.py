@@ -1,7 +1,7 @@
 """Pretrain a low-rank language model.
 
-    torchrun --nproc_per_node=2 launch/pretrain.py model=llama_60m param=sltrain train.steps=1000
-    python launch/pretrain.py --help
+torchrun --nproc_per_node=2 launch/pretrain.py model=llama_60m param=sltrain train.steps=1000
+python launch/pretrain.py --help
 """
 
 import os
@@ -25,6 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from lrtrain import data
 from lrtrain.config import check, composition_sentence, run_name, typed
 from lrtrain.distributed import environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
@@ -53,6 +54,7 @@ def job(composed: DictConfig) -> None:
         return
     if environment_rank() == 0:  # if this fails, the others still wait at the rendezvous and torchrun ends them
         check(config, world_size)
+        data.check(config.data)
     from lrtrain.train import Diverged, pretrain
 
     try:

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from lrtrain.distributed import World, from_main
+from lrtrain.distributed import World
 from lrtrain.errors import ConfigError
 
 MARKER = "meta.json"

@@ -133,7 +133,7 @@ def sentence(error: OmegaConfBaseException, composed: DictConfig) -> str:
 
 def unknown_key(key: str, composed: DictConfig) -> str:
     """`train.stps is not a key; did you mean train.steps?`"""
-    near = difflib.get_close_matches(key, list(keys(composed)), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, [k for k in keys(composed) if k != key], n=1, cutoff=0.5)
     return f"{key} is not a key of the configuration" + (f"; did you mean {near[0]}?" if near else "")
 
 
@@ -209,6 +209,8 @@ def check(config: Config, world_size: int) -> None:
             f"train.batch_size={train.batch_size} is not a multiple of {world_size * train.micro_batch_size}, which is "
             f"train.micro_batch_size={train.micro_batch_size} × {world_size} processes"
         )
+    if config.data.streams is not None and config.data.streams % world_size:
+        raise ConfigError(f"data.streams={config.data.streams} is not a multiple of the {world_size} processes")
     if not config.optim["lr"] > 0:
         raise ConfigError(f"optim.lr={config.optim['lr']} must be above 0")
     if config.resume == "never" and Path(config.run.dir).exists():
@@ -244,9 +246,21 @@ def composition_sentence(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
-def default_composition() -> DictConfig:
-    """conf/pretrain.yaml without overrides: where names are looked up for suggestions."""
+def default_composition(*overrides: str) -> DictConfig:
+    """conf/pretrain.yaml with overrides, composed outside of a Hydra job."""
     hydra.core.global_hydra.GlobalHydra.instance().clear()
     conf = Path(__file__).resolve().parent.parent / "conf"
     with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-        return hydra.compose("pretrain")
+        return hydra.compose("pretrain", overrides=list(overrides))
+
+
+def compose(*overrides: str) -> Config:
+    """The configuration that `launch/pretrain.py` would make of these overrides: for scripts and tests.
+
+    Raises:
+        ConfigError: as `typed`.
+    """
+    composed = default_composition(*overrides)
+    if composed.run.name is None:
+        composed.run.name = run_name(composed, list(overrides))
+    return typed(composed)

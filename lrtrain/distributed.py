@@ -3,6 +3,8 @@
 "Process rank" here is torch's rank; `rank` alone always means a matrix rank in lrtrain.
 """
 
+import functools
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +45,15 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+_runs = itertools.count()
+
+
+@functools.cache
+def rendezvous() -> dist.Store:
+    """The store that torchrun's processes meet at, or one for a process alone."""
+    return next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
+
+
 def start() -> World:
     """Join the process group (of one, without torchrun) and set device and threads (cores ÷ local processes)."""
     size, local_size = environment_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -53,10 +64,11 @@ def start() -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # A prefix of its own for each group: a second run in the same processes must not find the first one's keys.
+    store = dist.PrefixStore(f"run {next(_runs)}", rendezvous())
+    dist.init_process_group(
+        backend, store=store, rank=environment_rank(), world_size=size, timeout=timedelta(minutes=30)
+    )
     return World(environment_rank(), local_rank, size, local_size, device)
 
 

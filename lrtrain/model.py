@@ -62,8 +62,12 @@ def make_model(config: Config) -> PreTrainedModel:
     )
 
 
-def build_model(config: PreTrainedConfig, make_layer: Callable[..., FactorizedLinear] | None, pattern: str | None,
-                rank: RankRule | None) -> PreTrainedModel:
+def build_model(
+    config: PreTrainedConfig,
+    make_layer: Callable[..., FactorizedLinear] | None,
+    pattern: str | None,
+    rank: RankRule | None,
+) -> PreTrainedModel:
     """The causal language model of `config` on the meta device, with the linears that `pattern` finds factorized.
 
     Args:
@@ -103,7 +107,9 @@ def linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
     except re.error as error:
         raise ConfigError(f"param.pattern={pattern} is not a regular expression: {error}") from error
     if not found:
-        raise ConfigError(f"param.pattern={pattern} matches none of the linear layers, such as {', '.join([*names][:7])}")
+        raise ConfigError(
+            f"param.pattern={pattern} matches none of the linear layers, such as {', '.join([*names][:7])}"
+        )
     return found
 
 
@@ -118,7 +124,7 @@ def layer_rank(rule: RankRule, name: str, linear: nn.Linear) -> int:
     if isinstance(rule, dict):
         match = next((pattern for pattern in rule if re.search(pattern, name)), None)
         if match is None:
-            raise ConfigError(f"param.rank={rule} has no pattern for {name}; add one, such as '.' for all the others")
+            raise ConfigError(f"param.rank={rule} has no pattern that is found in {name}; add one")
         key, rule = f"param.rank.{match}", rule[match]
     largest = min(linear.in_features, linear.out_features)
     if isinstance(rule, float):

@@ -10,15 +10,28 @@ from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from lrtrain.config import Config, check, choice, compute_dtype
 from lrtrain.engine.fsdp import recompute
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.loss import next_token_loss
-from lrtrain.model import CAUSAL, blocks, dense_parameter_count, make_model, parameter_count, training_flops
+from lrtrain.model import blocks, dense_parameter_count, make_model, parameter_count, training_flops
 
 FP32 = 4  # bytes
+FLASH = "lrtrain_plan"
+
+
+def flash_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention that keeps what a fused kernel keeps; on the meta device torch would plan with the unfused one."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, _ = fused(query, key, value, 0.0, True, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(FLASH, flash_attention)
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,11 @@ def print_plan(config: Config, world_size: int) -> None:
     flops = training_flops(model, config.data.seq_len)
     tokens = config.train.batch_size * config.data.seq_len
 
-    table = Table(title=f"{config.model.name} · {config.param['name']} · {world_size} processes", box=box.SIMPLE, show_header=False)
+    table = Table(
+        title=f"{config.model.name} · {config.param['name']} · {world_size} processes",
+        box=box.SIMPLE,
+        show_header=False,
+    )
     table.add_column()
     table.add_column(justify="right")
     table.add_row("[bold]parameters", f"[bold]{ours / 1e6:,.2f} M")
@@ -128,7 +145,7 @@ def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype)
     The forward pass really runs, on the meta device; what autograd saves is counted, each storage once.
     """
     model = model.to(dtype)
-    model.set_attn_implementation(CAUSAL)  # a sliding window saves as much
+    model.set_attn_implementation(FLASH)
     recompute(model, config.train.recompute_every)
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}

@@ -4,7 +4,9 @@ Drawn without pyplot, so that a training process can do it without touching matp
 """
 
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,11 +19,10 @@ from lrtrain.spectra.names import depth_of, projection_of
 from lrtrain.tracking.jsonl import Row, read_metrics
 from lrtrain.tracking.spectra_files import load_spectra, spectra_steps
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
-    "axes.titleweight": "medium",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#9aa3ad",
@@ -34,8 +35,13 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
-COLORS = ("#1f4e79", "#4a90c2", "#2a9d8f", "#84b59f", "#c8553d", "#e9a03b", "#8a5a83", "#6b7280")
+HEADLINE = {"x": 0.012, "ha": "left", "fontsize": 14, "weight": "bold"}
+CAPTION = {"x": 0.012, "ha": "left", "fontsize": 10.5}
+# Neighbours are alike, since q, k, v, o and gate, up, down belong together; runs want contrast instead.
+PROJECTION_COLORS = ("#1f4e79", "#4a90c2", "#2a9d8f", "#84b59f", "#c8553d", "#e9a03b", "#8a5a83", "#6b7280")
+RUN_COLORS = ("#1f4e79", "#c8553d", "#2a9d8f", "#e9a03b", "#8a5a83", "#4a90c2", "#84b59f", "#6b7280")
 INK, MUTED, ACCENT = "#20262d", "#aab4bf", "#c8553d"
+LOSS_NAMES = {"eval/loss": "Evaluation loss", "train/loss": "Training loss"}
 FAINT = 1e-5  # of the largest singular value: what is smaller would only stretch the axis
 
 
@@ -59,12 +65,6 @@ class Run:
         return float(values[-1]) if len(values) else None
 
     @property
-    def loss(self) -> tuple[str, float | None]:
-        """What to judge the run by: its last evaluation, or else its last training loss."""
-        evaluated = self.last("eval/loss")
-        return ("eval loss", evaluated) if evaluated is not None else ("training loss", self.last("train/loss"))
-
-    @property
     def projections(self) -> list[str]:
         """In the order of the model."""
         layers = self.spectra[max(self.spectra)] if self.spectra else {}
@@ -86,13 +86,15 @@ def plot_run(run_dir: Path) -> Path:
     out.parent.mkdir(exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure, top, bottom = _page(bool(run.spectra))
-        loss, ranks, heat = top.subplots(1, 3, width_ratios=[1.15, 1.15, 1])
-        _draw_loss(loss, run)
-        _draw_ranks(ranks, run)
-        _draw_heatmap(heat, run)
-        if bottom is not None:
+        if bottom is None:
+            _draw_loss(top.subplots(), run)
+        else:
+            loss, ranks, heat = top.subplots(1, 3, width_ratios=[1.15, 1.15, 1])
+            _draw_loss(loss, run)
+            _draw_ranks(ranks, run)
+            _draw_heatmap(heat, run)
             _draw_snapshots(bottom, run)
-        figure.suptitle(_headline(run), x=0.012, ha="left", fontsize=14, weight="semibold", color=INK)
+        figure.suptitle(_headline(run), **HEADLINE)
         figure.savefig(out, dpi=150)
     return out
 
@@ -100,18 +102,17 @@ def plot_run(run_dir: Path) -> Path:
 def plot_runs(run_dirs: list[Path], out: Path) -> Path:
     """Write to `out` a comparison of several runs: losses, mean effective ranks and final singular values."""
     runs = [load_run(run_dir) for run_dir in run_dirs]
-    colors = dict(zip((run.name for run in runs), COLORS * len(runs), strict=False))
+    colors = dict(zip((run.name for run in runs), cycle(RUN_COLORS), strict=False))
     out.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure, top, bottom = _page(any(run.spectra for run in runs))
-        curves, bars, ranks = top.subplots(1, 3, width_ratios=[1.15, 0.85, 1.15])
+        curves, finals, *ranks = top.subplots(1, 2 if bottom is None else 3)
         _compare_losses(curves, runs, colors)
-        _compare_final_losses(bars, runs, colors)
-        _compare_ranks(ranks, runs, colors)
+        _compare_final_losses(finals, runs, colors)
         if bottom is not None:
+            _compare_ranks(ranks[0], runs, colors)
             _compare_spectra(bottom, runs, colors)
-        title = f"{len(runs)} runs compared"
-        figure.suptitle(title, x=0.012, ha="left", fontsize=14, weight="semibold", color=INK)
+        figure.suptitle(f"{len(runs)} runs compared", **HEADLINE)
         figure.savefig(out, dpi=150)
     return out
 
@@ -125,8 +126,9 @@ def _draw_loss(axes: Axes, run: Run) -> None:
     _, tokens, losses = run.curve("eval/loss")
     if len(losses):
         axes.plot(tokens, losses, color=ACCENT, lw=1.8, marker="o", ms=4, label="evaluation")
-    kind, final = run.loss
-    axes.set_title("No loss was logged" if final is None else f"{kind.capitalize()} falls to {final:.3f}")
+    loss = _common_loss([run])
+    final = run.last(loss)
+    axes.set_title("No loss was logged" if final is None else f"{LOSS_NAMES[loss]} {final:.3f} at the end")
     _tokens_axis(axes)
     axes.set_ylabel("loss (nats per token)")
     axes.legend(loc="upper right")
@@ -137,7 +139,7 @@ def _draw_ranks(axes: Axes, run: Run) -> None:
         steps, _, shares = run.curve(f"spectra/summary/{projection}/erank_rel_mean")
         axes.plot(steps, shares, color=color, lw=1.8, marker="o", ms=2.5, label=projection)
     shares = run.curve("spectra/summary/all/erank_rel_mean")[2]
-    axes.set_title(_movement(shares) if len(shares) else "No spectra were measured")
+    axes.set_title(_movement(shares) if len(shares) else "All measured matrices were zero or not finite")
     axes.set_xlabel("step")
     axes.set_ylabel("effective rank / possible rank")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
@@ -149,7 +151,7 @@ def _draw_ranks(axes: Axes, run: Run) -> None:
 def _draw_heatmap(axes: Axes, run: Run) -> None:
     layers = list(run.spectra[max(run.spectra)]) if run.spectra else []
     depths = sorted({depth for layer in layers if (depth := depth_of(layer)) is not None})
-    projections = [p for p in run.projections if any(depth_of(x) is not None for x in layers if projection_of(x) == p)]
+    projections = list(dict.fromkeys(projection_of(layer) for layer in layers if depth_of(layer) is not None))
     table = np.full((len(projections), len(depths)), np.nan)
     for layer in layers:
         share, depth = run.last(f"spectra/{layer}/erank_rel"), depth_of(layer)
@@ -188,10 +190,10 @@ def _draw_snapshots(figure: SubFigure, run: Run) -> None:
             _draw_median(axes, sigma, _tint(color, strength), f"step {step:,}")
         _draw_range(axes, _layers_of(run.spectra[max(run.spectra)], projection), color)
         axes.set_title(projection, color=color)
-        axes.legend(loc="lower left", handlelength=1.2)
     _same_log_axis(panels)
-    figure.suptitle("Singular values: median over the layers, band from the smallest to the largest at the last step",
-                    x=0.012, ha="left", fontsize=10.5, color=INK)  # fmt: skip
+    if panels[0].lines:
+        panels[0].legend(loc="lower left", handlelength=1.2)
+    figure.suptitle("Singular values: median over the layers, with the range of all layers at the last step", **CAPTION)
 
 
 def _headline(run: Run) -> str:
@@ -205,41 +207,41 @@ def _movement(shares: np.ndarray) -> str:
     if abs(last - first) < 0.005:
         return f"Effective rank stays at {last:.0%} of the possible"
     verb = "rises" if last > first else "falls"
-    return f"Effective rank {verb} from {first:.0%} to {last:.0%}"
+    return f"Effective rank {verb} from {first:.0%} to {last:.0%} of the possible"
 
 
 def _projection_colors(run: Run) -> dict[str, str]:
-    return dict(zip(run.projections, COLORS * (1 + len(run.projections) // len(COLORS)), strict=False))
+    return dict(zip(run.projections, cycle(PROJECTION_COLORS), strict=False))
 
 
 # Several runs ----------------------------------------------------------------------------------------------
 
 
 def _compare_losses(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
-    evaluated = all(run.last("eval/loss") is not None for run in runs)
+    loss = _common_loss(runs)
     for run in runs:
-        _, tokens, losses = run.curve("eval/loss" if evaluated else "train/loss")
+        _, tokens, losses = run.curve(loss)
         axes.plot(tokens, losses, color=colors[run.name], lw=1.6, label=run.name)
-    axes.set_title("Evaluation loss" if evaluated else "Training loss")
+    axes.set_title(LOSS_NAMES[loss])
     _tokens_axis(axes)
     axes.set_ylabel("loss (nats per token)")
     axes.legend(loc="upper right")
 
 
 def _compare_final_losses(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
-    finals = sorted(((loss, run.name) for run in runs if (loss := run.loss[1]) is not None), reverse=True)
+    loss = _common_loss(runs)
+    finals = sorted(((final, run.name) for run in runs if (final := run.last(loss)) is not None), reverse=True)
     if not finals:
         axes.set_axis_off()
         return
-    losses, names = zip(*finals, strict=True)
-    axes.barh(names, losses, color=[colors[name] for name in names], height=0.55)
-    for place, loss in enumerate(losses):
-        axes.text(loss, place, f" {loss:.3f}", va="center", fontsize=9, color=INK)
-    margin = max(max(losses) - min(losses), 0.02 * max(losses))
-    axes.set_xlim(min(losses) - margin, max(losses) + 0.5 * margin)
-    axes.grid(axis="y", visible=False)
-    axes.set_title(f"Lowest final loss: {names[-1]}")
-    axes.set_xlabel("final loss (the axis does not begin at 0)")
+    for place, (final, name) in enumerate(finals):
+        axes.plot(final, place, "o", ms=9, color=colors[name])
+        axes.annotate(f"{final:.3f}", (final, place), (9, -3.5), textcoords="offset points", color=INK)
+    axes.set_yticks(range(len(finals)), [name for _, name in finals])
+    axes.margins(x=0.25, y=0.25)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_title(f"{finals[-1][1]} ends lowest")
+    axes.set_xlabel(f"final {LOSS_NAMES[loss].lower()}")
 
 
 def _compare_ranks(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
@@ -263,20 +265,24 @@ def _compare_spectra(figure: SubFigure, runs: list[Run], colors: dict[str, str])
                 _draw_median(axes, sigma, colors[run.name], run.name)
         axes.set_title(projection)
     _same_log_axis(panels)
-    figure.suptitle("Singular values at the last measured step, median over the layers",
-                    x=0.012, ha="left", fontsize=10.5, color=INK)  # fmt: skip
+    figure.suptitle("Singular values at the last measured step, median over the layers", **CAPTION)
 
 
 # Shared ----------------------------------------------------------------------------------------------------
 
 
+def _common_loss(runs: list[Run]) -> str:
+    """What all runs can be judged by: the evaluation, or where one of them has none the training loss."""
+    return "eval/loss" if all(run.last("eval/loss") is not None for run in runs) else "train/loss"
+
+
 def _page(with_spectra: bool) -> tuple[Figure, SubFigure, SubFigure | None]:
     if not with_spectra:
-        figure = Figure(figsize=(15, 4.6), layout="constrained")
-        return figure, figure.subfigures(1, 1), None
+        figure = Figure(figsize=(9, 4.6), layout="constrained")
+        return figure, figure.add_subfigure(figure.add_gridspec(1, 1)[0]), None
     figure = Figure(figsize=(15, 8.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.2, 1], hspace=0.04)
-    return figure, top, bottom
+    rows = figure.add_gridspec(2, 1, height_ratios=[1.2, 1])
+    return figure, figure.add_subfigure(rows[0]), figure.add_subfigure(rows[1])
 
 
 def _panels(figure: SubFigure, count: int) -> list[Axes]:
@@ -311,6 +317,7 @@ def _same_log_axis(panels: list[Axes]) -> None:
     panels[0].set_ylabel("singular value σ")
     for axes in panels:
         axes.set_xlabel("index")
+        axes.tick_params(which="minor", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
 
 

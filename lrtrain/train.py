@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lrtrain import data, distributed
 from lrtrain.checkpoint import Checkpointer, find_checkpoint, read_meta, whole_checkpoints, write_durably
 from lrtrain.config import Config, choice, compute_dtype, fingerprint
-from lrtrain.distributed import World, agree, from_main, largest, on_main, total
+from lrtrain.distributed import World, agree, largest, on_main, total
 from lrtrain.engine.base import Engine, StepResult
 from lrtrain.errors import ConfigError
 from lrtrain.evaluate import Evaluation, evaluate, perplexity
@@ -34,7 +34,6 @@ from lrtrain.model import (
     support_hash,
     training_flops,
 )
-from lrtrain.plots import plot_run
 from lrtrain.spectra.weights import spectra_metrics, weight_spectra
 from lrtrain.stop import StopRequest
 from lrtrain.throughput import Meter, matmul_peak
@@ -88,19 +87,16 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
 
-        self.data = data.prepare(config.data, config.train.seed)
         model = make_model(config)
+        self.data = data.prepare(config.data, config.train.seed)
+        agree(self.data.fingerprint, "the data")
         self._check_sizes(model)
         checkpoint = on_main(self._find_checkpoint)
         self.meta = read_meta(checkpoint) if checkpoint else {}
         self._check_compatible(checkpoint)
-        run = on_main(self._claim_run_dir)
-
         dtype = compute_dtype(config, world.device)
-        tokens = config.train.micro_batch_size * config.data.seq_len
-        self.executions = from_main(
-            self.meta.get("executions") or (settle(model, tokens, dtype, world.device) if world.main else None)
-        )
+        run = on_main(lambda: self._claim_run_dir(model, dtype))
+        self.executions: dict[str, str] = run["executions"]
         for name, execution in self.executions.items():
             model.get_submodule(name).execution = execution
         self.flops = training_flops(model, config.data.seq_len)
@@ -178,9 +174,7 @@ class Trainer:
         """One optimizer step on the next `batch_size` sequences."""
         config, progress = self.config, self.progress
         started = time.perf_counter()
-        rows = self.data.train.batch(
-            progress.position, config.train.batch_size, self.world.dist_rank, self.world.size
-        )
+        rows = self.data.train.batch(progress.position, config.train.batch_size, self.world.dist_rank, self.world.size)
         waited = time.perf_counter() - started
         # Dropout draws from a function of (seed, step, process): no generator state to save.
         torch.manual_seed(integer_seed(config.train.seed, f"step {progress.step} process {self.world.dist_rank}"))
@@ -229,9 +223,11 @@ class Trainer:
     # --- looking at the model ------------------------------------------------------------------------------------
 
     def _evaluate(self) -> Evaluation | None:
-        """The loss on the held-out set, logged; None if a signal cut it short."""
+        """The loss on the held-out set, logged; None if nothing is held out or a signal cut it short."""
         started = time.perf_counter()
         indices = spread(len(self.data.validation), self.config.eval.sequences)
+        if not indices:
+            return None
         found = evaluate(
             self.engine.model,
             self.data.validation.rows(indices),
@@ -241,9 +237,7 @@ class Trainer:
         )
         if found is not None:
             seconds = {"perf/eval_seconds": time.perf_counter() - started}
-            self.tracker.log(
-                self.progress.step, self.progress.tokens, found.metrics(self.config.eval.compat) | seconds
-            )
+            self.tracker.log(self.progress.step, self.progress.tokens, found.metrics(self.config.eval.compat) | seconds)
         return found
 
     def _measure_spectra(self) -> dict[str, float]:
@@ -291,10 +285,12 @@ class Trainer:
             "world_size": self.world.size,
         }
         if self.world.main:
+            from lrtrain.plots import plot_run  # matplotlib takes a while to import: not before the first step
+
             write_durably(self.run_dir / "summary.json", json.dumps(summary, indent=1))
             picture = plot_run(self.run_dir)
             self.tracker.log_image(progress.step, "plots/run", picture)
-            print_summary(summary_rows(summary) | {"picture": str(picture)})
+            print_summary(summary_rows(summary) | {"picture": str(picture)}, sys.stdout)
         return {key: value for key, value in summary.items() if value is not None}
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
@@ -357,18 +353,23 @@ class Trainer:
                 f"data from its weights use another run.name and resume={checkpoint}"
             )
 
-    def _claim_run_dir(self) -> dict[str, str]:
-        """Create the run directory, or take up the one that is there; the run's identity."""
+    def _claim_run_dir(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
+        """Create the run directory, or take up the one that is there; what identifies the run.
+
+        The measured executions belong to it: another one rounds differently, and resuming would not be exact.
+        """
         path = self.run_dir / "run.json"
         if self.config.resume == "auto" and path.is_file():
             return json.loads(path.read_text())
+        tokens = self.config.train.micro_batch_size * self.config.data.seq_len
+        executions = self.meta.get("executions") or settle(model, tokens, dtype, self.world.device)
         try:
             self.run_dir.mkdir(parents=True, exist_ok=self.config.resume == "auto")
         except OSError as error:
             raise ConfigError(f"run.dir={self.run_dir} cannot be created: {error.strerror}") from error
-        run = {"id": uuid.uuid4().hex[:12], "name": self.config.run.name}
-        write_durably(path, json.dumps(run))
+        run = {"id": uuid.uuid4().hex[:12], "name": self.config.run.name, "executions": executions}
         write_durably(self.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+        write_durably(path, json.dumps(run))
         return run
 
     # --- checks and notices --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Draw one or several runs from their files, and print how they ended.
 
-    python scripts/plot_run.py runs/a                    writes runs/a/plots/summary.png
-    python scripts/plot_run.py runs/a runs/b --out ab.png  the same for both, and compares them in ab.png
+python scripts/plot_run.py runs/a                    writes runs/a/plots/summary.png
+python scripts/plot_run.py runs/a runs/b --out ab.png  the same for both, and compares them in ab.png
 """
 
 import argparse

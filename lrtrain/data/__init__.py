@@ -13,7 +13,7 @@ from lrtrain.data.config import DataConfig, TokenizerConfig
 from lrtrain.data.loader import PackedTrain, StreamedTrain, TrainData
 from lrtrain.data.packing import Rows, pack_first, pack_split
 from lrtrain.data.sources import JsonStream, TextSource
-from lrtrain.data.tokenizer import load_saved, load_tokenizer, tokenizer_fingerprint
+from lrtrain.data.tokenizer import load_saved, load_tokenizer, tokenizer_fingerprint, trained_size
 from lrtrain.errors import ConfigError
 
 __all__ = ["Data", "DataConfig", "Rows", "TokenizerConfig", "TrainData", "check", "prepare"]
@@ -41,6 +41,8 @@ def check(cfg: DataConfig) -> None:
     _check_writable(_cache_dir(cfg))
     if cfg.tokenizer.path is not None:
         load_saved(cfg.tokenizer.path)
+    else:
+        trained_size(cfg.tokenizer)
     _source(cfg).check()
 
 
@@ -64,9 +66,7 @@ def prepare(cfg: DataConfig, seed: int) -> Data:
     return _packed(cfg, source, tokenizer, identity, seed)
 
 
-def _packed(
-    cfg: DataConfig, source: TextSource, tokenizer: PreTrainedTokenizerFast, identity: str, seed: int
-) -> Data:
+def _packed(cfg: DataConfig, source: TextSource, tokenizer: PreTrainedTokenizerFast, identity: str, seed: int) -> Data:
     def build(folder: Path) -> None:
         pack_split(source.documents(), tokenizer, cfg.seq_len, cfg.validation_fraction, folder)
 

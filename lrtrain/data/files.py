@@ -21,27 +21,22 @@ Reader = Callable[[Path, str], Iterator[tuple[int, Any]]]  # (file, text field) 
 READ_ERRORS = (OSError, EOFError, ValueError, KeyError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
-def read_documents(
-    files: Iterable[Path], reader_of: Callable[[Path], Reader], text_field: str
-) -> Iterator[str]:
+def read_documents(files: Iterable[Path], text_field: str) -> Iterator[str]:
     """The texts of `files` in order, without the empty ones.
 
     What cannot be read is skipped, a line or the rest of a file at a time; a warning after the last file
     says how many and where the first is.
     """
-    skipped: list[str] = []
+    skipped, first = 0, ""
     for path in files:
-        line = 1
-        try:
-            for line, text in reader_of(path)(path, text_field):
-                if not _is_text(text):
-                    skipped.append(f"{path}:{line}: no text in field {text_field!r}")
-                elif text and not text.isspace():
-                    yield text
-        except READ_ERRORS as error:
-            skipped.append(f"{path}:{line}: {error}")
+        for line, text, fault in _checked(path, text_field):
+            if fault:
+                skipped += 1
+                first = first or f"{path}:{line}: {fault}"
+            elif text and not text.isspace():
+                yield text
     if skipped:
-        log.warning("skipped %d unreadable documents, the first: %s", len(skipped), skipped[0])
+        log.warning("skipped %d unreadable documents, the first: %s", skipped, first)
 
 
 def reader_of(path: Path) -> Reader:
@@ -128,6 +123,17 @@ def _field(line: bytes, text_field: str) -> Any:
         return json.loads(line)[text_field]
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _checked(path: Path, text_field: str) -> Iterator[tuple[int, str, str]]:
+    """(line, text, "") of each document, or (line, "", what is wrong with it)."""
+    line = 0
+    try:
+        for line, text in reader_of(path)(path, text_field):
+            readable = _is_text(text)
+            yield line, text if readable else "", "" if readable else f"no text in field {text_field!r}"
+    except READ_ERRORS as error:
+        yield line + 1, "", str(error)
 
 
 def _is_text(text: Any) -> bool:

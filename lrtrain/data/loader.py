@@ -97,9 +97,7 @@ class StreamedTrain:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`, saved at any number of processes. Raises ConfigError for other streams."""
         if len(state["streams"]) != len(self._cursors):
-            raise ConfigError(
-                f"data.streams={len(self._cursors)} must be {len(state['streams'])}, as when saved"
-            )
+            raise ConfigError(f"data.streams={len(self._cursors)} must be {len(state['streams'])}, as when saved")
         self._position = state["position"]
         self._cursors = [Cursor(**cursor) for cursor in state["streams"]]
         self._open = {}

@@ -112,9 +112,7 @@ def is_validation(text: str, fraction: float) -> bool:
     return int.from_bytes(digest) < fraction * 2**64
 
 
-def tokenized(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[str, np.ndarray]]:
+def tokenized(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, np.ndarray]]:
     """(text, ids and EOS) of each document, with a progress bar on stderr where it takes long."""
     with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, delay=5, leave=False) as bar:
         for texts in _batches(documents):

@@ -17,7 +17,7 @@ from datasets import load_dataset
 from datasets.data_files import resolve_pattern
 
 from lrtrain.data.cache import content_digests, fingerprint
-from lrtrain.data.files import field_names, is_supported, read_documents, reader_of, whole_text
+from lrtrain.data.files import field_names, is_supported, read_documents
 from lrtrain.errors import ConfigError
 
 FORMATS = "give files, folders or globs of .txt, .md, .jsonl or .parquet"
@@ -46,15 +46,19 @@ class PythonStdlib:
 
     def check(self) -> None:
         if not self.files():
-            raise ConfigError(
-                f"data.name=pystdlib finds no .py file in {self.root()}; give your own with data=local"
-            )
+            raise ConfigError(f"data.name=pystdlib finds no .py file in {self.root()}; give your own with data=local")
 
     def fingerprint(self, cache_dir: Path) -> str:
         return fingerprint("pystdlib", content_digests(self.files(), cache_dir))
 
     def documents(self) -> Iterator[str]:
-        return read_documents(self.files(), lambda path: whole_text, text_field="")
+        for path in self.files():
+            try:
+                text = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:  # a few files test the interpreter's own decoding
+                continue
+            if text and not text.isspace():
+                yield text
 
     def root(self) -> Path:
         return Path(sysconfig.get_path("stdlib"))
@@ -62,8 +66,10 @@ class PythonStdlib:
     def files(self) -> list[Path]:
         """The readable files, sorted by path."""
         installed = {"site-packages", "dist-packages"}
-        files = sorted(self.root().rglob("*.py"))
-        return [path for path in files if not installed & set(path.parts) and _is_readable(path)]
+        root = self.root()
+        names = sorted(path.relative_to(root) for path in root.rglob("*.py"))
+        files = [root / name for name in names if not installed & set(name.parts)]
+        return [file for file in files if _is_readable(file)]
 
 
 @dataclass(frozen=True)
@@ -86,17 +92,21 @@ class LocalFiles:
                 return
 
     def fingerprint(self, cache_dir: Path) -> str:
-        return fingerprint("local", self.text_field, content_digests(self.files(), cache_dir))
+        files = self.files()
+        names = [file.name for file in files]  # their suffixes decide how the bytes are read
+        return fingerprint("local", self.text_field, names, content_digests(files, cache_dir))
 
     def documents(self) -> Iterator[str]:
-        return read_documents(self.files(), reader_of, self.text_field)
+        return read_documents(self.files(), self.text_field)
 
     def files(self) -> list[Path]:
         """The files, sorted by path, each once. Raises ConfigError when a pattern matches none."""
-        matches = {file.absolute() for pattern in _as_list(self.path) for file in self._match(pattern)}
-        return sorted(matches)
+        files = {file.absolute() for pattern in _patterns(self.path) for file in self._matches(pattern)}
+        if not files:
+            raise ConfigError(f"data.path={self.path} names no file; {FORMATS}")
+        return sorted(files)
 
-    def _match(self, pattern: str) -> list[Path]:
+    def _matches(self, pattern: str) -> list[Path]:
         path = Path(pattern).expanduser()
         if path.is_dir():
             found = [file for file in path.rglob("*") if file.is_file()]
@@ -129,11 +139,10 @@ class JsonStream:
         if self.validation_sequences < 0:
             key = "data.source.validation_sequences"
             raise ConfigError(f"{key}={self.validation_sequences} must be 0 or more")
-        for key, patterns in (("data.path", self.train), ("data.source.validation", self.validation)):
-            if not any("://" in pattern for pattern in _as_list(patterns)):  # the hub is asked later, once
-                _resolve(key, patterns)
-        if not any("://" in pattern for pattern in _as_list(self.train)):
+        if _is_local(self.train):
             self.train_files()
+        if _is_local(self.validation):
+            self.validation_files()
 
     def fingerprint(self, cache_dir: Path) -> str:
         """Of names and, for local files, sizes: the content is too large to read before training."""
@@ -153,9 +162,7 @@ class JsonStream:
         """Sorted. Raises ConfigError when there are fewer files than streams."""
         files = _resolve("data.path", self.train)
         if len(files) < self.streams:
-            raise ConfigError(
-                f"data.streams={self.streams} must be at most {len(files)}, the number of files"
-            )
+            raise ConfigError(f"data.streams={self.streams} must be at most {len(files)}, the number of files")
         return files
 
     def validation_files(self) -> list[str]:
@@ -175,9 +182,7 @@ def json_batches(file: str, text_field: str, start: int) -> Iterator[tuple[int, 
     rows = load_dataset("json", data_files=[file], split="train", streaming=True).skip(start)
     for batch in rows.iter(batch_size=64):
         if text_field not in batch:
-            raise ConfigError(
-                f"data.text_field={text_field} is not a field of {file}; give one of {list(batch)}"
-            )
+            raise ConfigError(f"data.text_field={text_field} is not a field of {file}; give one of {list(batch)}")
         yield start, batch[text_field]
         start += len(batch[text_field])
 
@@ -185,18 +190,23 @@ def json_batches(file: str, text_field: str, start: int) -> Iterator[tuple[int, 
 def _resolve(key: str, patterns: str | list[str]) -> list[str]:
     """The sorted files of local or hub `patterns`. Raises ConfigError naming `key`."""
     found: set[str] = set()
-    for pattern in _as_list(patterns):
+    for pattern in _patterns(patterns):
         try:
             found.update(resolve_pattern(os.path.expanduser(pattern), os.getcwd()))
-        except OSError as error:
+        except Exception as error:  # an OSError, or whatever the hub client of the day raises offline
             raise ConfigError(
                 f"{key}={pattern} cannot be listed ({error}); give local or hf:// files of JSON lines"
             ) from error
     return sorted(found)
 
 
-def _as_list(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+def _is_local(patterns: str | list[str]) -> bool:
+    """Whether listing the files is cheap: those on a hub are listed once, when they are needed."""
+    return not any("://" in pattern for pattern in _patterns(patterns))
+
+
+def _patterns(path: Any) -> list[str]:
+    return [str(pattern) for pattern in (path if isinstance(path, list) else [path])]
 
 
 def _is_readable(path: Path) -> bool:

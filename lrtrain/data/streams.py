@@ -74,9 +74,7 @@ class TokenStream:
                     yield Cursor(epoch, file, row), tokens
                 first_row = 0
             if not found:
-                raise ConfigError(
-                    f"data.path: no text in {', '.join(self._files)}; give files with documents"
-                )
+                raise ConfigError(f"data.path: no text in {', '.join(self._files)}; give files with documents")
             first_file = 0
 
     def _rows(self, file: int, start: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SAMPLE_CHARACTERS = 20_000_000  # 32,000 pieces are learnt from them in seconds; more change little
 PIECE_CHARACTERS = 1 << 20  # a document is encoded this much at a time: bounded memory, all cores
+FIXED_PIECES = 3 + 256  # <unk>, <s>, </s> and the bytes
 SETTINGS = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -44,11 +45,12 @@ def load_tokenizer(cfg: TokenizerConfig, source: TextSource, cache_dir: Path) ->
     """
     if cfg.path is not None:
         return load_saved(cfg.path)
-    key = fingerprint("tokenizer", source.fingerprint(cache_dir), cfg.vocab_size, SAMPLE_CHARACTERS, SETTINGS)
+    size = trained_size(cfg)
+    key = fingerprint("tokenizer", source.fingerprint(cache_dir), size, SAMPLE_CHARACTERS, SETTINGS)
 
     def build(folder: Path) -> None:
-        log.info("training a tokenizer of %d pieces", cfg.vocab_size)
-        model = train_sentencepiece(sample(source.documents(), SAMPLE_CHARACTERS), cfg.vocab_size)
+        log.info("training a tokenizer of %d pieces", size)
+        model = train_sentencepiece(sample(source.documents(), SAMPLE_CHARACTERS), size)
         from_sentencepiece(model).save_pretrained(folder)
 
     return AutoTokenizer.from_pretrained(build_once(cache_dir / f"tokenizer-{key}", build))
@@ -64,10 +66,19 @@ def load_saved(path: str) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast:
         raise ConfigError(f"data.tokenizer.path={path} is slow; give one that has a tokenizer.json")
     if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"data.tokenizer.path={path} has no EOS token; give one that has, it ends documents"
-        )
+        raise ConfigError(f"data.tokenizer.path={path} has no EOS token; give one that has, it ends documents")
+    tokenizer.backend_tokenizer.no_truncation()  # saved settings of either would change the documents
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def trained_size(cfg: TokenizerConfig) -> int:
+    """Pieces of a tokenizer to train. Raises ConfigError for a size that no corpus supports."""
+    if cfg.vocab_size is None or cfg.vocab_size <= FIXED_PIECES:
+        raise ConfigError(
+            f"data.tokenizer.vocab_size={cfg.vocab_size} must be above {FIXED_PIECES}, the bytes and special tokens"
+        )
+    return cfg.vocab_size
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -142,8 +153,8 @@ def from_sentencepiece(model: bytes) -> PreTrainedTokenizerFast:
             unk_token=unk,
         )
     )
-    # No piece of SentencePiece holds a line end or goes on after a space, so this cut changes no id; it
-    # makes encoding several times faster, for words repeat and are cached.
+    # No piece of SentencePiece holds a line end, or a space behind another character, so this cut changes no
+    # id; it makes encoding several times faster, for words repeat and are cached.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| *[^ \n]+| +"), behavior="isolated")
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])

@@ -58,7 +58,9 @@ class FSDPEngine(Engine):
         for block in blocks(model):
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
         fully_shard(model, mesh=self.mesh, mp_policy=policy)
-        model.set_gradient_divide_factor(1.0)  # the loss is divided by all tokens already
+        for module in (*blocks(model), model):  # sum the gradients: the loss is divided by all tokens already
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
         materialize(model, seed, self.world.device)
         self.model = model.train()
         self.optimizer = make_optimizer(model)

@@ -142,9 +142,7 @@ class SLTrainLinear(FactorizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         factored = self.execution == "factored"
-        y = sltrain_linear(
-            x, self.B.weight, self.A.weight, self.values, self.crow, self.col, self.scale, factored
-        )
+        y = sltrain_linear(x, self.B.weight, self.A.weight, self.values, self.crow, self.col, self.scale, factored)
         return y if self.B.bias is None else y + self.B.bias
 
     def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:

@@ -106,4 +106,3 @@ def energy_rank(sigma: Tensor, tau: float) -> int:
     # The slack lets an exact equality pass that rounding of the sum would miss.
     short = cumulative < tau * total * (1 - 1e-12)
     return int(short.sum()) + (1 if total > 0 else 0)
-

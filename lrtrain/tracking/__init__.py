@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from lrtrain.tracking.base import Tracker
 from lrtrain.tracking.config import TrackingConfig, WandbMode
 from lrtrain.tracking.console import ConsoleTracker
@@ -16,14 +14,12 @@ __all__ = ["Tracker", "TrackingConfig", "open_tracker"]
 
 
 def open_tracker(cfg: TrackingConfig, run_dir: Path, run_id: str, config: dict, total_steps: int) -> Tracker:
-    """The tracker of this process: all sinks on the first process, none on the others.
+    """All sinks, for the main process; the others take a plain `Tracker()`, which records nothing.
 
     Args:
         run_id: the same one when a run is resumed, so that its curves go on; at most 64 characters.
         config: the whole configuration, as plain containers.
     """
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return Tracker()
     sinks: dict[str, Tracker] = {
         "jsonl": JsonlTracker(run_dir, run_id),
         "console": ConsoleTracker(total_steps, sys.stdout),

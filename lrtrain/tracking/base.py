@@ -9,7 +9,7 @@ Value = float | int | str
 
 
 class Tracker:
-    """Records nothing: what every process but the first one gets. Sinks override what they can show."""
+    """Records nothing: what every process but the main one has. Sinks override what they can show."""
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         """Scalars at `step` completed optimizer updates and `tokens` tokens seen by all processes together."""

@@ -30,8 +30,6 @@ class ConsoleTracker(Tracker):
     def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
         if self._bar is not None:
             self._bar.close()
-        if summary:
-            print_summary(summary, self._stream)
 
     def _progress(self, step: int, metrics: Mapping[str, float]) -> str:
         parts = [f"loss {metrics['train/loss']:.3f}"]
@@ -67,12 +65,12 @@ class ConsoleTracker(Tracker):
 
 
 def print_summary(rows: Mapping[str, Value], stream: TextIO) -> None:
-    """A table of names and values."""
+    """A table of names and values, above the live line if there is one."""
     shown = {name: f"{value:.4g}" if isinstance(value, float) else f"{value}" for name, value in rows.items()}
     name_width = max(map(len, shown))
     value_width = max(map(len, shown.values()))
     for name, value in shown.items():
-        print(f"{name:<{name_width}}  {value:>{value_width}}", file=stream)
+        tqdm.write(f"{name:<{name_width}}  {value:>{value_width}}", file=stream)
     stream.flush()
 
 

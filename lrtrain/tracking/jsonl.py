@@ -7,11 +7,10 @@ metrics (name → number, null where it was not finite) and nonfinite (the names
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import TypedDict
 
 import numpy as np
 
@@ -19,7 +18,6 @@ from lrtrain.tracking.base import Tracker, Value
 from lrtrain.tracking.spectra_files import save_spectra
 
 SCHEMA = 1
-T = TypeVar("T", float, Value)
 
 
 class Row(TypedDict):
@@ -35,7 +33,7 @@ class Row(TypedDict):
 
 
 class JsonlTracker(Tracker):
-    """Appends to metrics.jsonl, beside it spectra/*.npz and at the end summary.json."""
+    """Appends to metrics.jsonl and writes spectra/*.npz beside it."""
 
     def __init__(self, run_dir: Path, run_id: str):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -70,15 +68,6 @@ class JsonlTracker(Tracker):
 
     def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
         self._file.close()
-        record = {
-            "run_id": self._run_id,
-            "segment": self._segment,
-            "exit_code": exit_code,
-            "summary": {name: _finite_or_none(value) for name, value in summary.items()},
-        }
-        unfinished = self._run_dir / "summary.tmp"
-        unfinished.write_text(json.dumps(record, allow_nan=False, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, self._run_dir / "summary.json")
 
 
 def read_metrics(path: Path) -> list[Row]:
@@ -118,8 +107,8 @@ def _cut_torn_tail(path: Path) -> None:
         file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _finite_or_none(value: T) -> T | None:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _names_of_none(metrics: Mapping[str, float | None]) -> list[str]:

@@ -83,11 +83,13 @@ def _measure_sharded(rank: int, folder: str):
 
 
 def test_metrics_are_named_by_layer_and_averaged_by_projection():
-    metrics = spectra_metrics({
-        "layers.0.q_proj": torch.tensor([2.0, 2.0]),
-        "layers.1.q_proj": torch.tensor([4.0, 0.0]),
-        "layers.1.up_proj": torch.tensor([1.0, 1.0, 1.0, 1.0]),
-    })
+    metrics = spectra_metrics(
+        {
+            "layers.0.q_proj": torch.tensor([2.0, 2.0]),
+            "layers.1.q_proj": torch.tensor([4.0, 0.0]),
+            "layers.1.up_proj": torch.tensor([1.0, 1.0, 1.0, 1.0]),
+        }
+    )
     assert metrics["spectra/layers.0.q_proj/erank"] == pytest.approx(2)
     assert metrics["spectra/layers.1.q_proj/erank_rel"] == pytest.approx(0.5)
     assert metrics["spectra/summary/q_proj/erank_mean"] == pytest.approx(1.5)
@@ -97,11 +99,13 @@ def test_metrics_are_named_by_layer_and_averaged_by_projection():
 
 
 def test_zero_and_broken_matrices_are_counted_and_left_out_of_the_means():
-    metrics = spectra_metrics({
-        "0.q_proj": torch.zeros(3),
-        "1.q_proj": torch.full((3,), math.nan),
-        "2.q_proj": torch.ones(3),
-    })
+    metrics = spectra_metrics(
+        {
+            "0.q_proj": torch.zeros(3),
+            "1.q_proj": torch.full((3,), math.nan),
+            "2.q_proj": torch.ones(3),
+        }
+    )
     assert metrics["spectra_meta/zero_matrices"] == 1
     assert metrics["spectra_meta/nonfinite"] == 1
     assert metrics["spectra/summary/q_proj/erank_mean"] == pytest.approx(3)

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from lrtrain.tracking import console
-from lrtrain.tracking.console import ConsoleTracker
+from lrtrain.tracking.console import ConsoleTracker, print_summary
 
 
 class Terminal(io.StringIO):
@@ -62,7 +62,7 @@ def test_a_terminal_has_one_live_line(clock: list[float]):
 
 def test_the_end_is_a_table():
     out = io.StringIO()
-    ConsoleTracker(1, out).finish({"eval/loss": 3.51234, "parameters": 58_000_000, "method": "lowrank"}, 0)
+    print_summary({"eval/loss": 3.51234, "parameters": 58_000_000, "method": "lowrank"}, out)
     assert out.getvalue().splitlines() == [
         "eval/loss      3.512",
         "parameters  58000000",

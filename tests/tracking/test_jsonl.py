@@ -111,10 +111,3 @@ def test_spectra_come_back_in_float32(tmp_path: Path):
     assert list(loaded) == list(spectra)
     assert loaded["layers.0.q_proj"].dtype == np.float32
     assert loaded["layers.0.q_proj"].tolist() == [3.0, 2.0]
-
-
-def test_the_end_of_a_run_is_one_json_file(tmp_path: Path):
-    JsonlTracker(tmp_path, "a").finish({"eval/loss": 3.5, "method": "lowrank", "spike": math.inf}, exit_code=0)
-    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=reject)
-    assert summary["exit_code"] == 0
-    assert summary["summary"] == {"eval/loss": 3.5, "method": "lowrank", "spike": None}

@@ -1,0 +1,56 @@
+"""What two real processes do together: they start on an empty cache, read a stream and save its state."""
+
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from corpora import c4_config, local_config
+from torch.multiprocessing.spawn import spawn
+
+from lrtrain.data import DataConfig, prepare
+
+
+def work(rank: int, local: DataConfig, c4: DataConfig, port: int, folder: Path) -> None:
+    logging.basicConfig(level=logging.INFO, filename=folder / f"log-{rank}")
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)  # so both begin together
+    packed = prepare(local, seed=0)
+    train = prepare(c4, seed=0).train
+    for position in range(0, 60, 12):
+        train.batch(position, 12, rank, 2)
+    result = {"fingerprint": packed.fingerprint, "state": train.state()}
+    (folder / f"result-{rank}").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder where two processes have done their work."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    spawn(work, (local_config(folder), c4_config(folder), port, folder), nprocs=2)
+    return folder
+
+
+def results(folder: Path) -> list[dict]:
+    return [json.loads((folder / f"result-{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize(("line", "times"), [("training a tokenizer", 2), ("packed 300 documents", 1)])
+def test_one_builds_and_both_go_on(folder, line, times):
+    """There are two tokenizers to train, one for each corpus."""
+    logs = [(folder / f"log-{rank}").read_text() for rank in range(2)]
+    assert sum(log.count(line) for log in logs) == times
+    assert results(folder)[0]["fingerprint"] == results(folder)[1]["fingerprint"]
+
+
+def test_the_state_of_two_processes_is_that_of_one(folder):
+    alone = prepare(c4_config(folder), seed=0).train
+    alone.batch(0, 60, 0, 1)
+    assert [result["state"] for result in results(folder)] == [alone.state()] * 2

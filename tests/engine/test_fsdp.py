@@ -1,0 +1,107 @@
+"""The engine's step against plain PyTorch, and what a non-finite gradient must not touch."""
+
+import math
+
+import pytest
+import torch
+
+from lrtrain import distributed
+from lrtrain.config import choice, compose
+from lrtrain.engine.fsdp import FSDPEngine
+from lrtrain.loss import next_token_loss
+from lrtrain.model import make_model, materialize
+
+SMALL = (
+    "model.vocab_size=128",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=48",
+    "model.config.num_attention_heads=4",
+    "param.rank=4",
+    "param.execution=factored",
+)
+ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def world():
+    yield distributed.start()
+    distributed.stop()
+
+
+def engine(world, dtype=torch.float32, recompute_every=0) -> FSDPEngine:
+    config = compose(*SMALL)
+    made = FSDPEngine(world, dtype, compile=False, recompute_every=recompute_every, replicas=1)
+    made.prepare(make_model(config), 0, choice(config.optim))
+    return made
+
+
+def test_steps_equal_those_of_a_plain_loop(world):
+    """Accumulation over two micro-batches, clipping, AdamW."""
+    ours, config = engine(world), compose(*SMALL)
+    plain = make_model(config)
+    materialize(plain, 0, torch.device("cpu"))
+    plain.train()
+    for layer in plain.modules():
+        if hasattr(layer, "execution"):
+            layer.execution = "factored"
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
+    for _ in range(3):
+        losses = [ours.forward_backward(half, ROWS[:, 1:].numel()) for half in ROWS.split(2)]
+        result = ours.clip_and_step(1e-2, 0.5, sum(losses).item())
+        loss = next_token_loss(plain, ROWS) / ROWS[:, 1:].numel()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert sum(losses).item() / ROWS[:, 1:].numel() == pytest.approx(loss.item(), rel=1e-5)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4) and not result.skipped
+    for name, value in plain.named_parameters():
+        found = ours.model.get_parameter(name).full_tensor()
+        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_touches_nothing(world, poison: str):
+    ours = engine(world)
+    ours.forward_backward(ROWS, 64)
+    ours.clip_and_step(1e-2, 1.0, 1.0)
+
+    def snapshot():
+        state = ours.state_dict()
+        return {k: v.full_tensor().clone() if hasattr(v, "full_tensor") else v
+                for part in state.values() for k, v in part.items() if isinstance(v, torch.Tensor)}  # fmt: skip
+
+    before = snapshot()
+    ours.forward_backward(ROWS, 64)
+    if poison == "gradient":
+        parameter = ours.model.get_parameter("model.layers.1.mlp.up_proj.B.weight")
+        parameter.grad.to_local()[0, 0] = math.nan
+    assert ours.clip_and_step(1e-2, 1.0, math.inf if poison == "loss" else 1.0).skipped
+    after = snapshot()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    ours.forward_backward(ROWS, 64)
+    assert not ours.clip_and_step(1e-2, 1.0, 1.0).skipped  # the poisoned gradient is gone
+
+
+def test_bf16_computes_in_bf16_and_keeps_float32(world):
+    ours = engine(world, torch.bfloat16)
+    for layer in ours.model.modules():
+        if hasattr(layer, "execution"):
+            layer.execution = "materialize"
+    seen = []
+    ours.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    loss = ours.forward_backward(ROWS, 64)
+    ours.clip_and_step(1e-2, 1.0, 1.0)
+    assert seen == [torch.bfloat16] and loss.item() / 64 == pytest.approx(math.log(128), rel=0.1)
+    assert {p.dtype for p in ours.model.parameters()} == {torch.float32}
+    assert all(t.dtype == torch.float32 for s in ours.optimizer.state.values() for t in s.values())
+
+
+def test_recomputation_keeps_fewer_activations(world):
+    def kept(recompute_every: int) -> int:
+        made, sizes = engine(world, recompute_every=recompute_every), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
+            next_token_loss(made.model, ROWS)
+        return sum(sizes)
+
+    assert kept(1) < kept(2) < kept(0)

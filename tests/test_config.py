@@ -1,0 +1,113 @@
+"""What a user gets wrong is told in one sentence with the key, the value and what would be right."""
+
+import pytest
+
+from lrtrain.config import check, compose, composition_sentence, default_composition, fingerprint, run_name
+from lrtrain.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("train.steps=many", "train.steps=many: .*Integer"),
+        ("train.clip=[1]", "train.clip=.1.: "),
+        ("optim.lr=fast", "optim.lr=fast: .*Float"),
+        ("param.density=thick", "param.density=thick: .*Float"),
+        ("engine.replicas=two", "engine.replicas=two: .*Integer"),
+        ("tracking.wandb=sometimes", "tracking.wandb=sometimes: .*offline"),
+        ("data.path=???", "data.path has no value"),
+        ("+train.stps=3", "train.stps is not a key .*did you mean train.steps"),
+        ("+param.densty=3", "param.densty is not a key .*did you mean param.density"),
+        ("+optim.beta=3", "optim.beta is not a key .*did you mean optim.betas"),
+    ],
+)
+def test_wrong_types_and_unknown_keys_are_named(override: str, message: str):
+    with pytest.raises(ConfigError, match=message) as raised:
+        compose(override)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("train.stps=3", "train.stps is not a key of the configuration; did you mean train.steps?"),
+        ("param=sltran", "Available options in 'param'"),
+    ],
+)
+def test_what_hydra_itself_refuses_is_one_sentence(override: str, message: str):
+    with pytest.raises(Exception) as raised:  # noqa: B017
+        default_composition(override)
+    sentence = composition_sentence(raised.value)
+    assert message in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "override,processes,message",
+    [
+        ("train.steps=0", 1, "train.steps=0 must be at least 1"),
+        ("train.dtype=fp8", 1, "train.dtype=fp8 is not one of fp32, bf16, auto"),
+        ("train.batch_size=20", 3, "train.batch_size=20 is not a multiple of 48.*16 × 3 processes"),
+        ("eval.compat=lingua", 1, "eval.compat=lingua is not galore or null"),
+        ("optim.lr=0.0", 1, "optim.lr=0.0 must be above 0"),
+        ("resume=/nowhere", 1, "resume=/nowhere is not never, auto, or the path"),
+        ("run.dir=/", 1, "run.dir=/ exists; go on with resume=auto"),
+    ],
+)
+def test_values_that_do_not_fit_are_named(override: str, processes: int, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check(compose(override), processes)
+
+
+def test_a_run_is_named_by_what_it_is_and_not_by_when():
+    composed = default_composition()
+    assert run_name(composed, ["model=llama_tiny", "param=sltrain", "resume=auto"]) == "llama_tiny-sltrain"
+    one = run_name(composed, ["param.rank=4", "train.steps=3"])
+    assert one == run_name(composed, ["train.steps=3", "resume=auto", "param.rank=4", "dry_run=true"])
+    assert one != run_name(composed, ["train.steps=4", "param.rank=4"])
+
+
+def test_the_fingerprint_notices_any_difference():
+    assert fingerprint(compose()) == fingerprint(compose()) != fingerprint(compose("train.seed=1"))
+
+
+def test_every_yaml_of_every_group_composes():
+    for group in ("model", "param", "optim", "schedule", "data", "engine", "spectra", "tracking"):
+        folder = default_composition.__globals__["Path"](__file__).resolve().parent.parent / "conf" / group
+        for path in folder.glob("*.yaml"):
+            if (group, path.stem) == ("data", "base"):
+                continue
+            needs = {"local": ["data.path=/x"], "hf": ["model.path=/x"]}.get(path.stem, [])
+            compose(f"{group}={path.stem}", *needs)
+
+
+# --- as a user meets it ------------------------------------------------------------------------------------------
+
+
+def test_the_command_exits_with_2_and_one_sentence(launch, tiny):
+    done = launch([*tiny, "param.rank=900"])
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "param.rank=900 is not between 1 and min(in, out)=48 of model.layers.0.self_attn.q_proj"
+    )
+    assert done.stdout == ""
+
+
+def test_only_one_of_two_processes_speaks(launch, tiny, tmp_path):
+    done = launch([*tiny, "param.rank=900", f"run.dir={tmp_path}/run"], processes=2)
+    assert done.returncode != 0 and done.stderr.count("param.rank=900 is not between") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_the_difference_named(launch, tiny, tmp_path):
+    run = [*tiny, f"run.dir={tmp_path}/run", "train.steps=2"]
+    assert launch(run).returncode == 0
+    done = launch([*run, "resume=auto", "param.rank=4"])
+    assert done.returncode == 2
+    assert "is of another model: param.rank is 8 there and 4 here" in done.stderr
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(launch, tmp_path):
+    done = launch(["model=llama_1b", "param=sltrain", "dry_run=true"])
+    assert done.returncode == 0, done.stderr
+    assert "645.55 M" in done.stdout and "1,339.08 M" in done.stdout and "memory per process" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,235 @@
+"""The model: published sizes, factorization by pattern, initial values, and merging back."""
+
+import copy
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lrtrain.config import compose
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.layers.lowrank import LowRankLinear
+from lrtrain.model import (
+    above_break_even,
+    architecture,
+    dense_parameter_count,
+    ledger,
+    make_model,
+    materialize,
+    parameter_count,
+    settle,
+    support_hash,
+    training_flops,
+)
+
+SIZES = {
+    "llama_60m": (512, 1376, 8, 128),
+    "llama_130m": (768, 2048, 12, 256),
+    "llama_350m": (1024, 2736, 24, 256),
+    "llama_1b": (2048, 5461, 24, 512),
+    "llama_7b": (4096, 11008, 32, 1024),
+}
+SMALL = (
+    "model.vocab_size=128",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=48",
+    "model.config.num_attention_heads=4",
+    "param.rank=4",
+)
+CPU = torch.device("cpu")
+
+
+def small(*overrides: str, seed: int = 0):
+    model = make_model(compose(*SMALL, *overrides))
+    materialize(model, seed, CPU)
+    for name, execution in settle(model, 32, torch.float32, CPU).items():
+        model.get_submodule(name).execution = execution
+    return model
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_parameter_counts_follow_the_formulas(size: str):
+    d, f, layers, r = SIZES[size]
+    embeddings_and_norms = 2 * 32000 * d + (2 * layers + 1) * d
+    dense = make_model(compose(f"model={size}", "param=dense"))
+    assert parameter_count(dense) == embeddings_and_norms + layers * (4 * d * d + 3 * d * f)
+    lowrank = make_model(compose(f"model={size}", "param=lowrank"))
+    assert parameter_count(lowrank) == embeddings_and_norms + layers * r * (11 * d + 3 * f)
+    sltrain = make_model(compose(f"model={size}", "param=sltrain"))
+    nnz = 4 * math.floor(0.03 * d * d) + 3 * math.floor(0.03 * d * f)
+    assert parameter_count(sltrain) == parameter_count(lowrank) + layers * nnz
+    assert dense_parameter_count(sltrain) == dense_parameter_count(lowrank) == parameter_count(dense)
+
+
+@pytest.mark.parametrize(
+    "size,millions", [("llama_60m", 44), ("llama_130m", 97), ("llama_350m", 194), ("llama_1b", 646)]
+)
+def test_sltrain_has_the_published_sizes(size: str, millions: int):
+    """SLTrain, Table 2, at the published ranks and density 0.03: the yamls' own defaults."""
+    assert round(parameter_count(make_model(compose(f"model={size}", "param=sltrain"))) / 1e6) == millions
+
+
+@pytest.mark.parametrize("size,millions", [("llama_60m", 58), ("llama_130m", 134), ("llama_350m", 368)])
+def test_dense_has_the_published_sizes(size: str, millions: int):
+    assert round(parameter_count(make_model(compose(f"model={size}", "param=dense"))) / 1e6) == millions
+
+
+def test_flops_come_from_the_layers():
+    d, f, layers, r = SIZES["llama_60m"]
+    nnz = 4 * math.floor(0.03 * d * d) + 3 * math.floor(0.03 * d * f)
+    head, attention = 2 * d * 32000, 4 * layers * 256 * d
+    found = training_flops(make_model(compose("model=llama_60m", "param=sltrain")), 256)
+    assert found.model == 3 * (head + attention + 2 * layers * (r * (11 * d + 3 * f) + nnz))
+    assert found.dense_equivalent == 3 * (head + attention + 2 * layers * (4 * d * d + 3 * d * f))
+    dense = training_flops(make_model(compose("model=llama_60m", "param=dense")), 256)
+    assert dense.model == dense.dense_equivalent == found.dense_equivalent
+
+
+# --- which layers, which ranks -----------------------------------------------------------------------------------
+
+
+def test_every_linear_of_the_blocks_is_replaced_and_nothing_else():
+    model = small()
+    factorized = {name for name, m in model.named_modules() if isinstance(m, FactorizedLinear)}
+    assert len(factorized) == 4 * 7 and all(".layers." in name for name in factorized)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert sum(row[1] for row in ledger(model)) == 28
+
+
+def test_a_pattern_selects_layers():
+    model = small("param.pattern='mlp\\.'")
+    names = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, FactorizedLinear)}
+    assert names == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_ranks_by_pattern_share_and_number():
+    model = small("param.rank={q_proj: 2, mlp: 0.5, proj: 3}")
+    ranks = {n.rsplit(".", 1)[-1]: m.rank for n, m in model.named_modules() if isinstance(m, FactorizedLinear)}
+    assert ranks == {
+        "q_proj": 2,
+        "k_proj": 3,
+        "v_proj": 3,
+        "o_proj": 3,
+        "gate_proj": 16,
+        "up_proj": 16,
+        "down_proj": 16,
+    }
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("param.rank=900", r"param.rank=900 is not between 1 and min\(in, out\)=32 of model.layers.0.self_attn.q_proj"),
+        ("param.rank=0", "param.rank=0 is not between"),
+        ("param.rank=1.5", "param.rank=1.5 is not a share"),
+        ("param.rank={q_proj: 4}", "has no pattern that is found in model.layers.0.self_attn.k_proj"),
+        ("param.pattern=nothing", "param.pattern=nothing matches none"),
+        ("param.pattern='['", "param.pattern=\\[ is not a regular expression"),
+    ],
+)
+def test_bad_choices_are_named(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        small(override)
+
+
+def test_ranks_above_break_even_are_told():
+    assert above_break_even(small("param=lowrank", "param.rank=4")) == []
+    assert "model.layers.0.self_attn.q_proj" in above_break_even(small("param=lowrank", "param.rank=16"))
+
+
+# --- initial values ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain"])
+def test_initial_values_depend_on_seed_and_name_alone(param: str):
+    few = small(f"param={param}", "model.config.num_hidden_layers=2").state_dict()
+    many = small(f"param={param}", "model.config.num_hidden_layers=3").state_dict()
+    other = small(f"param={param}", "model.config.num_hidden_layers=2", seed=1).state_dict()
+    assert all(torch.equal(few[name], many[name]) for name in few)
+    assert any(not torch.equal(few[name], other[name]) for name in few)
+
+
+def test_no_two_layers_start_alike():
+    weights = [m.A.weight for m in small("param=lowrank").modules() if isinstance(m, LowRankLinear)]
+    assert all(not torch.equal(a, b) for a in weights for b in weights if a is not b and a.shape == b.shape)
+
+
+def test_supports_come_back_from_the_seed():
+    assert support_hash(small()) == support_hash(small()) != support_hash(small(seed=1))
+
+
+def test_dense_starts_as_transformers_does_and_buffers_are_whole():
+    config = compose(*SMALL, "param=dense")
+    model = small("param=dense")
+    theirs = AutoModelForCausalLM.from_config(architecture(None, config.model.config))
+    assert torch.equal(model.model.rotary_emb.inv_freq, theirs.model.rotary_emb.inv_freq)
+    for name, parameter in theirs.named_parameters():
+        ours = model.get_parameter(name)
+        if parameter.ndim == 2:
+            assert ours.std().item() == pytest.approx(0.02, rel=0.15)
+        else:
+            assert torch.equal(ours, parameter)
+
+
+# --- merging -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("param", ["lowrank", "sltrain"])
+def test_merged_into_the_plain_model_it_gives_the_same_logits(param: str):
+    model = small(f"param={param}")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    plain = AutoModelForCausalLM.from_config(architecture(None, compose(*SMALL).model.config))
+    state = {name: value for name, value in model.state_dict().items() if name in plain.state_dict()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, FactorizedLinear):
+            state[f"{name}.weight"] = layer.dense_weight()
+    plain.load_state_dict(state)
+    ids = torch.randint(128, (2, 16))
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+# --- other architectures -----------------------------------------------------------------------------------------
+
+OPT = (
+    "model=opt_125m",
+    "model.vocab_size=128",
+    "model.config.hidden_size=32",
+    "model.config.word_embed_proj_dim=32",
+    "model.config.ffn_dim=64",
+    "model.config.num_hidden_layers=2",
+    "model.config.num_attention_heads=4",
+    "param.rank=4",
+)
+
+
+@pytest.mark.parametrize("param", ["lowrank", "sltrain"])
+def test_opt_keeps_its_biases_and_its_tied_head(param: str):
+    model = make_model(compose(*OPT, f"param={param}"))
+    materialize(model, 0, CPU)
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    layer = model.model.decoder.layers[0].fc1
+    assert isinstance(layer, FactorizedLinear) and layer.B.bias.shape == (64,)
+    assert model(torch.randint(128, (1, 8))).logits.isfinite().all()
+
+
+def test_any_saved_config_can_be_factorized(tmp_path):
+    config = copy.deepcopy(
+        architecture(None, compose(*SMALL).model.config | {"model_type": "qwen3", "num_key_value_heads": 2})
+    )
+    config.save_pretrained(tmp_path)
+    model = make_model(compose("model=hf", f"model.path={tmp_path}", "param=lowrank"))
+    materialize(model, 0, CPU)
+    assert sum(isinstance(m, LowRankLinear) for m in model.modules()) == 7 * config.num_hidden_layers
+    assert model(torch.randint(128, (1, 8))).logits.isfinite().all()
+
+
+def test_a_path_without_a_config_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=f"model.path={tmp_path}/nothing is not a transformers model config"):
+        make_model(compose("model=hf", f"model.path={tmp_path}/nothing"))

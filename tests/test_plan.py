@@ -1,0 +1,82 @@
+"""The plan's figures against what a real run holds."""
+
+import math
+
+import pytest
+import torch
+
+from lrtrain.config import choice, compose
+from lrtrain.engine.fsdp import recompute
+from lrtrain.loss import next_token_loss
+from lrtrain.model import make_model, materialize
+from lrtrain.plan import memory_per_process, parameters_by_kind
+
+SMALL = (
+    "model.vocab_size=512",
+    "model.config.hidden_size=64",
+    "model.config.intermediate_size=128",
+    "model.config.num_hidden_layers=3",
+    "model.config.num_attention_heads=4",
+    "param.rank=8",
+    "train.micro_batch_size=4",
+    "data.seq_len=64",
+)
+CPU = torch.device("cpu")
+
+
+def plan(*overrides: str, processes: int = 1):
+    config = compose(*SMALL, *overrides)
+    return config, memory_per_process(config, make_model(config), torch.float32, processes)
+
+
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain"])
+def test_bytes_of_weights_supports_and_states_are_exact(param: str):
+    config, memory = plan(f"param={param}")
+    model = make_model(config)
+    materialize(model, 0, CPU)
+    optimizer = choice(config.optim)(model)
+    next_token_loss(model, torch.randint(512, (1, 65))).backward()
+    optimizer.step()
+    states = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
+    assert memory.weights == sum(p.nbytes for p in model.parameters())
+    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert memory.optimizer == sum(t.nbytes for t in states) == 2 * memory.weights
+    assert memory.supports == sum(b.nbytes for n, b in model.named_buffers() if n.endswith(("crow", "col")))
+
+
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain"])
+@pytest.mark.parametrize("every", [0, 1])
+def test_bytes_of_activations_are_what_autograd_saves(param: str, every: int):
+    config, memory = plan(f"param={param}", f"train.recompute_every={every}")
+    model = make_model(config)
+    materialize(model, 0, CPU)
+    recompute(model, every)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            alive.append(tensor)  # so that no storage is used again for another
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        next_token_loss(model.train(), torch.randint(512, (4, 65)))
+    logits_gradient = 4 * 4 * 64 * 512
+    assert memory.activations == pytest.approx(sum(kept.values()) + logits_gradient, rel=0.02)
+
+
+def test_shards_divide_what_is_sharded():
+    (_, one), (_, four) = plan(), plan(processes=4)
+    assert four.weights == one.weights // 4 and four.optimizer == one.optimizer // 4
+    assert four.supports == one.supports and four.activations == one.activations
+    _, replicated = plan("engine.replicas=2", processes=4)
+    assert replicated.weights == one.weights // 2
+
+
+def test_kinds_add_up():
+    config, memory = plan()
+    kinds = parameters_by_kind(make_model(config))
+    assert 4 * sum(kinds.values()) == memory.weights
+    assert kinds["sparse values"] == 3 * (4 * math.floor(0.03 * 64 * 64) + 3 * math.floor(0.03 * 64 * 128))
