@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -60,7 +60,7 @@ class Checkpointer:
         self.keep_every = keep_every
         self.asynchronous = asynchronous
         # The background save talks over a group of its own: its collectives must not mix with the training's.
-        self.group = dist.new_group(backend="gloo") if asynchronous else None
+        self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if asynchronous else None
         self.pending: Future | None = None
         if world.main:
             folder.mkdir(parents=True, exist_ok=True)

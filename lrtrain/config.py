@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import hydra
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -168,7 +169,7 @@ def check_choice(section: str, node: dict[str, Any], composed: DictConfig) -> No
         OmegaConf.merge(OmegaConf.structured(schema), given)
     except OmegaConfBaseException as error:
         reason = str(error.msg).splitlines()[0]
-        raise ConfigError(f"{section}.{error.full_key}={given[error.full_key]}: {reason}") from error
+        raise ConfigError(f"{section}.{error.full_key}={given.get(str(error.full_key))}: {reason}") from error
 
 
 def choice(node: dict[str, Any]) -> Callable[..., Any]:
@@ -248,7 +249,7 @@ def composition_sentence(error: Exception) -> str:
 
 def default_composition(*overrides: str) -> DictConfig:
     """conf/pretrain.yaml with overrides, composed outside of a Hydra job."""
-    hydra.core.global_hydra.GlobalHydra.instance().clear()
+    GlobalHydra.instance().clear()
     conf = Path(__file__).resolve().parent.parent / "conf"
     with hydra.initialize_config_dir(str(conf), version_base="1.3"):
         return hydra.compose("pretrain", overrides=list(overrides))

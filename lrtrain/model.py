@@ -9,7 +9,7 @@ import copy
 import hashlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,19 +145,22 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 # --- what the model consists of ----------------------------------------------------------------------------------
 
 
-def matrices(model: nn.Module, pattern: str) -> dict[str, nn.Module]:
+def matrices(model: nn.Module, pattern: str) -> Mapping[str, FactorizedLinear | nn.Linear]:
     """The layers whose spectra are of interest: the factorized ones, or in a dense model those that would be."""
-    factorized = {name: m for name, m in model.named_modules() if isinstance(m, FactorizedLinear)}
-    return factorized or dict(linears(model, pattern))
+    return factorized_layers(model) or linears(model, pattern)
+
+
+def factorized_layers(model: nn.Module) -> dict[str, FactorizedLinear]:
+    """The factorized layers by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
 
 
 def ledger(model: nn.Module) -> list[tuple[str, int, str, int]]:
     """What was replaced: rows (projection, layers, "out×in, rank", parameters), one per kind of layer."""
     rows: dict[tuple[str, str], list[int]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, FactorizedLinear):
-            shape = f"{layer.out_features}×{layer.in_features}, rank {layer.rank}"
-            rows.setdefault((name.rsplit(".", 1)[-1], shape), []).append(sum(p.numel() for p in layer.parameters()))
+    for name, layer in factorized_layers(model).items():
+        shape = f"{layer.out_features}×{layer.in_features}, rank {layer.rank}"
+        rows.setdefault((name.rsplit(".", 1)[-1], shape), []).append(parameter_count(layer))
     return [(kind, len(sizes), shape, sum(sizes)) for (kind, shape), sizes in rows.items()]
 
 
@@ -165,9 +168,8 @@ def above_break_even(model: nn.Module) -> list[str]:
     """Layers that hold at least as many parameters as the dense layer that they replace."""
     return [
         name
-        for name, layer in model.named_modules()
-        if isinstance(layer, FactorizedLinear)
-        and sum(p.numel() for p in layer.parameters()) >= layer.in_features * layer.out_features
+        for name, layer in factorized_layers(model).items()
+        if parameter_count(layer) >= layer.in_features * layer.out_features
     ]
 
 
@@ -266,11 +268,10 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 def support_hash(model: nn.Module) -> str:
     """A hash over all buffers that a seed gives back: a checkpoint keeps it to notice if a seed ever did not."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, module in model.named_modules():
-        if isinstance(module, FactorizedLinear):
-            for key, buffer in module.named_buffers(recurse=False):
-                digest.update(f"{name}.{key}".encode())
-                digest.update(buffer.cpu().numpy().tobytes())
+    for name, layer in factorized_layers(model).items():
+        for key, buffer in layer.named_buffers(recurse=False):
+            digest.update(f"{name}.{key}".encode())
+            digest.update(buffer.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -290,21 +291,19 @@ def settle(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.devi
     """
     chosen: dict[str, str | None] = {}
     executions: dict[str, str] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, FactorizedLinear):
-            kind = repr(layer)
-            if kind not in chosen:
-                chosen[kind] = layer.settle(tokens, dtype, device)
-            if (execution := chosen[kind]) is not None:
-                executions[name] = execution
+    for name, layer in factorized_layers(model).items():
+        kind = repr(layer)
+        if kind not in chosen:
+            chosen[kind] = layer.settle(tokens, dtype, device)
+        if (execution := chosen[kind]) is not None:
+            executions[name] = execution
     return executions
 
 
 def dense_parameter_count(model: nn.Module) -> int:
     """Parameters of the same architecture with dense linears (out·in and the same biases)."""
     saved = 0
-    for layer in model.modules():
-        if isinstance(layer, FactorizedLinear):
-            own = sum(p.numel() for name, p in layer.named_parameters() if layer.roles[name] != "bias")
-            saved += layer.in_features * layer.out_features - own
+    for layer in factorized_layers(model).values():
+        own = sum(p.numel() for name, p in layer.named_parameters() if layer.roles[name] != "bias")
+        saved += layer.in_features * layer.out_features - own
     return parameter_count(model) + saved

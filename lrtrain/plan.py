@@ -144,7 +144,7 @@ def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype)
 
     The forward pass really runs, on the meta device; what autograd saves is counted, each storage once.
     """
-    model = model.to(dtype)
+    nn.Module.to(model, dtype)
     model.set_attn_implementation(FLASH)
     recompute(model, config.train.recompute_every)
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}

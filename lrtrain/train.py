@@ -25,6 +25,7 @@ from lrtrain.evaluate import Evaluation, evaluate, perplexity
 from lrtrain.model import (
     above_break_even,
     dense_parameter_count,
+    factorized_layers,
     integer_seed,
     ledger,
     make_model,
@@ -97,8 +98,8 @@ class Trainer:
         dtype = compute_dtype(config, world.device)
         run = on_main(lambda: self._claim_run_dir(model, dtype))
         self.executions: dict[str, str] = run["executions"]
-        for name, execution in self.executions.items():
-            model.get_submodule(name).execution = execution
+        for name, layer in factorized_layers(model).items():
+            layer.execution = self.executions.get(name)
         self.flops = training_flops(model, config.data.seq_len)
         self.matrices = matrices(model, config.param["pattern"])
         self.counts = {"ours": parameter_count(model), "dense": dense_parameter_count(model)}

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain import distributed
 from lrtrain.config import choice, compose, compute_dtype
 from lrtrain.distributed import World
-from lrtrain.model import architecture, make_model, parameter_count, settle, training_flops
+from lrtrain.model import architecture, factorized_layers, make_model, parameter_count, settle, training_flops
 from lrtrain.throughput import matmul_peak
 
 
@@ -90,8 +90,9 @@ def ours(overrides: list[str], rows: torch.Tensor, world: World):
     model = make_model(config)
     dtype = compute_dtype(config, world.device)
     tokens = rows[:, 1:].numel()
-    for name, execution in settle(model, tokens, dtype, world.device).items():
-        model.get_submodule(name).execution = execution
+    executions = settle(model, tokens, dtype, world.device)
+    for name, layer in factorized_layers(model).items():
+        layer.execution = executions.get(name)
     train = config.train
     engine = choice(config.engine)(
         world=world, dtype=dtype, compile=train.compile, recompute_every=train.recompute_every

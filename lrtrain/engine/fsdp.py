@@ -55,12 +55,10 @@ class FSDPEngine(Engine):
             for block in blocks(model):
                 block.compile()
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
-        for block in blocks(model):
-            fully_shard(block, mesh=self.mesh, mp_policy=policy)
-        fully_shard(model, mesh=self.mesh, mp_policy=policy)
-        for module in (*blocks(model), model):  # sum the gradients: the loss is divided by all tokens already
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        for unit in (*blocks(model), model):
+            sharded = fully_shard(unit, mesh=self.mesh, mp_policy=policy)
+            sharded.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
+            sharded.set_force_sum_reduction_for_comms(True)
         materialize(model, seed, self.world.device)
         self.model = model.train()
         self.optimizer = make_optimizer(model)

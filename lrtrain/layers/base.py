@@ -21,6 +21,9 @@ M = TypeVar("M", bound=nn.Module)
 class FactorizedLinear(nn.Module, ABC):
     """A linear layer of shape (out, in) that is stored as factors of rank `rank`."""
 
+    execution: str | None = None
+    """How `forward` computes the map, where there are several ways; see `settle`."""
+
     roles: ClassVar[dict[str, Role]]
     """What each parameter (by its name in this module) is: optimizers and weight decay read it."""
 
@@ -71,7 +74,7 @@ class FactorizedLinear(nn.Module, ABC):
 
 def whole(tensor: Tensor) -> Tensor:
     """The unsharded tensor (a collective if it is sharded), detached."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def gathered(module: M) -> M:

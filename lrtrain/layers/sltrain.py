@@ -56,7 +56,8 @@ class _Materialized(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (g,) = grad_outputs
         x, left, right, values, crow, col = ctx.saved_tensors
         dx = g @ compose(left, right, values, crow, col, ctx.scale) if ctx.needs_input_grad[0] else None
         dense = g.T @ x  # (out, in), only here and only for a moment
@@ -75,7 +76,8 @@ class _Factored(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (g,) = grad_outputs
         x, z, left, right, values, crow, col = ctx.saved_tensors
         dz = ctx.scale * (g @ left)  # (tokens, r)
         dx = None
@@ -137,8 +139,8 @@ class SLTrainLinear(FactorizedLinear):
         self.A = nn.Linear(in_features, rank, bias=False, device=device)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device)
         self.values = nn.Parameter(torch.empty(self.nnz, device=device))
-        self.register_buffer("crow", torch.empty(out_features + 1, dtype=torch.int32, device=device), persistent=False)
-        self.register_buffer("col", torch.empty(self.nnz, dtype=torch.int32, device=device), persistent=False)
+        self.crow = nn.Buffer(torch.empty(out_features + 1, dtype=torch.int32, device=device), persistent=False)
+        self.col = nn.Buffer(torch.empty(self.nnz, dtype=torch.int32, device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         factored = self.execution == "factored"
@@ -175,7 +177,7 @@ class SLTrainLinear(FactorizedLinear):
         sparse_kernels = dtype in (torch.float32, torch.float64)
         if self.execution == "factored" and not sparse_kernels:
             raise ConfigError(f"param.execution=factored has no sparse kernels for {dtype}; use materialize or auto")
-        if self.execution != "auto":
+        if self.execution in ("materialize", "factored"):
             return self.execution
         if device.type != "cpu" or not sparse_kernels:
             return "materialize"
@@ -189,11 +191,15 @@ def _seconds(layer: SLTrainLinear, execution: str, tokens: int, dtype: torch.dty
     g = torch.randn(tokens, layer.out_features, dtype=dtype, generator=generator)
     state = {name: value.to(dtype) for name, value in layer.init_parameters(generator).items()}
     support = layer.init_buffers(generator)
-    inputs = [t.requires_grad_() for t in (x, state["B.weight"], state["A.weight"], state["values"])]
+    left, right, values = state["B.weight"], state["A.weight"], state["values"]
+    for tensor in (x, left, right, values):
+        tensor.requires_grad_()
     best = math.inf
     for _ in range(4):  # the first one warms up
         start = time.perf_counter()
-        y = sltrain_linear(*inputs, support["crow"], support["col"], layer.scale, execution == "factored")
-        torch.autograd.grad(y, inputs, g)
+        y = sltrain_linear(
+            x, left, right, values, support["crow"], support["col"], layer.scale, execution == "factored"
+        )
+        torch.autograd.grad(y, (x, left, right, values), g)
         best = min(best, time.perf_counter() - start)
     return best
