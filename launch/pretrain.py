@@ -7,14 +7,12 @@ python launch/pretrain.py --help
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 SHOW_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
 os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors here instead of printing them
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-warnings.filterwarnings("ignore", message="Sparse C[SR][RC] tensor support is in beta state")
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

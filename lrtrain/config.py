@@ -41,6 +41,7 @@ class RecipeConfig:
     steps: int
     batch_size: int
     micro_batch_size: int
+    lr: float
     rank: Any
     eval_every: int
     checkpoint_every: int

@@ -3,6 +3,7 @@
 "Process rank" here is torch's rank; `rank` alone always means a matrix rank in lrtrain.
 """
 
+import ctypes
 import functools
 import itertools
 import os
@@ -64,12 +65,23 @@ def start() -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
+        keep_freed_memory()
     # A prefix of its own for each group: a second run in the same processes must not find the first one's keys.
     store = dist.PrefixStore(f"run {next(_runs)}", rendezvous())
     dist.init_process_group(
         backend, store=store, rank=environment_rank(), world_size=size, timeout=timedelta(minutes=30)
     )
     return World(environment_rank(), local_rank, size, local_size, device)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: the next step asks for the same sizes again, and pages fresh from the system cost
+    a fault each (measured on llama_60m with 1024 tokens a step: 1.4 × the tokens/s). Without glibc: nothing."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_max, 0)
 
 
 def stop() -> None:

@@ -3,12 +3,16 @@
 import json
 import resource
 import sys
+import threading
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,6 +44,8 @@ from lrtrain.stop import StopRequest
 from lrtrain.throughput import Meter, matmul_peak
 from lrtrain.tracking import Tracker, open_tracker
 from lrtrain.tracking.console import print_summary
+
+T = TypeVar("T")
 
 
 class Diverged(RuntimeError):
@@ -123,6 +129,7 @@ class Trainer:
 
         self.schedule = choice(config.schedule)
         self.meter = Meter(matmul_peak(world.device, dtype), self.flops, world.size)
+        self.read_seconds = 0.0
         self.saved_at = (self.progress.step if checkpoint else -1, time.monotonic())
         self.tracker = (
             open_tracker(config.tracking, self.run_dir, run["id"], as_dict(config), train.steps)
@@ -154,14 +161,12 @@ class Trainer:
         if progress.step == 0:
             self._measure_spectra()
         while progress.step < config.train.steps:
-            stopped, save_now, signal = self._agree_on_interruptions()
-            if stopped:
+            rows = self._next_rows()
+            if rows is None:
                 self._save()
                 self.checkpointer.wait()
-                return signal
-            if save_now:
-                self._save()
-            self._step()
+                return self.stop.signal or "a signal to another process"
+            self._step(rows)
             if due(config.checkpoint.every, progress.step):
                 self._save()
             last = progress.step == config.train.steps
@@ -171,12 +176,34 @@ class Trainer:
                 self._evaluate()
         return None
 
-    def _step(self) -> None:
-        """One optimizer step on the next `batch_size` sequences."""
+    def _next_rows(self) -> torch.Tensor | None:
+        """This process's rows of the next step; None if a signal to any process came first.
+
+        Read on a thread, so that a signal is heeded, and an overdue checkpoint saved, while a source keeps us waiting.
+        """
+        read = partial(
+            self.data.train.batch,
+            self.progress.position,
+            self.config.train.batch_size,
+            self.world.dist_rank,
+            self.world.size,
+        )
+        reading = in_background(read)
+        while True:
+            wait([reading], timeout=1.0)
+            waiting, stop, overdue = total(not reading.done(), self.stop.signal is not None, self._overdue())
+            if stop:
+                return None
+            if overdue:
+                self._save()
+            if not waiting:
+                rows, self.read_seconds = reading.result()
+                return rows
+
+    def _step(self, rows: torch.Tensor) -> None:
+        """One optimizer step on this process's `rows` of the global batch."""
         config, progress = self.config, self.progress
         started = time.perf_counter()
-        rows = self.data.train.batch(progress.position, config.train.batch_size, self.world.dist_rank, self.world.size)
-        waited = time.perf_counter() - started
         # Dropout draws from a function of (seed, step, process): no generator state to save.
         torch.manual_seed(integer_seed(config.train.seed, f"step {progress.step} process {self.world.dist_rank}"))
         tokens = config.train.batch_size * config.data.seq_len
@@ -187,9 +214,9 @@ class Trainer:
 
         progress.step += 1
         progress.position += config.train.batch_size
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started + self.read_seconds
         progress.seconds += seconds
-        self.meter.add(seconds, waited, tokens)
+        self.meter.add(seconds, self.read_seconds, tokens)
         self._account(result, tokens)
         if progress.step == 1 or progress.step % config.train.log_every == 0 or progress.step == config.train.steps:
             self._log({"train/loss": loss, "train/grad_norm": result.grad_norm, "train/lr": lr})
@@ -214,12 +241,13 @@ class Trainer:
                 + (f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet")
             )
 
-    def _agree_on_interruptions(self) -> tuple[bool, bool, str]:
-        """(stop, save, signal): a signal to one process stops all at the same step; the main one's clock says when to
-        save."""
-        overdue = time.monotonic() - self.saved_at[1] > 60 * self.config.checkpoint.minutes
-        stop, save = total(self.stop.signal is not None, overdue and self.world.main)
-        return stop > 0, save > 0, self.stop.signal or "a signal to another process"
+    def _overdue(self) -> bool:
+        """Whether the main process's clock says that a checkpoint is due; the others follow it."""
+        return self.world.main and time.monotonic() - self.saved_at[1] > 60 * self.config.checkpoint.minutes
+
+    def _stop_requested(self) -> bool:
+        """Whether any process got a signal: a collective, so that all stop at the same place."""
+        return total(self.stop.signal is not None)[0] > 0
 
     # --- looking at the model ------------------------------------------------------------------------------------
 
@@ -234,7 +262,7 @@ class Trainer:
             self.data.validation.rows(indices),
             self.config.train.micro_batch_size,
             self.world,
-            stop=lambda: self._agree_on_interruptions()[0],
+            stop=self._stop_requested,
         )
         if found is not None:
             seconds = {"perf/eval_seconds": time.perf_counter() - started}
@@ -398,6 +426,21 @@ class Trainer:
             print(f"  above break-even, no smaller than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
         ours, dense = self.counts["ours"], self.counts["dense"]
         print(f"  {ours:,} parameters, {ours / dense:.0%} of the dense model's {dense:,}", flush=True)
+
+
+def in_background(call: Callable[[], T]) -> Future[tuple[T, float]]:
+    """(result, seconds) of `call`, made on a thread that does not hold up the end of the process."""
+    future: Future[tuple[T, float]] = Future()
+
+    def run() -> None:
+        started = time.perf_counter()
+        try:
+            future.set_result((call(), time.perf_counter() - started))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def due(every: int, step: int) -> bool:

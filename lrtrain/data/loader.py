@@ -74,6 +74,7 @@ class StreamedTrain:
         self._position = 0
         self._cursors = [Cursor()] * streams
         self._open: dict[int, TokenStream] = {}
+        self._moved: dict[int, Cursor] = {}
 
     def batch(self, position: int, batch_size: int, dist_rank: int, world_size: int) -> torch.Tensor:
         """See TrainData. Raises ConfigError unless the streams can be dealt evenly to the processes."""
@@ -82,15 +83,17 @@ class StreamedTrain:
             raise ConfigError(f"data.streams={count} must be a multiple of the {world_size} processes")
         if position != self._position:
             raise RuntimeError(f"streamed data is at {self._position}, not at {position}: load its state")
-        self._position += batch_size
         mine = [p for p in range(position, position + batch_size) if p % world_size == dist_rank]
         sequences = np.stack([self._stream(p % count).next_sequence() for p in mine])
+        # All at once, at the end: while another thread still reads, `state` is that of the batch before.
+        self._position += batch_size
+        self._moved = {k: stream.cursor for k, stream in self._open.items()}
         return torch.from_numpy(sequences.astype(np.int64))
 
     def state(self) -> dict[str, Any]:
         """The position and the cursor of every stream, gathered from the processes that read them."""
         cursors = dict(enumerate(self._cursors))
-        for moved in _gather({k: stream.cursor for k, stream in self._open.items()}):
+        for moved in _gather(self._moved):
             cursors |= moved
         return {"position": self._position, "streams": [asdict(cursors[k]) for k in sorted(cursors)]}
 
@@ -101,6 +104,7 @@ class StreamedTrain:
         self._position = state["position"]
         self._cursors = [Cursor(**cursor) for cursor in state["streams"]]
         self._open = {}
+        self._moved = {}
 
     def _stream(self, k: int) -> TokenStream:
         if k not in self._open:

@@ -54,14 +54,18 @@ class FSDPEngine(Engine):
         if self.compile:
             for block in blocks(model):
                 block.compile()
+        if self.world.size > 1 or self.dtype != torch.float32:  # else there is nothing to share and nothing to cast
+            self._shard(model)
+        materialize(model, seed, self.world.device)
+        self.model = model.train()
+        self.optimizer = make_optimizer(model)
+
+    def _shard(self, model: PreTrainedModel) -> None:
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
         for unit in (*blocks(model), model):
             sharded = fully_shard(unit, mesh=self.mesh, mp_policy=policy)
             sharded.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
             sharded.set_force_sum_reduction_for_comms(True)
-        materialize(model, seed, self.world.device)
-        self.model = model.train()
-        self.optimizer = make_optimizer(model)
 
     def forward_backward(self, rows: Tensor, tokens: int) -> Tensor:
         loss = next_token_loss(self.model, rows.to(self.world.device, non_blocking=True))

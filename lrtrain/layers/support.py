@@ -4,8 +4,12 @@
 read. The same arrays read as compressed columns are the transposed matrix, so nothing is stored twice.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
+
+warnings.filterwarnings("ignore", message="Sparse C[SR][RC] tensor support is in beta state")
 
 
 def draw_uniform(total: int, count: int, generator: torch.Generator) -> Tensor:
