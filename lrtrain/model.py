@@ -210,7 +210,9 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None
     keeps its shards and drops the rest, so no process holds more than one whole module.
     """
     model.to_empty(device=device)
+    model.tie_weights()  # getting storage may have parted them
     inside: set[str] = set()
+    filled: set[int] = set()
     with torch.no_grad():
         for name, module in model.named_modules():
             if name in inside:
@@ -222,10 +224,12 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None
             else:
                 values, buffers = dense_values(model, module, seed, name)
             for key, value in values.items():
-                keep_shard(module.get_parameter(key), value)
+                parameter = module.get_parameter(key)
+                if id(parameter) not in filled:  # a tied one has the value of the module that comes first
+                    keep_shard(parameter, value)
+                    filled.add(id(parameter))
             for key, value in buffers.items():
                 module.get_buffer(key).copy_(value)
-    model.tie_weights()
 
 
 def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str) -> tuple[dict, dict]:

@@ -8,18 +8,25 @@ from lrtrain.model import Flops
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of this process's best large matrix product: measured, so that no table of devices can be wrong.
+    """FLOP/s of this process's best square matrix product: measured, so that no table of devices can be wrong.
 
-    MFU is a share of this figure; a share of the data sheet's peak is lower.
+    MFU is a share of this figure; a share of the data sheet's peak is lower. Sizes grow until one takes a while: some
+    CPUs have no fast bfloat16 at all.
     """
-    size = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        started = time.perf_counter()
-        (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    best = 0.0
+    for size in (256, 512, 1024, 2048, 4096, 8192):
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        seconds = min(_product_seconds(a) for _ in range(3))
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > 0.05:
+            break
+    return best
+
+
+def _product_seconds(a: torch.Tensor) -> float:
+    started = time.perf_counter()
+    (a @ a)[0, 0].item()  # .item() waits for the device
+    return time.perf_counter() - started
 
 
 class Meter:

@@ -398,6 +398,7 @@ class Trainer:
             raise ConfigError(f"run.dir={self.run_dir} cannot be created: {error.strerror}") from error
         run = {"id": uuid.uuid4().hex[:12], "name": self.config.run.name, "executions": executions}
         write_durably(self.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
+        self.data.tokenizer.save_pretrained(self.run_dir / "tokenizer")
         write_durably(path, json.dumps(run))
         return run
 
