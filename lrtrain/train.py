@@ -270,8 +270,8 @@ class Trainer:
         return found
 
     def _measure_spectra(self) -> dict[str, float]:
-        """The spectra of all matrices, logged; returns their metrics."""
-        if not self.config.spectra.every:
+        """The spectra of all matrices, logged; returns their metrics. A run too short for its cadence has none."""
+        if not 0 < self.config.spectra.every <= self.config.train.steps:
             return {}
         started = time.perf_counter()
         spectra = weight_spectra(self.matrices)
@@ -292,13 +292,13 @@ class Trainer:
 
     def _conclude(self) -> dict[str, Any]:
         """Save, evaluate, measure, and write summary and plot of a finished run."""
+        progress = self.progress
         self._save()
-        found = self._evaluate()
+        found = self._evaluate() if self.config.eval.every <= progress.step else None  # too short for its cadence
         spectra = self._measure_spectra()
         self.checkpointer.wait()
         dist.barrier()
         (memory,) = largest(peak_memory_gib(self.world.device))
-        progress = self.progress
         summary = {
             "run": self.config.run.name,
             "step": progress.step,
