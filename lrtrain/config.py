@@ -225,7 +225,7 @@ def check(config: Config, world_size: int) -> None:
 
 def fingerprint(config: Config) -> str:
     """A hash of the whole resolved configuration: all processes must agree on it."""
-    text = json.dumps(OmegaConf.to_container(OmegaConf.structured(config)), sort_keys=True, default=str)
+    text = json.dumps(as_dict(config), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -266,3 +266,25 @@ def compose(*overrides: str) -> Config:
     if composed.run.name is None:
         composed.run.name = run_name(composed, list(overrides))
     return typed(composed)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain containers."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys → leaf values."""
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, child in node.items() for k, v in flat(child, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ → (old, new)."""
+    before, after = flat(old), flat(new)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }

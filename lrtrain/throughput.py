@@ -1,10 +1,18 @@
-"""Tokens per second, model FLOPs utilization, and the peak that it is a share of."""
+"""Tokens per second, memory, model FLOPs utilization, and the peak that it is a share of."""
 
+import resource
 import time
 
 import torch
 
 from lrtrain.model import Flops
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,11 +1,9 @@
 """The training loop. It knows no method by name: model, optimizer and engine come from the configuration."""
 
 import json
-import resource
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
@@ -16,22 +14,19 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
 from lrtrain import data, distributed
-from lrtrain.checkpoint import Checkpointer, find_checkpoint, read_meta, whole_checkpoints, write_durably
-from lrtrain.config import Config, choice, compute_dtype, fingerprint
+from lrtrain.checkpoint import Checkpointer, read_meta, whole_checkpoints, write_durably
+from lrtrain.config import Config, as_dict, choice, compute_dtype, fingerprint
 from lrtrain.distributed import World, agree, largest, on_main, total
 from lrtrain.engine.base import Engine, StepResult
 from lrtrain.errors import ConfigError
 from lrtrain.evaluate import Evaluation, evaluate, perplexity
 from lrtrain.model import (
-    above_break_even,
     dense_parameter_count,
     factorized_layers,
     integer_seed,
-    ledger,
     make_model,
     matrices,
     parameter_count,
@@ -39,9 +34,11 @@ from lrtrain.model import (
     support_hash,
     training_flops,
 )
+from lrtrain.report import print_ledger, summary_rows
+from lrtrain.rundir import check_compatible, checkpoint_to_resume, claim, known_run
 from lrtrain.spectra.weights import spectra_metrics, weight_spectra
 from lrtrain.stop import StopRequest
-from lrtrain.throughput import Meter, matmul_peak
+from lrtrain.throughput import Meter, matmul_peak, peak_memory_gib
 from lrtrain.tracking import Tracker, open_tracker
 from lrtrain.tracking.console import print_summary
 
@@ -98,18 +95,20 @@ class Trainer:
         self.data = data.prepare(config.data, config.train.seed)
         agree(self.data.fingerprint, "the data")
         self._check_sizes(model)
-        checkpoint = on_main(self._find_checkpoint)
+        checkpoint = on_main(lambda: checkpoint_to_resume(config))
         self.meta = read_meta(checkpoint) if checkpoint else {}
-        self._check_compatible(checkpoint)
+        if checkpoint:
+            check_compatible(config, self.data.fingerprint, checkpoint, self.meta)
         dtype = compute_dtype(config, world.device)
-        run = on_main(lambda: self._claim_run_dir(model, dtype))
+        run = on_main(lambda: known_run(config) or claim(config, self._settle(model, dtype), self.data.tokenizer))
         self.executions: dict[str, str] = run["executions"]
         for name, layer in factorized_layers(model).items():
             layer.execution = self.executions.get(name)
         self.flops = training_flops(model, config.data.seq_len)
         self.matrices = matrices(model, config.param["pattern"])
         self.counts = {"ours": parameter_count(model), "dense": dense_parameter_count(model)}
-        self._print_ledger(model)
+        if world.main:
+            print_ledger(model)
 
         train = config.train
         self.engine: Engine = choice(config.engine)(
@@ -130,7 +129,8 @@ class Trainer:
         self.schedule = choice(config.schedule)
         self.meter = Meter(matmul_peak(world.device, dtype), self.flops, world.size)
         self.read_seconds = 0.0
-        self.saved_at = (self.progress.step if checkpoint else -1, time.monotonic())
+        ours = checkpoint and config.resume == "auto"  # another run's checkpoint does not save this one
+        self.saved_at = (self.progress.step if ours else -1, time.monotonic())
         self.tracker = (
             open_tracker(config.tracking, self.run_dir, run["id"], as_dict(config), train.steps)
             if world.main
@@ -356,53 +356,11 @@ class Trainer:
         if self.world.main:
             print(f"going on from {checkpoint} at step {self.progress.step}", flush=True)
 
-    def _find_checkpoint(self) -> Path | None:
-        if self.config.resume == "never":
-            return None
-        if self.config.resume == "auto":
-            found = whole_checkpoints(self.run_dir / "checkpoints")
-            return found[-1] if found else None
-        return find_checkpoint(Path(self.config.resume))
+    # --- before anything is built ----------------------------------------------------------------------------------
 
-    def _check_compatible(self, checkpoint: Path | None) -> None:
-        """A checkpoint fits only the model it was made of, and a run goes on only with its data."""
-        if checkpoint is None:
-            return
-        differences = [
-            f"{key} is {old} there and {new} here"
-            for key, (old, new) in differing(self.meta["config"], as_dict(self.config)).items()
-            if key.startswith(("model.config.", "param.", "train.seed", "model.path")) and key != "param.execution"
-        ]
-        if differences:
-            raise ConfigError(f"{checkpoint} is of another model: {'; '.join(differences)}")
-        same_data = self.meta["data"]["fingerprint"] == self.data.fingerprint
-        if self.config.resume == "auto" and not same_data:
-            raise ConfigError(
-                f"{checkpoint} was trained on other data than data={self.config.data.name} gives here; to start on new "
-                f"data from its weights use another run.name and resume={checkpoint}"
-            )
-
-    def _claim_run_dir(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Any]:
-        """Create the run directory, or take up the one that is there; what identifies the run.
-
-        The measured executions belong to it: another one rounds differently, and resuming would not be exact.
-        """
-        path = self.run_dir / "run.json"
-        if self.config.resume == "auto" and path.is_file():
-            return json.loads(path.read_text())
+    def _settle(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, str]:
         tokens = self.config.train.micro_batch_size * self.config.data.seq_len
-        executions = self.meta.get("executions") or settle(model, tokens, dtype, self.world.device)
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=self.config.resume == "auto")
-        except OSError as error:
-            raise ConfigError(f"run.dir={self.run_dir} cannot be created: {error.strerror}") from error
-        run = {"id": uuid.uuid4().hex[:12], "name": self.config.run.name, "executions": executions}
-        write_durably(self.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(self.config)))
-        self.data.tokenizer.save_pretrained(self.run_dir / "tokenizer")
-        write_durably(path, json.dumps(run))
-        return run
-
-    # --- checks and notices --------------------------------------------------------------------------------------
+        return self.meta.get("executions") or settle(model, tokens, dtype, self.world.device)
 
     def _check_sizes(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()
@@ -417,16 +375,6 @@ class Trainer:
             raise ConfigError(
                 f"data.seq_len={self.config.data.seq_len} is above the model's max_position_embeddings={longest}"
             )
-
-    def _print_ledger(self, model: PreTrainedModel) -> None:
-        if not self.world.main:
-            return
-        for kind, layers, shape, size in ledger(model):
-            print(f"  {kind:<12} {layers:>3} × ({shape}): {size:,} parameters")
-        if wasteful := above_break_even(model):
-            print(f"  above break-even, no smaller than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
-        ours, dense = self.counts["ours"], self.counts["dense"]
-        print(f"  {ours:,} parameters, {ours / dense:.0%} of the dense model's {dense:,}", flush=True)
 
 
 def in_background(call: Callable[[], T]) -> Future[tuple[T, float]]:
@@ -453,50 +401,3 @@ def spread(available: int, wanted: int) -> list[int]:
     """At most `wanted` indices, evenly spaced over `available`: always the same ones."""
     count = min(available, wanted)
     return [i * available // count for i in range(count)]
-
-
-def as_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain containers."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys → leaf values."""
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {k: v for key, child in node.items() for k, v in flat(child, f"{prefix}.{key}" if prefix else key).items()}
-
-
-def differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ → (old, new)."""
-    before, after = flat(old), flat(new)
-    return {
-        key: (before.get(key), after.get(key))
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    }
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
-    """The summary as people read it."""
-    ours, dense = summary["parameters"], summary["parameters_dense"]
-    rows = {
-        "run": summary["run"],
-        "steps": f"{summary['step']:,} ({summary['tokens']:,} tokens, {summary['skipped']} skipped)",
-        "parameters": f"{ours:,} ({ours / dense:.0%} of dense {dense:,})",
-        "memory": f"{summary['memory_gib']:.2f} GiB per process, peak",
-    }
-    if summary["eval_perplexity"] is not None:
-        rows["eval perplexity"] = f"{summary['eval_perplexity']:.2f} (loss {summary['eval_loss']:.4f})"
-    if summary["tokens_per_second"] is not None:
-        rows["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
-    if summary["effective_rank"] is not None:
-        rows["effective rank"] = f"{summary['effective_rank']:.1f} (mean over matrices)"
-    return rows

@@ -1,0 +1,35 @@
+"""What a run prints of itself at its start and its end."""
+
+from typing import Any
+
+from torch import nn
+
+from lrtrain.model import above_break_even, dense_parameter_count, ledger, parameter_count
+
+
+def print_ledger(model: nn.Module) -> None:
+    """What was factorized, and how small that makes the model."""
+    for kind, layers, shape, size in ledger(model):
+        print(f"  {kind:<12} {layers:>3} × ({shape}): {size:,} parameters")
+    if wasteful := above_break_even(model):
+        print(f"  above break-even, no smaller than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
+    ours, dense = parameter_count(model), dense_parameter_count(model)
+    print(f"  {ours:,} parameters, {ours / dense:.0%} of the dense model's {dense:,}", flush=True)
+
+
+def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """The summary as people read it."""
+    ours, dense = summary["parameters"], summary["parameters_dense"]
+    rows = {
+        "run": summary["run"],
+        "steps": f"{summary['step']:,} ({summary['tokens']:,} tokens, {summary['skipped']} skipped)",
+        "parameters": f"{ours:,} ({ours / dense:.0%} of dense {dense:,})",
+        "memory": f"{summary['memory_gib']:.2f} GiB per process, peak",
+    }
+    if summary["eval_perplexity"] is not None:
+        rows["eval perplexity"] = f"{summary['eval_perplexity']:.2f} (loss {summary['eval_loss']:.4f})"
+    if summary["tokens_per_second"] is not None:
+        rows["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
+    if summary["effective_rank"] is not None:
+        rows["effective rank"] = f"{summary['effective_rank']:.1f} (mean over matrices)"
+    return rows

@@ -1,0 +1,73 @@
+"""The run directory: what is taken up from it, what it is refused for, and what a new one begins with."""
+
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from transformers import PreTrainedTokenizerBase
+
+from lrtrain.checkpoint import find_checkpoint, whole_checkpoints, write_durably
+from lrtrain.config import Config, as_dict, differing
+from lrtrain.errors import ConfigError
+
+
+def checkpoint_to_resume(config: Config) -> Path | None:
+    """The checkpoint that `resume` asks for; None for a fresh start.
+
+    Raises:
+        ConfigError: if a path was given that has none.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume == "auto":
+        found = whole_checkpoints(Path(config.run.dir) / "checkpoints")
+        return found[-1] if found else None
+    return find_checkpoint(Path(config.resume))
+
+
+def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, meta: dict[str, Any]) -> None:
+    """A checkpoint fits only the model it was made of, and a run goes on only with its data.
+
+    Raises:
+        ConfigError: naming the difference.
+    """
+    differences = [
+        f"{key} is {old} there and {new} here"
+        for key, (old, new) in differing(meta["config"], as_dict(config)).items()
+        if key.startswith(("model.config.", "param.", "train.seed", "model.path")) and key != "param.execution"
+    ]
+    if differences:
+        raise ConfigError(f"{checkpoint} is of another model: {'; '.join(differences)}")
+    if config.resume == "auto" and meta["data"]["fingerprint"] != data_fingerprint:
+        raise ConfigError(
+            f"{checkpoint} was trained on other data than data={config.data.name} gives here; to start on new data "
+            f"from its weights use another run.name and resume={checkpoint}"
+        )
+
+
+def known_run(config: Config) -> dict[str, Any] | None:
+    """What identifies the run that `resume=auto` goes on with; None if there is none yet."""
+    path = Path(config.run.dir) / "run.json"
+    return json.loads(path.read_text()) if config.resume == "auto" and path.is_file() else None
+
+
+def claim(config: Config, executions: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Create the run directory with its configuration and tokenizer; what identifies the run.
+
+    The measured executions belong to it: another one rounds differently, and resuming would not be exact.
+
+    Raises:
+        ConfigError: if the directory cannot be created or is another run's.
+    """
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=config.resume == "auto")
+    except OSError as error:
+        raise ConfigError(f"run.dir={folder} cannot be created: {error.strerror}") from error
+    run = {"id": uuid.uuid4().hex[:12], "name": config.run.name, "executions": executions}
+    write_durably(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_durably(folder / "run.json", json.dumps(run))
+    return run
