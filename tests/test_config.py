@@ -46,7 +46,7 @@ def test_what_hydra_itself_refuses_is_one_sentence(override: str, message: str):
     [
         ("train.steps=0", 1, "train.steps=0 must be at least 1"),
         ("train.dtype=fp8", 1, "train.dtype=fp8 is not one of fp32, bf16, auto"),
-        ("train.batch_size=20", 3, "train.batch_size=20 is not a multiple of 48.*16 × 3 processes"),
+        ("train.batch_size=20", 3, "train.batch_size=20 is not a multiple of 12.*4 × 3 processes"),
         ("eval.compat=lingua", 1, "eval.compat=lingua is not galore or null"),
         ("optim.lr=0.0", 1, "optim.lr=0.0 must be above 0"),
         ("resume=/nowhere", 1, "resume=/nowhere is not never, auto, or the path"),
