@@ -1,36 +1,13 @@
-"""A small corpus, a model that trains in a second, and ways to start real processes."""
+"""A small corpus, a run that takes a second, and the user's command line as fixtures."""
 
 import os
 import random
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-
-TINY = [
-    "model=llama_tiny",
-    "model.vocab_size=384",
-    "model.config.hidden_size=48",
-    "model.config.intermediate_size=96",
-    "model.config.num_hidden_layers=2",
-    "model.config.num_attention_heads=4",
-    "data=local",
-    "data.seq_len=32",
-    "data.validation_fraction=0.1",
-    "param.rank=8",
-    "train.batch_size=8",
-    "train.micro_batch_size=2",
-    "train.log_every=1",
-    "eval.every=0",
-    "eval.sequences=16",
-    "checkpoint.every=0",
-    "spectra.every=0",
-    "tracking=none",
-]
+from launching import TINY, command
 
 
 @pytest.fixture(scope="session")
@@ -57,15 +34,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(cache: Path, corpus: Path) -> list[str]:
     """Overrides of a run that takes a second."""
     return [*TINY, f"data.path={corpus}"]
-
-
-def command(overrides: list[str], processes: int) -> list[str]:
-    """The user's command line."""
-    script = str(ROOT / "launch" / "pretrain.py")
-    if processes == 1:
-        return [sys.executable, script, *overrides]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*torchrun, script, *overrides]
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command
+from launching import ROOT, TINY, command
 
 from lrtrain.checkpoint import whole_checkpoints
 from lrtrain.tracking.jsonl import read_metrics, series
@@ -69,8 +69,6 @@ def base_of(name: str, tiny: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory, cache, corpus) -> Path:
     """Every variant for 6 steps on one process, on two, and on two with two replicas of the model."""
-    from conftest import TINY
-
     folder = tmp_path_factory.mktemp("variants")
     base = [*TINY, f"data.path={corpus}", "train.steps=6", "spectra.every=3", "optim.weight_decay=0.1"]
 

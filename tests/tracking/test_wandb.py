@@ -32,7 +32,7 @@ def open_run(run_dir: Path) -> WandbTracker:
 
 
 def records(folder: Path) -> list[dict]:
-    command = ["wandb", "leet", "inspect", "--json", str(folder)]
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     shown = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in shown.stdout.splitlines()]
 

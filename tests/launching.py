@@ -1,0 +1,36 @@
+"""A model that trains in a second, and the command line that starts it on real processes."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TINY = [
+    "model=llama_tiny",
+    "model.vocab_size=384",
+    "model.config.hidden_size=48",
+    "model.config.intermediate_size=96",
+    "model.config.num_hidden_layers=2",
+    "model.config.num_attention_heads=4",
+    "data=local",
+    "data.seq_len=32",
+    "data.validation_fraction=0.1",
+    "param.rank=8",
+    "train.batch_size=8",
+    "train.micro_batch_size=2",
+    "train.log_every=1",
+    "eval.every=0",
+    "eval.sequences=16",
+    "checkpoint.every=0",
+    "spectra.every=0",
+    "tracking=none",
+]
+
+
+def command(overrides: list[str], processes: int) -> list[str]:
+    """The user's command line."""
+    script = str(ROOT / "launch" / "pretrain.py")
+    if processes == 1:
+        return [sys.executable, script, *overrides]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*torchrun, script, *overrides]
