@@ -22,7 +22,7 @@ test: .venv/ready ## All tests.
 lint: .venv/ready ## Style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf .venv
