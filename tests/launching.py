@@ -5,6 +5,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# A model for tests that need no run.
+SMALL = (
+    "model.vocab_size=128",
+    "model.config.hidden_size=32",
+    "model.config.intermediate_size=48",
+    "model.config.num_attention_heads=4",
+    "param.rank=4",
+)
+
+# A run that takes a second.
 TINY = [
     "model=llama_tiny",
     "model.vocab_size=384",

@@ -1,6 +1,7 @@
 """What a user gets wrong is told in one sentence with the key, the value and what would be right."""
 
 import pytest
+from launching import ROOT
 
 from lrtrain.config import check, compose, composition_sentence, default_composition, fingerprint, run_name
 from lrtrain.errors import ConfigError
@@ -72,7 +73,7 @@ def test_the_fingerprint_notices_any_difference():
 
 def test_every_yaml_of_every_group_composes():
     for group in ("model", "param", "optim", "schedule", "data", "engine", "spectra", "tracking"):
-        folder = default_composition.__globals__["Path"](__file__).resolve().parent.parent / "conf" / group
+        folder = ROOT / "conf" / group
         for path in folder.glob("*.yaml"):
             if (group, path.stem) == ("data", "base"):
                 continue

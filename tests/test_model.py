@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from launching import SMALL
 from transformers import AutoModelForCausalLM
 
 from lrtrain.config import compose
@@ -31,13 +32,6 @@ SIZES = {
     "llama_1b": (2048, 5461, 24, 512),
     "llama_7b": (4096, 11008, 32, 1024),
 }
-SMALL = (
-    "model.vocab_size=128",
-    "model.config.hidden_size=32",
-    "model.config.intermediate_size=48",
-    "model.config.num_attention_heads=4",
-    "param.rank=4",
-)
 CPU = torch.device("cpu")
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from launching import SMALL
 
 from lrtrain import distributed
 from lrtrain.config import choice, compose
@@ -12,14 +13,7 @@ from lrtrain.layers.base import whole
 from lrtrain.loss import next_token_loss
 from lrtrain.model import make_model, materialize
 
-SMALL = (
-    "model.vocab_size=128",
-    "model.config.hidden_size=32",
-    "model.config.intermediate_size=48",
-    "model.config.num_attention_heads=4",
-    "param.rank=4",
-    "param.execution=factored",
-)
+FACTORED = (*SMALL, "param.execution=factored")
 ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
 
 
@@ -30,7 +24,7 @@ def world():
 
 
 def engine(world, dtype=torch.float32, recompute_every=0) -> FSDPEngine:
-    config = compose(*SMALL)
+    config = compose(*FACTORED)
     made = FSDPEngine(world, dtype, compile=False, recompute_every=recompute_every, replicas=1)
     made.prepare(make_model(config), 0, choice(config.optim))
     return made
@@ -38,7 +32,7 @@ def engine(world, dtype=torch.float32, recompute_every=0) -> FSDPEngine:
 
 def test_steps_equal_those_of_a_plain_loop(world):
     """Accumulation over two micro-batches, clipping, AdamW."""
-    ours, config = engine(world), compose(*SMALL)
+    ours, config = engine(world), compose(*FACTORED)
     plain = make_model(config)
     materialize(plain, 0, torch.device("cpu"))
     plain.train()
