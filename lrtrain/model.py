@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lrtrain.config import Config, choice
+from lrtrain.distributed import dealt
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 
@@ -185,59 +186,65 @@ class Flops:
 
 def training_flops(model: PreTrainedModel, seq_len: int) -> Flops:
     """FLOPs per token: linears as they are, plus attention's two products over the whole context (2·2·d·seq_len a
-    layer, not halved for causality), times three for forward and backward."""
+    layer, not halved for causality), forward and backward (three times the forward where all is trained)."""
     config = model.config.get_text_config()
     attention = 4 * config.num_hidden_layers * seq_len * config.hidden_size
     inner = {id(child) for m in model.modules() if isinstance(m, FactorizedLinear) for child in m.modules()}
     own = dense = 0
     for module in model.modules():
         if isinstance(module, FactorizedLinear):
-            own += module.flops(1)
-            dense += 2 * module.in_features * module.out_features
+            own += module.training_flops(1)
+            dense += 6 * module.in_features * module.out_features
         elif isinstance(module, nn.Linear) and id(module) not in inner:
-            own += 2 * module.in_features * module.out_features
-            dense += 2 * module.in_features * module.out_features
-    return Flops(model=3.0 * (own + attention), dense_equivalent=3.0 * (dense + attention))
+            own += 6 * module.in_features * module.out_features
+            dense += 6 * module.in_features * module.out_features
+    return Flops(model=float(own + 3 * attention), dense_equivalent=float(dense + 3 * attention))
 
 
 # --- initial values ----------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None:
-    """Give every parameter and buffer its storage on `device` and its initial value, one module at a time.
+    """Give every parameter and buffer its storage on `device` and its initial value; a collective.
 
-    Parameters may be sharded already (DTensors on meta): each process draws a module's whole values on the CPU,
-    keeps its shards and drops the rest, so no process holds more than one whole module.
+    Parameters may be sharded already (DTensors on meta). Dense modules are drawn by every process, factorized layers,
+    whose values can cost an SVD, by one process for all; each keeps its shards and drops the rest, so no process
+    holds more than two whole modules.
     """
     model.to_empty(device=device)
     model.tie_weights()  # getting storage may have parted them
-    inside: set[str] = set()
+    layers = factorized_layers(model)
+    for name, values in dealt([*layers], lambda name: initial_values(layers[name], seed, name)):
+        take_over(layers[name], values)
+    inside = {id(child) for layer in layers.values() for child in layer.modules()}
     filled: set[int] = set()
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if name in inside:
-                continue
-            if isinstance(module, FactorizedLinear):
-                inside.update(f"{name}.{child}" for child, _ in module.named_modules() if child)
-                values = module.init_parameters(generator_for(seed, name))
-                buffers = module.init_buffers(generator_for(seed, f"{name}/buffers"))
-            else:
-                values, buffers = dense_values(model, module, seed, name)
-            for key, value in values.items():
-                parameter = module.get_parameter(key)
-                if id(parameter) not in filled:  # a tied one has the value of the module that comes first
-                    keep_shard(parameter, value)
-                    filled.add(id(parameter))
-            for key, value in buffers.items():
-                module.get_buffer(key).copy_(value)
+    for name, module in model.named_modules():
+        if id(module) not in inside and (values := dense_values(model, module, seed, name)):
+            tied = {key for key in values if id(getattr(module, key)) in filled}  # valued by the module that came first
+            take_over(module, {key: value for key, value in values.items() if key not in tied})
+            filled.update(id(getattr(module, key)) for key in values)
 
 
-def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str) -> tuple[dict, dict]:
+def initial_values(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
+    """All parameters and buffers of a factorized layer: a function of (seed, name) alone."""
+    values = layer.init_parameters(generator_for(seed, name))
+    return values | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+
+
+def take_over(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy whole values into the module's parameters, of which each process keeps its shards, and buffers, by name."""
+    state = dict(module.named_parameters()) | dict(module.named_buffers())
+    for key, value in values.items():
+        keep_shard(state[key], value)
+
+
+def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str) -> dict[str, Tensor]:
     """The module's own parameters and buffers as transformers initializes them, on the CPU, by name."""
     own = dict(module.named_parameters(recurse=False))
     buffers = dict(module.named_buffers(recurse=False))
     if not own and not buffers:
-        return {}, {}
+        return {}
     twin = copy.copy(module)
     twin._parameters = {key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()}  # type: ignore
     twin._parameters |= {key: None for key, p in module._parameters.items() if p is None}
@@ -245,11 +252,11 @@ def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(seed, name))
         model._init_weights(twin)
-    return {key: twin._parameters[key] for key in own}, {key: twin._buffers[key] for key in buffers}
+    return {key: getattr(twin, key) for key in (*own, *buffers)}
 
 
 def keep_shard(parameter: Tensor, value: Tensor) -> None:
-    """Copy into the parameter its part of the whole `value`; no communication."""
+    """Copy into the parameter (or moment, or buffer) its part of the whole `value`; no communication."""
     if isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
         value = value.detach().to(parameter.device)
@@ -273,15 +280,21 @@ def support_hash(model: nn.Module) -> str:
     """A hash over all buffers that a seed gives back: a checkpoint keeps it to notice if a seed ever did not."""
     digest = hashlib.blake2b(digest_size=16)
     for name, layer in factorized_layers(model).items():
-        for key, buffer in layer.named_buffers(recurse=False):
+        for key in sorted(layer._non_persistent_buffers_set):
+            buffer = layer.get_buffer(key)
             digest.update(f"{name}.{key}".encode())
             digest.update(buffer.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of trainable parameters, unsharded, tied ones once."""
+    """Number of parameters, frozen ones too, unsharded, tied ones once."""
     return sum(math.prod(p.shape) for p in model.parameters())
+
+
+def trainable_count(model: nn.Module) -> int:
+    """Number of parameters that are trained, unsharded, tied ones once."""
+    return sum(math.prod(p.shape) for p in model.parameters() if p.requires_grad)
 
 
 def settle(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, str]:

@@ -16,7 +16,7 @@ from lrtrain.config import Config, check, choice, compute_dtype
 from lrtrain.engine.fsdp import recompute
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.loss import next_token_loss
-from lrtrain.model import blocks, dense_parameter_count, make_model, parameter_count, training_flops
+from lrtrain.model import blocks, dense_parameter_count, make_model, parameter_count, trainable_count, training_flops
 
 FP32 = 4  # bytes
 FLASH = "lrtrain_plan"
@@ -111,7 +111,7 @@ def parameters_by_kind(model: nn.Module) -> dict[str, int]:
 def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Memory:
     """Float32 weights, gradients and optimizer state in shards; supports and one gathered block whole; activations."""
     shards = world_size // config.engine["replicas"]
-    parameters = parameter_count(model)
+    parameters, trainable = parameter_count(model), trainable_count(model)
     largest_block = max(parameter_count(block) for block in blocks(model))
     root = parameters - sum(parameter_count(block) for block in blocks(model))
     supports = sum(
@@ -119,7 +119,7 @@ def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtyp
     )
     return Memory(
         weights=FP32 * parameters // shards,
-        gradients=FP32 * parameters // shards,
+        gradients=FP32 * trainable // shards,
         optimizer=optimizer_bytes(config, model) // shards,
         supports=supports,
         gathered=2 * dtype.itemsize * (largest_block + root),
@@ -130,7 +130,7 @@ def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtyp
 def optimizer_bytes(config: Config, model: PreTrainedModel) -> int:
     """Bytes of the optimizer's state over all shards: it takes one step on tensors that have no storage."""
     with FakeTensorMode():
-        twin = nn.ParameterList([nn.Parameter(torch.empty(p.shape)) for p in model.parameters()])
+        twin = nn.ParameterList([nn.Parameter(torch.empty(p.shape)) for p in model.parameters() if p.requires_grad])
         optimizer = choice(config.optim)(twin)
         for parameter in twin:
             parameter.grad = torch.empty_like(parameter)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from lrtrain.model import above_break_even, dense_parameter_count, ledger, parameter_count
+from lrtrain.model import above_break_even, dense_parameter_count, ledger, parameter_count, trainable_count
 
 
 def print_ledger(model: nn.Module) -> None:
@@ -14,7 +14,9 @@ def print_ledger(model: nn.Module) -> None:
     if wasteful := above_break_even(model):
         print(f"  above break-even, no smaller than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
     ours, dense = parameter_count(model), dense_parameter_count(model)
-    print(f"  {ours:,} parameters, {ours / dense:.0%} of the dense model's {dense:,}", flush=True)
+    trained = trainable_count(model)
+    frozen = f", {trained:,} of them trained" if trained < ours else ""
+    print(f"  {ours:,} parameters{frozen}, {ours / dense:.0%} of the dense model's {dense:,}", flush=True)
 
 
 def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
@@ -24,6 +26,7 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
         "run": summary["run"],
         "steps": f"{summary['step']:,} ({summary['tokens']:,} tokens, {summary['skipped']} skipped)",
         "parameters": f"{ours:,} ({ours / dense:.0%} of dense {dense:,})",
+        "trained": f"{summary['parameters_trainable']:,}",
         "memory": f"{summary['memory_gib']:.2f} GiB per process, peak",
     }
     if summary["eval_perplexity"] is not None:

@@ -26,12 +26,14 @@ from lrtrain.evaluate import Evaluation, evaluate, perplexity
 from lrtrain.model import (
     dense_parameter_count,
     factorized_layers,
+    generator_for,
     integer_seed,
     make_model,
     matrices,
     parameter_count,
     settle,
     support_hash,
+    trainable_count,
     training_flops,
 )
 from lrtrain.report import print_ledger, summary_rows
@@ -104,9 +106,14 @@ class Trainer:
         self.executions: dict[str, str] = run["executions"]
         for name, layer in factorized_layers(model).items():
             layer.execution = self.executions.get(name)
+        self.layers = [*factorized_layers(model).values()]
         self.flops = training_flops(model, config.data.seq_len)
         self.matrices = matrices(model, config.param["pattern"])
-        self.counts = {"ours": parameter_count(model), "dense": dense_parameter_count(model)}
+        self.counts = {
+            "parameters": parameter_count(model),
+            "parameters_trainable": trainable_count(model),
+            "parameters_dense": dense_parameter_count(model),
+        }
         if world.main:
             print_ledger(model)
 
@@ -207,12 +214,15 @@ class Trainer:
         # Dropout draws from a function of (seed, step, process): no generator state to save.
         torch.manual_seed(integer_seed(config.train.seed, f"step {progress.step} process {self.world.dist_rank}"))
         tokens = config.train.batch_size * config.data.seq_len
+        for layer in self.layers:
+            layer.draw(generator_for(config.train.seed, f"draw of step {progress.step}"))
         losses = [self.engine.forward_backward(micro, tokens) for micro in rows.split(config.train.micro_batch_size)]
         (loss,) = total(torch.stack(losses).double().sum().item() / tokens)
         lr = config.optim["lr"] * self.schedule(progress.step, config.train.steps)
-        result = self.engine.clip_and_step(lr, config.train.clip, loss)
+        result = self.engine.clip_and_step(progress.step, lr, config.train.clip, loss)
 
         progress.step += 1
+        self.engine.revise(progress.step)
         progress.position += config.train.batch_size
         seconds = time.perf_counter() - started + self.read_seconds
         progress.seconds += seconds
@@ -304,8 +314,7 @@ class Trainer:
             "step": progress.step,
             "tokens": progress.tokens,
             "skipped": progress.skipped,
-            "parameters": self.counts["ours"],
-            "parameters_dense": self.counts["dense"],
+            **self.counts,
             "eval_loss": found.loss if found else None,
             "eval_perplexity": perplexity(found.loss) if found else None,
             "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,

@@ -101,7 +101,7 @@ def ours(overrides: list[str], rows: torch.Tensor, world: World):
 
     def step() -> None:
         loss = engine.forward_backward(rows, tokens)
-        engine.clip_and_step(1e-3, 1.0, loss.item() / tokens)
+        engine.clip_and_step(0, 1e-3, 1.0, loss.item() / tokens)
 
     return step, engine.model
 

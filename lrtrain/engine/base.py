@@ -51,11 +51,16 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def clip_and_step(self, lr: float, clip: float | None, loss: float) -> StepResult:
+    def clip_and_step(self, step: int, lr: float, clip: float | None, loss: float) -> StepResult:
         """Clip to global norm `clip`, take one optimizer step at learning rate `lr`, and clear the gradients.
 
-        If the gradient norm or `loss` (the step's, over all processes) is not finite the step is skipped.
+        `step` counts the steps done before; layers with a pace of their own follow it. If the gradient norm or `loss`
+        (the step's, over all processes) is not finite the step is skipped.
         """
+
+    @abstractmethod
+    def revise(self, step: int) -> None:
+        """Let the layers that have something to do when `step` steps are done do it, optimizer states included."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from lrtrain.distributed import World
 from lrtrain.engine.base import Engine, StepResult
+from lrtrain.engine.revision import revise_layers
 from lrtrain.errors import ConfigError
 from lrtrain.loss import next_token_loss
-from lrtrain.model import blocks, materialize
+from lrtrain.model import blocks, factorized_layers, materialize
 
 CANONICAL = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -57,7 +58,9 @@ class FSDPEngine(Engine):
         if self.world.size > 1 or self.dtype != torch.float32:  # else there is nothing to share and nothing to cast
             self._shard(model)
         materialize(model, seed, self.world.device)
+        self.seed = seed
         self.model = model.train()
+        self.layers = [*factorized_layers(model).values()]
         self.optimizer = make_optimizer(model)
 
     def _shard(self, model: PreTrainedModel) -> None:
@@ -72,7 +75,9 @@ class FSDPEngine(Engine):
         (loss / tokens).backward()
         return loss.detach()
 
-    def clip_and_step(self, lr: float, clip: float | None, loss: float) -> StepResult:
+    def clip_and_step(self, step: int, lr: float, clip: float | None, loss: float) -> StepResult:
+        for layer in self.layers:
+            layer.add_penalty()
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -80,11 +85,18 @@ class FSDPEngine(Engine):
         if finite:
             if clip is not None:
                 clip_grads_with_norm_(parameters, clip, norm)
+            pace = next((layer.lr_factor(step) for layer in self.layers if layer.paced), 1.0)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * pace if group["paced"] else lr
             self.optimizer.step()
+            with torch.no_grad():
+                for layer in self.layers:
+                    layer.after_step()
         self.optimizer.zero_grad()
         return StepResult(grad_norm=norm.item(), skipped=not finite)
+
+    def revise(self, step: int) -> None:
+        revise_layers(self.model, self.optimizer, step, self.seed)
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer, options=CANONICAL)

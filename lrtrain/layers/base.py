@@ -3,19 +3,35 @@
 A layer stands for a map of x (..., in) to (..., out). Where the map is linear it represents one matrix
 W (out, in), read with `dense_weight()`. Layers know nothing of engines, optimizers or configs: they are built
 on the meta device, get their values from `init_parameters` and `init_buffers`, and are then trained like any
-other module.
+other module. A method with a schedule of its own also says what happens between steps, in five hooks that do
+nothing by default: `draw`, `add_penalty`, `after_step`, `revise` (with `revision_due` and `resets`), `lr_factor`.
 """
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-Role = Literal["factor_left", "factor_right", "sparse_values", "singular_values", "bias"]
+Role = Literal["factor_left", "factor_right", "sparse_values", "singular_values", "frozen", "bias"]
 M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Reset:
+    """What becomes of a parameter's optimizer state when its layer was revised."""
+
+    pruned: float = 1.0
+    """Share of the entries of each moment that is set to zero."""
+    by: Literal["magnitude", "random"] = "magnitude"
+    """Which entries these are: the smallest, or random ones."""
+    restart: bool = True
+    """Whether the optimizer's step counter for this parameter goes back to zero (its bias correction begins anew)."""
 
 
 class FactorizedLinear(nn.Module, ABC):
@@ -26,6 +42,12 @@ class FactorizedLinear(nn.Module, ABC):
 
     roles: ClassVar[dict[str, Role]]
     """What each parameter (by its name in this module) is: optimizers and weight decay read it."""
+
+    paced: ClassVar[frozenset[str]] = frozenset()
+    """The parameters whose learning rate is multiplied by `lr_factor`."""
+
+    costly_init: ClassVar[bool] = False
+    """Whether `init_parameters` takes so long (an SVD) that its results are kept on disk."""
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
@@ -39,7 +61,8 @@ class FactorizedLinear(nn.Module, ABC):
 
     @abstractmethod
     def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Initial values of all parameters by name: whole float32 CPU tensors, a function of the generator only."""
+        """Initial values of all parameters and persistent buffers by name: whole CPU tensors (parameters in float32),
+        a function of the generator only, whatever the number of threads."""
 
     def init_buffers(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Values of the buffers that a seed gives back (sparse supports): whole CPU tensors, never checkpointed."""
@@ -61,12 +84,51 @@ class FactorizedLinear(nn.Module, ABC):
     def flops(self, tokens: int) -> int:
         """Floating-point operations (a multiply-add is two) of one forward pass over `tokens` tokens.
 
-        A training step costs three times that. Work that an execution repeats or adds (rebuilding W) is not counted.
+        Work that an execution repeats or adds (rebuilding W) is not counted.
         """
+
+    def training_flops(self, tokens: int) -> int:
+        """The same of forward and backward pass: three times as many where all parameters are trained."""
+        return 3 * self.flops(tokens)
 
     def settle(self, tokens: int, dtype: torch.dtype, device: torch.device) -> str | None:
         """Choose the execution by measurement and return its name; None where there is nothing to choose."""
         return None
+
+    # --- what happens between steps --------------------------------------------------------------------------------
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Before each step: make the random choices of its forward passes in training mode. `generator` is a function
+        of (seed, step) alone, so all layers and processes draw the same."""
+
+    def add_penalty(self) -> None:
+        """After the backward passes of a step: add the gradients of the layer's own penalty to `.grad`.
+
+        Parameters and gradients may be shards (DTensors)."""
+
+    def after_step(self) -> None:
+        """After each optimizer step, without gradients: restore what the parameters must satisfy (unit norms, signs).
+
+        Parameters may be shards (DTensors)."""
+
+    def revision_due(self, step: int) -> bool:
+        """Whether `revise` has something to do when `step` optimizer steps are done."""
+        return False
+
+    def revise(self, step: int, generator: torch.Generator) -> None:
+        """When `step` optimizer steps are done, without gradients: change parameters and persistent buffers in place.
+
+        One process does it for all, on whole plain tensors (see `gathered`); the others take over its values.
+        `generator` is a function of (seed, layer name, step) alone.
+        """
+
+    def resets(self, step: int) -> Mapping[str, Reset]:
+        """What becomes of the optimizer state of which parameters (by name) in the revision at `step`."""
+        return {}
+
+    def lr_factor(self, step: int) -> float:
+        """Factor on the learning rate of the `paced` parameters for the update after `step` done steps."""
+        return 1.0
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
@@ -88,3 +150,18 @@ def gathered(module: M) -> M:
     }
     twin._modules = {name: child and gathered(child) for name, child in module._modules.items()}
     return twin
+
+
+def gathered_in_turn(modules: Mapping[str, M], names: Sequence[str]) -> M | None:
+    """The twin (see `gathered`) of the module whose place in `names` is this process's rank; None past their end.
+
+    A collective, with which every process gets a module of its own to work on; it holds two whole ones at the most.
+    """
+    dist_rank = dist.get_rank() if dist.is_initialized() else 0
+    mine = None
+    for owner, name in enumerate(names):
+        twin = gathered(modules[name])
+        if owner == dist_rank:
+            mine = twin
+        del twin  # else the next one would be gathered on top of it
+    return mine

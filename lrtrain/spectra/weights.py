@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lrtrain.layers.base import FactorizedLinear, gathered
+from lrtrain.layers.base import FactorizedLinear, gathered_in_turn
 from lrtrain.spectra.factors import dense_singular_values
 from lrtrain.spectra.metrics import is_finite, is_zero, summarize
 from lrtrain.spectra.names import projection_of
@@ -26,7 +26,9 @@ def weight_spectra(layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     computed: dict[str, Tensor] = {}
     for names in _rounds(layers, processes):
-        computed |= _measure_mine(layers, names, rank)
+        mine = gathered_in_turn(layers, names)
+        if mine is not None:
+            computed[names[rank]] = _singular_values(mine).cpu()
     everywhere = _union(computed)
     return {name: everywhere[name] for name in layers}
 
@@ -49,17 +51,6 @@ def spectra_metrics(spectra: Mapping[str, Tensor]) -> dict[str, float]:
     metrics["spectra_meta/zero_matrices"] = _count(is_finite(s) and is_zero(s) for s in spectra.values())
     metrics["spectra_meta/nonfinite"] = _count(not is_finite(s) for s in spectra.values())
     return metrics
-
-
-def _measure_mine(layers: Mapping[str, LinearLayer], names: list[str], rank: int) -> dict[str, Tensor]:
-    """Join the gathering of every layer in `names` and compute the one at this process's place, if any."""
-    mine: dict[str, LinearLayer] = {}
-    for owner, name in enumerate(names):
-        twin = gathered(layers[name])
-        if owner == rank:
-            mine[name] = twin
-        del twin  # else the next one would be gathered on top of it
-    return {name: _singular_values(twin).cpu() for name, twin in mine.items()}
 
 
 def _rounds(layers: Mapping[str, LinearLayer], processes: int) -> Iterator[list[str]]:

@@ -42,7 +42,7 @@ def test_steps_equal_those_of_a_plain_loop(world):
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
     for _ in range(3):
         losses = [ours.forward_backward(half, ROWS[:, 1:].numel()) for half in ROWS.split(2)]
-        result = ours.clip_and_step(1e-2, 0.5, sum(losses).item())
+        result = ours.clip_and_step(0, 1e-2, 0.5, sum(losses).item())
         loss = next_token_loss(plain, ROWS) / ROWS[:, 1:].numel()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
@@ -59,7 +59,7 @@ def test_steps_equal_those_of_a_plain_loop(world):
 def test_a_step_that_is_not_finite_touches_nothing(world, poison: str):
     ours = engine(world)
     ours.forward_backward(ROWS, 64)
-    ours.clip_and_step(1e-2, 1.0, 1.0)
+    ours.clip_and_step(0, 1e-2, 1.0, 1.0)
 
     def snapshot():
         state = ours.state_dict()
@@ -71,11 +71,11 @@ def test_a_step_that_is_not_finite_touches_nothing(world, poison: str):
     if poison == "gradient":
         parameter = ours.model.get_parameter("model.layers.1.mlp.up_proj.B.weight")
         parameter.grad[0, 0] = math.nan
-    assert ours.clip_and_step(1e-2, 1.0, math.inf if poison == "loss" else 1.0).skipped
+    assert ours.clip_and_step(0, 1e-2, 1.0, math.inf if poison == "loss" else 1.0).skipped
     after = snapshot()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     ours.forward_backward(ROWS, 64)
-    assert not ours.clip_and_step(1e-2, 1.0, 1.0).skipped  # the poisoned gradient is gone
+    assert not ours.clip_and_step(0, 1e-2, 1.0, 1.0).skipped  # the poisoned gradient is gone
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32(world):
@@ -86,7 +86,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32(world):
     seen = []
     ours.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     loss = ours.forward_backward(ROWS, 64)
-    ours.clip_and_step(1e-2, 1.0, 1.0)
+    ours.clip_and_step(0, 1e-2, 1.0, 1.0)
     assert seen == [torch.bfloat16] and loss.item() / 64 == pytest.approx(math.log(128), rel=0.1)
     assert {p.dtype for p in ours.model.parameters()} == {torch.float32}
     assert all(t.dtype == torch.float32 for s in ours.optimizer.state.values() for t in s.values())
