@@ -230,14 +230,21 @@ def fingerprint(config: Config) -> str:
 
 
 def run_name(composed: DictConfig, overrides: list[str]) -> str:
-    """The name of a run that was given none: <model>-<param>, and a hash of the other overrides if there are any.
+    """The name of a run that was given none: the experiment's, or <model>-<param>, and a hash of the other overrides
+    if there are any.
 
     A function of the command line alone, so all processes and a requeued job find the same run.
     """
-    named = ("model=", "param=", "resume=", "dry_run=", "run.", "tracking", "hydra")
-    others = sorted(o for o in overrides if not o.lstrip("+~").startswith(named))
+    experiments = [o.removeprefix("experiment=") for o in overrides if o.startswith("experiment=")]
+    name = experiments[-1] if experiments else f"{composed.model.name}-{composed.param.name}"
+    named = ("experiment=",) if experiments else ("model=", "param=")
+    others = sorted(
+        o
+        for o in overrides
+        if not o.lstrip("+~").startswith((*named, "resume=", "dry_run=", "run.", "tracking", "hydra"))
+    )
     suffix = "-" + hashlib.blake2b("\n".join(others).encode(), digest_size=4).hexdigest() if others else ""
-    return f"{composed.model.name}-{composed.param.name}{suffix}"
+    return f"{name}{suffix}"
 
 
 def composition_sentence(error: Exception) -> str:

@@ -58,9 +58,18 @@ def make_model(config: Config) -> PreTrainedModel:
     """The model of the configuration, factorized as `param` says, on the meta device."""
     param = config.param
     make_layer = choice(param) if param["_target_"] else None
-    return build_model(
+    model = build_model(
         architecture(config.model.path, config.model.config), make_layer, param["pattern"], param["rank"]
     )
+    if zeros := param.get("zero_init"):
+        for name, linear in linears(model, zeros, key="param.zero_init").items():
+            zero = ZeroLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+            model.set_submodule(name, zero)
+    return model
+
+
+class ZeroLinear(nn.Linear):
+    """A plain linear that starts at zero."""
 
 
 def build_model(
@@ -96,8 +105,8 @@ def build_model(
     return model
 
 
-def linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
-    """The plain linears whose qualified name `pattern` is found in, by name.
+def linears(model: nn.Module, pattern: str, key: str = "param.pattern") -> dict[str, nn.Linear]:
+    """The plain linears whose qualified name `pattern`, given as `key`, is found in, by name.
 
     Raises:
         ConfigError: if there is none, or the pattern is not a regular expression.
@@ -106,11 +115,9 @@ def linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
     try:
         found = {name: module for name, module in names.items() if re.search(pattern, name)}
     except re.error as error:
-        raise ConfigError(f"param.pattern={pattern} is not a regular expression: {error}") from error
+        raise ConfigError(f"{key}={pattern} is not a regular expression: {error}") from error
     if not found:
-        raise ConfigError(
-            f"param.pattern={pattern} matches none of the linear layers, such as {', '.join([*names][:7])}"
-        )
+        raise ConfigError(f"{key}={pattern} matches none of the linear layers, such as {', '.join([*names][:7])}")
     return found
 
 
@@ -245,6 +252,8 @@ def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str
     buffers = dict(module.named_buffers(recurse=False))
     if not own and not buffers:
         return {}
+    if isinstance(module, ZeroLinear):
+        return {key: torch.zeros(p.shape) for key, p in own.items()}
     twin = copy.copy(module)
     twin._parameters = {key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()}  # type: ignore
     twin._parameters |= {key: None for key, p in module._parameters.items() if p is None}

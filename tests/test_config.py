@@ -67,6 +67,15 @@ def test_a_run_is_named_by_what_it_is_and_not_by_when():
     assert one != run_name(composed, ["train.steps=4", "param.rank=4"])
 
 
+def test_an_experiment_names_its_run():
+    def name(*overrides: str) -> str:
+        return compose(*overrides).run.name
+
+    assert name("experiment=sltrain_60m", "resume=auto", "tracking=none") == "sltrain_60m"
+    changed = name("experiment=sltrain_60m", "model=llama_130m")
+    assert changed.startswith("sltrain_60m-") and changed != name("experiment=sltrain_60m", "model=llama_350m")
+
+
 def test_the_fingerprint_notices_any_difference():
     assert fingerprint(compose()) == fingerprint(compose()) != fingerprint(compose("train.seed=1"))
 

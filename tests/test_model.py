@@ -170,6 +170,19 @@ def test_dense_starts_as_transformers_does_and_buffers_are_whole():
             assert torch.equal(ours, parameter)
 
 
+def test_linears_of_a_dense_model_can_start_at_zero_and_the_others_start_as_ever():
+    plain, model = small("param=dense"), small("param=dense", "param.zero_init='o_proj|down_proj'")
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            assert not parameter.any()
+        else:
+            assert torch.equal(parameter, plain.get_parameter(name))
+    embedded = model.model.embed_tokens(ids := torch.randint(128, (2, 8)))
+    assert torch.equal(model.model(ids).last_hidden_state, model.model.norm(embedded))  # each block is the identity
+    with pytest.raises(ConfigError, match="param.zero_init=nothing matches none"):
+        small("param=dense", "param.zero_init=nothing")
+
+
 # --- merging -----------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
-from lrtrain.layers.initial import uniform
+from lrtrain.layers.initial import spectral_factors, uniform
 from lrtrain.layers.support import (
     compress_rows,
     draw_uniform,
@@ -30,6 +30,7 @@ from lrtrain.layers.support import (
 from lrtrain.spectra.factors import dense_singular_values
 
 EXECUTIONS = ("auto", "materialize", "factored")
+INITS = ("published", "spectral")
 
 
 def low_rank_scale(alpha: float, rank: int, rule: str) -> float:
@@ -98,15 +99,17 @@ def sltrain_linear(
 class SLTrainLinear(FactorizedLinear):
     """y = (s·B A + S) x + bias, S with ⌊density·out·in⌋ values on a uniformly random fixed support.
 
-    Initial values as published: A ~ U(±1/√in), B = 0, values ~ U(±1/√in), bias ~ U(±1/√out).
+    Initial values: A ~ U(±1/√in), B = 0, values ~ U(±1/√in), bias ~ U(±1/√out), unless `init` says otherwise.
 
     Args:
         density: share of the entries of W that S holds (δ), from 0 to 1.
         alpha, scale: see `low_rank_scale`.
         execution: `materialize`, `factored`, or `auto`: whichever a measurement at the start of the run finds faster.
+        init: `published`, as above; or `spectral`: s·B A is the best rank-r part of a dense N(0, init_std²) draw.
+        init_std: standard deviation of the dense initialization that `spectral` imitates.
 
     Raises:
-        ConfigError: for a density outside [0, 1] or an unknown scale or execution.
+        ConfigError: for a density outside [0, 1] or an unknown scale, execution or init.
     """
 
     roles = {
@@ -126,6 +129,8 @@ class SLTrainLinear(FactorizedLinear):
         alpha: float,
         scale: str,
         execution: str,
+        init: str = "published",
+        init_std: float = 0.02,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank)
@@ -133,6 +138,10 @@ class SLTrainLinear(FactorizedLinear):
             raise ConfigError(f"param.density={density} is not a share between 0 and 1")
         if execution not in EXECUTIONS:
             raise ConfigError(f"param.execution={execution} is not one of {', '.join(EXECUTIONS)}")
+        if init not in INITS:
+            raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
+        self.init = init
+        self.init_std = init_std
         self.scale = low_rank_scale(alpha, rank, scale)
         self.execution = execution
         self.nnz = math.floor(density * out_features * in_features)
@@ -155,6 +164,9 @@ class SLTrainLinear(FactorizedLinear):
             "B.weight": torch.zeros(m, self.rank),
             "values": uniform((self.nnz,), bound, generator),
         }
+        if self.init == "spectral":
+            left, right = spectral_factors(m, n, self.rank, self.init_std, generator)
+            state |= {"B.weight": left / math.sqrt(self.scale), "A.weight": right / math.sqrt(self.scale)}
         if self.B.bias is not None:
             state["B.bias"] = uniform((m,), 1 / math.sqrt(m), generator)
         return state

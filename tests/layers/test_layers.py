@@ -20,6 +20,7 @@ METHODS = {
     "lowrank-xavier": partial(LowRankLinear, init="xavier", init_std=0.02),
     "sltrain-materialize": partial(SLTRAIN, execution="materialize"),
     "sltrain-factored": partial(SLTRAIN, execution="factored"),
+    "sltrain-spectral": partial(SLTRAIN, execution="materialize", init="spectral"),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -209,6 +210,19 @@ def test_sltrain_starts_as_published():
     assert (torch.randn(4096, 512) @ weight.T).std().item() == pytest.approx(0.1, rel=0.05)
 
 
+def test_a_spectral_start_changes_the_low_rank_part_alone():
+    published, spectral = (
+        SLTrainLinear(96, 64, True, 16, 0.1, 4.0, "alpha_over_r", "materialize", init=init, init_std=0.05)
+        for init in ("published", "spectral")
+    )
+    before, after = (layer.init_parameters(torch.Generator().manual_seed(0)) for layer in (published, spectral))
+    assert torch.equal(before["values"], after["values"])
+    sigma = torch.linalg.svdvals(spectral.scale * (after["B.weight"] @ after["A.weight"]).double())
+    torch.testing.assert_close(sigma[:16], gaussian_spectrum(64, 96, 0.05)[:16], rtol=1e-5, atol=0)
+    assert sigma[16:].max() < 1e-6
+    torch.testing.assert_close(after["B.weight"].norm(), after["A.weight"].norm())
+
+
 def test_scale_rules():
     assert low_rank_scale(32, 128, "alpha_over_r") == 0.25
     assert low_rank_scale(32, 256, "alpha_over_sqrt_r") == 2.0
@@ -231,6 +245,7 @@ def test_auto_settles_on_a_measured_execution_and_refuses_what_cannot_run():
         ({"density": 1.5}, "param.density=1.5"),
         ({"scale": "alpha"}, "param.scale=alpha"),
         ({"execution": "fast"}, "param.execution=fast"),
+        ({"init": "zero"}, "param.init=zero"),
     ],
 )
 def test_sltrain_names_what_is_wrong(change: dict, key: str):

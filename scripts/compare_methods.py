@@ -1,0 +1,235 @@
+"""Compare methods on real text at equal tokens: every arm's learning rate tuned by the same sweep, several seeds.
+
+python scripts/compare_methods.py                         the study of compare_methods.yaml → runs/compare/llama_tiny
+python scripts/compare_methods.py --arms dense sltrain    two of its arms
+python scripts/compare_methods.py --report                table and picture of what is finished
+
+Each run is a process of its own with one thread on a core of its own. Stop it at any time and start it again with the
+same command: finished runs are kept, interrupted ones go on. The seed of the sweep counts among an arm's seeds, which
+favours every arm a little, and all of them alike. Finished runs keep their files but not their checkpoints.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lrtrain.comparison import (
+    COLUMNS,
+    Study,
+    Trial,
+    caption,
+    diverged_file,
+    left_to_run,
+    markdown,
+    plot_outcomes,
+    read_outcome,
+    read_results,
+    runs_ahead,
+    table_rows,
+)
+
+
+def main() -> None:
+    args = arguments()
+    study = read_study(args)
+    failed = {} if args.report else run(study, args.parallel)
+    report(study)
+    for arm, why in failed.items():
+        print(f"{arm} could not be run: {why}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=Path(__file__).with_suffix(".yaml"), help="a file like it")
+    parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/compare/<the study's name>")
+    parser.add_argument("--arms", nargs="+", help="some of the study's arms")
+    parser.add_argument("--lrs", nargs="+", type=float, help="learning rates of the sweep")
+    parser.add_argument("--seeds", nargs="+", type=int, help="the first one also runs the sweep")
+    parser.add_argument("--overrides", nargs="+", default=[], help="more overrides for all arms, as train.steps=1000")
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="runs at a time; default: %(default)s, the cores",
+    )
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    return parser.parse_args()
+
+
+def read_study(args: argparse.Namespace) -> Study:
+    """The study's file with what the command line changes."""
+    keys = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(args.study)))
+    study = Study(**keys, folder=args.out or Path("runs", "compare", keys["name"]))
+    if unknown := [arm for arm in args.arms or [] if arm not in study.arms]:
+        sys.exit(f"--arms {' '.join(unknown)}: not in {args.study}, which has {', '.join(study.arms)}")
+    return replace(
+        study,
+        common=study.common + args.overrides,
+        arms={arm: study.arms[arm] for arm in args.arms or study.arms},
+        lrs=[float(f"{lr:g}") for lr in args.lrs or study.lrs],  # as run directories are named
+        seeds=args.seeds or study.seeds,
+    )
+
+
+# Running -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Running:
+    process: subprocess.Popen
+    core: int
+    started: float
+
+
+def run(study: Study, parallel: int) -> dict[str, str]:
+    """Run whatever the study lacks, `parallel` runs at a time; the arms that could not be run, and why."""
+    claim(study)
+    cores = sorted(os.sched_getaffinity(0))
+    free = [cores[i % len(cores)] for i in range(parallel)]
+    running: dict[Trial, Running] = {}
+    failed: dict[str, str] = {}
+    seconds: list[float] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while True:
+            waiting = [trial for trial in lacking(study) if trial not in running and trial.arm not in failed]
+            for trial in waiting[: len(free)]:
+                core = free.pop()
+                running[trial] = Running(start(study, trial, core), core, time.monotonic())
+            if not running:
+                return failed
+            trial, ended = next_to_end(running)
+            free.append(ended.core)
+            if why := conclude(study, trial, ended.process.returncode):
+                failed[trial.arm] = why
+            seconds.append(time.monotonic() - ended.started)
+            print_progress(study, trial, seconds, parallel, failed)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
+    finally:
+        for one in running.values():
+            one.process.terminate()  # each saves a checkpoint
+        for one in running.values():
+            one.process.wait()
+
+
+def claim(study: Study) -> None:
+    """Let a folder hold runs of one study only."""
+    path = study.folder / "study.json"
+    known = json.loads(path.read_text()) if path.exists() else {"common": study.common, "arms": {}}
+    changed = [arm for arm in study.arms if known["arms"].get(arm, study.arms[arm]) != study.arms[arm]]
+    if known["common"] != study.common or changed:
+        sys.exit(
+            f"{study.folder} holds runs of other overrides "
+            f"({' '.join(known['common'])}{''.join(f'; {arm}: ' + ' '.join(known['arms'][arm]) for arm in changed)}); "
+            "choose another --out"
+        )
+    (study.folder / "logs").mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"common": study.common, "arms": known["arms"] | study.arms}, indent=1))
+
+
+def lacking(study: Study) -> list[Trial]:
+    """All runs that can start now."""
+    return [trial for arm in study.arms for trial in left_to_run(arm, read_results(study, arm), study)]
+
+
+def start(study: Study, trial: Trial, core: int) -> subprocess.Popen:
+    """Begin a run, or go on with it, as a process with one thread on `core`."""
+    command = [
+        sys.executable,
+        str(ROOT / "launch" / "pretrain.py"),
+        *("tracking=none", "checkpoint.every=0", "checkpoint.minutes=5", "checkpoint.keep=1"),
+        *study.common,
+        *study.arms[trial.arm],
+        *(f"optim.lr={trial.lr}", f"train.seed={trial.seed}", "resume=auto"),
+        *(f"run.name={trial.name}", f"run.dir={study.folder / trial.name}"),
+    ]
+    with log_file(study, trial).open("w") as log:
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            preexec_fn=partial(os.sched_setaffinity, 0, {core}),
+            start_new_session=True,  # Ctrl-C reaches it through `run`, once
+        )
+
+
+def next_to_end(running: dict[Trial, Running]) -> tuple[Trial, Running]:
+    """Wait until a run ends, and take it out of those that are running."""
+    while True:
+        for trial, one in running.items():
+            if one.process.poll() is not None:
+                return trial, running.pop(trial)
+        time.sleep(0.1)
+
+
+def conclude(study: Study, trial: Trial, code: int) -> str | None:
+    """Note how a run ended; why its arm cannot be run, if so."""
+    run_dir, log = study.folder / trial.name, log_file(study, trial)
+    last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+    if code == 1 and "train.max_skipped" in last:
+        diverged_file(run_dir).write_text(last + "\n")
+    elif not (run_dir / "summary.json").exists():
+        return f"{last} (exit code {code}, {log})"
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
+    return None
+
+
+def log_file(study: Study, trial: Trial) -> Path:
+    return study.folder / "logs" / f"{trial.name}.log"
+
+
+def print_progress(study: Study, trial: Trial, seconds: list[float], parallel: int, failed: dict[str, str]) -> None:
+    """`[12/84] dense-lr0.002-seed0: perplexity 50.12 in 61 s; about 34 min left`"""
+    results = {arm: read_results(study, arm) for arm in study.arms}
+    done = sum(len(found) for found in results.values())
+    ahead = sum(runs_ahead(found, study) for arm, found in results.items() if arm not in failed)
+    perplexity = results[trial.arm].get((trial.lr, trial.seed))
+    how = "failed" if perplexity is None else f"perplexity {perplexity:.2f} in {seconds[-1]:.0f} s"
+    minutes = ahead * sum(seconds) / len(seconds) / parallel / 60
+    print(f"[{done}/{done + ahead}] {trial.name}: {how}; about {minutes:.0f} min left", flush=True)
+
+
+# Reporting ---------------------------------------------------------------------------------------------------------
+
+
+def report(study: Study) -> None:
+    """Print the table, and write it and the picture into the study's folder."""
+    outcomes = [read_outcome(study, arm) for arm in study.arms]
+    rows = table_rows(outcomes)
+    if not rows:
+        sys.exit(f"{study.folder} has no finished run yet")
+    text = caption(study, outcomes)
+    table = Table(box=box.SIMPLE_HEAD, caption=text, caption_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("arm", "remarks") else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=140).print(table)
+    (study.folder / "comparison.md").write_text(markdown(rows, text))
+    print(study.folder / "comparison.md")
+    print(plot_outcomes(outcomes, study.name, study.folder / "comparison.png"))
+
+
+if __name__ == "__main__":
+    main()
