@@ -29,7 +29,7 @@ def plan(*overrides: str, processes: int = 1):
     return config, memory_per_process(config, make_model(config), torch.float32, processes)
 
 
-@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst"])
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst", "relora"])
 def test_bytes_of_weights_supports_and_states_are_exact(param: str):
     config, memory = plan(f"param={param}")
     model = make_model(config)
@@ -44,7 +44,7 @@ def test_bytes_of_weights_supports_and_states_are_exact(param: str):
     assert memory.supports == sum(b.nbytes for n, b in model.named_buffers() if n.endswith(("crow", "col", "order")))
 
 
-@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst"])
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst", "relora"])
 @pytest.mark.parametrize("every", [0, 1])
 def test_bytes_of_activations_are_what_autograd_saves(param: str, every: int):
     config, memory = plan(f"param={param}", f"train.recompute_every={every}")

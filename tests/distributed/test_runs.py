@@ -39,12 +39,14 @@ def gap(one: dict[int, float], other: dict[int, float]) -> float:
 # --- the same run on one process and on two ----------------------------------------------------------------------
 
 SST = ["param.iteration=2", "param.round=2", "param.warmup=2"]
+RELORA = ["param.merge_every=2", "param.prune=0.8", "param.prune_by=magnitude"]
 VARIANTS = {
     "dense": ["param=dense", "param.rank=null"],
     "lowrank": ["param=lowrank"],
     "sltrain-materialize": ["param=sltrain", "param.execution=materialize"],
     "sltrain-factored": ["param=sltrain", "param.execution=factored"],
     "sst": ["param=sst", *SST],  # draws and SVDs within the six steps
+    "relora": ["param=relora", *RELORA, "schedule=cosine_restarts", "schedule.restart_warmup=1"],
     "bf16": ["param=lowrank", "train.dtype=bf16"],
     "opt-tied": ["param=lowrank", "model.config.dropout=0.0"],
     "recompute-compile": ["param=sltrain", "param.execution=factored", "train.recompute_every=2", "train.compile=true"],
@@ -180,7 +182,7 @@ def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(
     assert max(abs(found[step] - expected[step]) for step in found) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["sst"])
+@pytest.mark.parametrize("name", ["sst", "relora"])
 def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[str], name: str):
     """Stopped in the middle of an iteration, where a draw is due and where an SVD or merge is; on two processes."""
     base = [*base_of(name, tiny), *VARIANTS[name], "schedule=constant", "schedule.warmup=0.0", "spectra.every=1"]

@@ -11,6 +11,7 @@ from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.initial import gaussian_spectrum, spectral_factors
 from lrtrain.layers.lowrank import LowRankLinear
+from lrtrain.layers.relora import ReLoRALinear
 from lrtrain.layers.sltrain import SLTrainLinear, compose, low_rank_scale
 from lrtrain.layers.sst import SSTLinear
 
@@ -21,6 +22,16 @@ METHODS = {
     "lowrank-xavier": partial(LowRankLinear, init="xavier", init_std=0.02),
     "sltrain-materialize": partial(SLTRAIN, execution="materialize"),
     "sltrain-factored": partial(SLTRAIN, execution="factored"),
+    "relora": partial(
+        ReLoRALinear,
+        merge_every=4,
+        alpha=4.0,
+        scale="alpha_over_r",
+        prune=0.9,
+        prune_by="magnitude",
+        restart_counter=False,
+        init_std=0.3,
+    ),  # fmt: skip
     "sst": partial(SSTLinear, iteration=4, round=2, warmup=2, enhanced=False, init_std=0.3),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
