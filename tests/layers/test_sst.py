@@ -13,7 +13,7 @@ from lrtrain.engine.fsdp import FSDPEngine
 from lrtrain.engine.revision import revise_layers
 from lrtrain.errors import ConfigError
 from lrtrain.layers.sst import SSTLinear, active_probabilities, draw_order
-from lrtrain.model import factorized_layers, make_model
+from lrtrain.model import dense_parameter_count, factorized_layers, make_model, trainable_count
 
 DOUBLE = torch.float64
 
@@ -251,6 +251,12 @@ def test_a_round_lasts_until_each_index_was_due_once():
     assert [step for step in range(1, 31) if layer.revision_due(step)] == [5, 10, 15, 20, 25, 30]
     assert [step for step in range(5, 31, 5) if "sigma" in layer.resets(step)] == [15, 30]
     assert layer.lr_factor(0) == 1.0  # no warmup
+
+
+def test_the_trained_share_is_the_published_one():
+    """18.7 % of the parameters of LLaMA-1.3B at r = 128."""
+    model = make_model(compose("model=llama_1b", "param=sst", "param.rank=128"))
+    assert trainable_count(model) / dense_parameter_count(model) == pytest.approx(0.187, abs=0.002)
 
 
 @pytest.mark.parametrize("key,value", [("iteration", 0), ("round", 0), ("warmup", -1)])
