@@ -173,11 +173,11 @@ def ledger(model: nn.Module) -> list[tuple[str, int, str, int]]:
 
 
 def above_break_even(model: nn.Module) -> list[str]:
-    """Layers that hold at least as many parameters as the dense layer that they replace."""
+    """Layers that train at least as many parameters as the dense layer that they replace."""
     return [
         name
         for name, layer in factorized_layers(model).items()
-        if parameter_count(layer) >= layer.in_features * layer.out_features
+        if trainable_count(layer) >= layer.in_features * layer.out_features
     ]
 
 

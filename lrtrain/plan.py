@@ -58,7 +58,7 @@ def print_plan(config: Config, world_size: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(config, device)
     kinds = parameters_by_kind(model)
-    ours, dense = parameter_count(model), dense_parameter_count(model)
+    ours, dense, trained = parameter_count(model), dense_parameter_count(model), trainable_count(model)
     memory = memory_per_process(config, model, dtype, world_size)
     flops = training_flops(model, config.data.seq_len)
     tokens = config.train.batch_size * config.data.seq_len
@@ -73,6 +73,8 @@ def print_plan(config: Config, world_size: int) -> None:
     table.add_row("[bold]parameters", f"[bold]{ours / 1e6:,.2f} M")
     for kind, count in kinds.items():
         table.add_row(f"  {kind}", f"{count / 1e6:,.2f} M")
+    if trained < ours:
+        table.add_row("  trained of them", f"{trained / 1e6:,.2f} M")
     table.add_row("  dense model, for comparison", f"{dense / 1e6:,.2f} M  ({ours / dense:.0%})")
     table.add_row("[bold]memory per process", f"[bold]{memory.total / 2**30:,.2f} GiB")
     for part, size in vars(memory).items():
@@ -112,8 +114,8 @@ def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtyp
     """Float32 weights, gradients and optimizer state in shards; supports and one gathered block whole; activations."""
     shards = world_size // config.engine["replicas"]
     parameters, trainable = parameter_count(model), trainable_count(model)
-    largest_block = max(parameter_count(block) for block in blocks(model))
-    root = parameters - sum(parameter_count(block) for block in blocks(model))
+    held = [parameter_count(block) + trainable_count(block) for block in blocks(model)]
+    root = parameters + trainable - sum(held)
     supports = sum(
         b.numel() * b.element_size() for m in model.modules() if isinstance(m, FactorizedLinear) for b in m.buffers()
     )
@@ -122,7 +124,7 @@ def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtyp
         gradients=FP32 * trainable // shards,
         optimizer=optimizer_bytes(config, model) // shards,
         supports=supports,
-        gathered=2 * dtype.itemsize * (largest_block + root),
+        gathered=dtype.itemsize * (max(held) + root),
         activations=activation_bytes(config, model, dtype),
     )
 

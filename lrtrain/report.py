@@ -12,7 +12,7 @@ def print_ledger(model: nn.Module) -> None:
     for kind, layers, shape, size in ledger(model):
         print(f"  {kind:<12} {layers:>3} × ({shape}): {size:,} parameters")
     if wasteful := above_break_even(model):
-        print(f"  above break-even, no smaller than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
+        print(f"  above break-even, no fewer trained than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
     ours, dense = parameter_count(model), dense_parameter_count(model)
     trained = trainable_count(model)
     frozen = f", {trained:,} of them trained" if trained < ours else ""

@@ -139,7 +139,7 @@ def test_ranks_above_break_even_are_told():
 # --- initial values ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain"])
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst", "relora"])
 def test_initial_values_depend_on_seed_and_name_alone(param: str):
     few = small(f"param={param}", "model.config.num_hidden_layers=2").state_dict()
     many = small(f"param={param}", "model.config.num_hidden_layers=3").state_dict()
@@ -186,7 +186,7 @@ def test_linears_of_a_dense_model_can_start_at_zero_and_the_others_start_as_ever
 # --- merging -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("param", ["lowrank", "sltrain"])
+@pytest.mark.parametrize("param", ["lowrank", "sltrain", "sst", "relora"])
 def test_merged_into_the_plain_model_it_gives_the_same_logits(param: str):
     model = small(f"param={param}")
     with torch.no_grad():
@@ -216,13 +216,14 @@ OPT = (
 )
 
 
-@pytest.mark.parametrize("param", ["lowrank", "sltrain"])
+@pytest.mark.parametrize("param", ["lowrank", "sltrain", "sst", "relora"])
 def test_opt_keeps_its_biases_and_its_tied_head(param: str):
     model = make_model(compose(*OPT, f"param={param}"))
     materialize(model, 0, CPU)
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     layer = model.model.decoder.layers[0].fc1
-    assert isinstance(layer, FactorizedLinear) and layer.B.bias.shape == (64,)
+    assert isinstance(layer, FactorizedLinear)
+    assert [p.shape for name, p in layer.named_parameters() if layer.roles[name] == "bias"] == [(64,)]
     assert model(torch.randint(128, (1, 8))).logits.isfinite().all()
 
 

@@ -29,7 +29,7 @@ def plan(*overrides: str, processes: int = 1):
     return config, memory_per_process(config, make_model(config), torch.float32, processes)
 
 
-@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain"])
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst", "relora"])
 def test_bytes_of_weights_supports_and_states_are_exact(param: str):
     config, memory = plan(f"param={param}")
     model = make_model(config)
@@ -40,11 +40,11 @@ def test_bytes_of_weights_supports_and_states_are_exact(param: str):
     states = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
     assert memory.weights == sum(p.nbytes for p in model.parameters())
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    assert memory.optimizer == sum(t.nbytes for t in states) == 2 * memory.weights
-    assert memory.supports == sum(b.nbytes for n, b in model.named_buffers() if n.endswith(("crow", "col")))
+    assert memory.optimizer == sum(t.nbytes for t in states) == 2 * memory.gradients
+    assert memory.supports == sum(b.nbytes for n, b in model.named_buffers() if n.endswith(("crow", "col", "order")))
 
 
-@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain"])
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst", "relora"])
 @pytest.mark.parametrize("every", [0, 1])
 def test_bytes_of_activations_are_what_autograd_saves(param: str, every: int):
     config, memory = plan(f"param={param}", f"train.recompute_every={every}")

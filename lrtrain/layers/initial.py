@@ -42,17 +42,24 @@ def gaussian_spectrum(m: int, n: int, std: float) -> Tensor:
     return s[1:][torch.searchsorted(mass, quantiles).clamp_max(len(mass) - 1)].flip(0) * std * math.sqrt(large)
 
 
-def spectral_factors(m: int, n: int, rank: int, std: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """B (m, rank) and A (rank, n) with BA distributed as the best rank-`rank` part of a dense N(0, std²) draw.
+def gaussian_svd(m: int, n: int, rank: int, std: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading part U (m, rank), S (rank,) float64, V (n, rank) of the SVD of a dense N(0, std²) draw.
 
-    B = U √S and A = √S Vᵀ. The singular vectors of a Gaussian matrix are Haar-distributed and independent of its
-    singular values, so they are drawn directly and the values taken from their limit law: no SVD of an m×n matrix.
+    The singular vectors of a Gaussian matrix are Haar-distributed and independent of its singular values, so they
+    are drawn directly and the values taken from their limit law: no SVD of an m×n matrix.
     """
-    root = gaussian_spectrum(m, n, std)[:rank].sqrt().float()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # LAPACK's rounding depends on the thread count; initial values must not
     try:
         left, right = orthonormal(m, rank, generator), orthonormal(n, rank, generator)
     finally:
         torch.set_num_threads(threads)
+    return left, gaussian_spectrum(m, n, std)[:rank], right
+
+
+def spectral_factors(m: int, n: int, rank: int, std: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """B (m, rank) = U √S and A (rank, n) = √S Vᵀ with BA distributed as the best rank-`rank` part of a dense
+    N(0, std²) draw; see `gaussian_svd`."""
+    left, sigma, right = gaussian_svd(m, n, rank, std, generator)
+    root = sigma.sqrt().float()
     return left * root, (right * root).T.contiguous()

@@ -26,6 +26,20 @@ def cosine(step: int, steps: int, warmup: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def cosine_restarts(
+    step: int, steps: int, warmup: float, floor: float, restart_every: int, restart_warmup: int
+) -> float:
+    """`cosine`, left for a linear ramp over the first `restart_warmup` steps after each multiple of `restart_every`.
+
+    The ramp ends where the cosine is at that step (ReLoRA's). Both are numbers of steps.
+    """
+    since = step % restart_every
+    if step < restart_every or since >= restart_warmup:
+        return cosine(step, steps, warmup, floor)
+    last = step - since + restart_warmup - 1  # of the ramp
+    return (since + 1) / restart_warmup * cosine(last, steps, warmup, floor)
+
+
 def wsd(step: int, steps: int, warmup: float, decay: float, floor: float) -> float:
     """Warmup, stable at 1, then linearly down to `floor` over the last `decay` share of the steps."""
     left = (steps - 1 - step) / max(1.0, decay * steps)

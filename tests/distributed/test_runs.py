@@ -38,11 +38,18 @@ def gap(one: dict[int, float], other: dict[int, float]) -> float:
 
 # --- the same run on one process and on two ----------------------------------------------------------------------
 
+# Layers that are revised several times within six steps.
+REVISED = {
+    "sst": ["param=sst", "param.iteration=2", "param.round=2", "param.warmup=2"],
+    "relora": ["param=relora", "param.merge_every=2", "param.prune=0.8", "param.prune_by=magnitude"],
+}
 VARIANTS = {
     "dense": ["param=dense", "param.rank=null"],
     "lowrank": ["param=lowrank"],
     "sltrain-materialize": ["param=sltrain", "param.execution=materialize"],
     "sltrain-factored": ["param=sltrain", "param.execution=factored"],
+    "sst": REVISED["sst"],
+    "relora": [*REVISED["relora"], "schedule=cosine_restarts", "schedule.restart_warmup=1"],
     "bf16": ["param=lowrank", "train.dtype=bf16"],
     "opt-tied": ["param=lowrank", "model.config.dropout=0.0"],
     "recompute-compile": ["param=sltrain", "param.execution=factored", "train.recompute_every=2", "train.compile=true"],
@@ -176,6 +183,16 @@ def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(
     found, expected = losses(tmp_path / "alone"), losses(tmp_path / "whole")
     assert found.keys() == {9, 10, 11, 12}
     assert max(abs(found[step] - expected[step]) for step in found) < 2e-5
+
+
+@pytest.mark.parametrize("name", REVISED)
+def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[str], name: str):
+    """Stopped in the middle of an iteration, where a draw is due and where an SVD or merge is; on two processes."""
+    base = [*tiny, *REVISED[name], "schedule=constant", "schedule.warmup=0.0", "spectra.every=1"]
+    pieces = [[*base, f"run.dir={tmp_path}/pieces", "resume=auto", f"train.steps={n}"] for n in (3, 4, 6, 9)]
+    run_jobs([*pieces, [*base, f"run.dir={tmp_path}/whole", "train.steps=9"]], 2, tmp_path)
+    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 9
 
 
 def start(overrides: list[str], processes: int, folder: Path) -> subprocess.Popen:

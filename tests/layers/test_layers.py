@@ -11,7 +11,9 @@ from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.initial import gaussian_spectrum, spectral_factors
 from lrtrain.layers.lowrank import LowRankLinear
+from lrtrain.layers.relora import ReLoRALinear
 from lrtrain.layers.sltrain import SLTrainLinear, compose, low_rank_scale
+from lrtrain.layers.sst import SSTLinear
 
 SLTRAIN = partial(SLTrainLinear, density=0.2, alpha=4.0, scale="alpha_over_r")
 METHODS = {
@@ -21,6 +23,17 @@ METHODS = {
     "sltrain-materialize": partial(SLTRAIN, execution="materialize"),
     "sltrain-factored": partial(SLTRAIN, execution="factored"),
     "sltrain-spectral": partial(SLTRAIN, execution="materialize", init="spectral"),
+    "relora": partial(
+        ReLoRALinear,
+        merge_every=4,
+        alpha=4.0,
+        scale="alpha_over_r",
+        prune=0.9,
+        prune_by="magnitude",
+        restart_counter=False,
+        init_std=0.3,
+    ),  # fmt: skip
+    "sst": partial(SSTLinear, iteration=4, round=2, warmup=2, enhanced=False, init_std=0.3),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -30,15 +43,21 @@ def make(method: str, in_features=12, out_features=10, rank=3, bias=True, pertur
     layer = METHODS[method](in_features, out_features, bias, rank)
     generator = torch.Generator().manual_seed(0)
     state = layer.init_parameters(generator)
-    assert state.keys() == dict(layer.named_parameters()).keys() == layer.roles.keys() - (set() if bias else {"B.bias"})
+    biases = {name for name, role in layer.roles.items() if role == "bias"}
+    assert dict(layer.named_parameters()).keys() == layer.roles.keys() - (set() if bias else biases)
+    assert state.keys() == layer.state_dict().keys()
     with torch.no_grad():
-        for name, value in state.items():
-            parameter = layer.get_parameter(name)
-            assert value.shape == parameter.shape
-            parameter.copy_(value + perturb * 0.3 * torch.randn(value.shape, generator=generator))
+        for name, value in layer.state_dict().items():
+            assert state[name].shape == value.shape
+            noise = 0.3 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else 0
+            value.copy_(state[name] + perturb * noise)
         for name, value in layer.init_buffers(generator).items():
             layer.get_buffer(name).copy_(value)
     return layer.double()
+
+
+def bias_of(layer: FactorizedLinear) -> Tensor | None:
+    return next((p for name, p in layer.named_parameters() if layer.roles[name] == "bias"), None)
 
 
 @every_method
@@ -46,7 +65,7 @@ def make(method: str, in_features=12, out_features=10, rank=3, bias=True, pertur
 def test_forward_is_the_dense_weight(method: str, bias: bool):
     layer = make(method, bias=bias)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
-    expected = torch.nn.functional.linear(x, layer.dense_weight(), layer.B.bias)
+    expected = torch.nn.functional.linear(x, layer.dense_weight(), bias_of(layer))
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -100,14 +119,15 @@ def test_compiles_without_graph_breaks_and_agrees(method: str):
     x = torch.randn(6, 12)
     expected = layer(x)
     expected.square().sum().backward()
-    gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.requires_grad}
+    assert all(p.grad is None for p in layer.parameters() if not p.requires_grad)
     layer.zero_grad()
     compiled = torch.compile(layer, fullgraph=True)
     found = compiled(x)
     found.square().sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    for name, p in layer.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(layer.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-4)
 
 
 # --- lowrank -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ OPT = ("model=opt_125m", "model.config.word_embed_proj_dim=32", "model.config.ff
 
 
 @pytest.mark.parametrize("overrides", [SMALL, OPT])
-@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain"])
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst", "relora"])
 def test_matrices_decay_and_biases_norms_and_embeddings_do_not(overrides: tuple[str, ...], param: str):
     model = make_model(compose(*overrides, f"param={param}"))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -19,6 +19,16 @@ def test_matrices_decay_and_biases_norms_and_embeddings_do_not(overrides: tuple[
     listed = [names[id(p)] for group in groups for p in group["params"]]
     assert sorted(listed) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
     yes, no = ([names[id(p)] for g in groups if g["weight_decay"] == wd for p in g["params"]] for wd in (0.1, 0.0))
-    matrices = ("proj.weight", "fc1.weight", "fc2.weight", "A.weight", "B.weight", "values", "lm_head.weight")
+    matrices = (
+        "proj.weight",
+        "fc1.weight",
+        "fc2.weight",
+        "A.weight",
+        "B.weight",
+        "values",
+        "left",
+        "right",
+        "lm_head.weight",
+    )
     assert all(n.endswith(matrices) for n in yes)
-    assert all("norm" in n or "embed" in n or n.endswith("bias") for n in no)
+    assert all("norm" in n or "embed" in n or n.endswith(("bias", "sigma")) for n in no)

@@ -1,0 +1,130 @@
+"""ReLoRA: W = W₀ + s·B A, where the trained B A is merged into the frozen W₀ again and again.
+
+Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024, arXiv 2307.05695. Each merge is of rank
+r at the most, their sum is not. After a merge A is drawn anew, B is zero and most of their optimizer states are pruned;
+the published learning rate restarts with each merge (`schedule=cosine_restarts`).
+
+Two things differ from the public code. It starts with A = 0 beside B = 0, where both gradients are zero until the first
+merge draws A; here A is drawn from the start. And its dropout of 0.1 on the branch's input is left out.
+"""
+
+import math
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import FactorizedLinear, Reset
+from lrtrain.layers.initial import normal, uniform
+from lrtrain.layers.sltrain import low_rank_scale
+from lrtrain.spectra.factors import dense_singular_values
+
+
+class ReLoRALinear(FactorizedLinear):
+    """y = W₀ x + s·B (A x) + bias with a frozen W₀ (out, in), A (rank, in) and B (out, rank).
+
+    Initial values: W₀ ~ N(0, init_std²), A ~ U(±1/√in), B = 0.
+
+    Args:
+        merge_every: steps between two merges.
+        alpha, scale: see `low_rank_scale`.
+        prune: share of the entries of A's and B's optimizer states that a merge sets to zero, from 0 to 1.
+        prune_by: which entries: `magnitude` (the smallest) or `random`.
+        restart_counter: whether a merge also sets the optimizer's step counter of A and B to zero.
+        init_std: standard deviation of W₀.
+
+    Raises:
+        ConfigError: for a merge_every below 1, a share outside [0, 1], or an unknown prune_by or scale.
+    """
+
+    roles = {"weight": "frozen", "A.weight": "factor_right", "B.weight": "factor_left", "bias": "bias"}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        rank: int,
+        merge_every: int,
+        alpha: float,
+        scale: str,
+        prune: float,
+        prune_by: str,
+        restart_counter: bool,
+        init_std: float,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(in_features, out_features, rank)
+        if merge_every < 1:
+            raise ConfigError(f"param.merge_every={merge_every} must be at least 1")
+        if not 0 <= prune <= 1:
+            raise ConfigError(f"param.prune={prune} is not a share between 0 and 1")
+        if prune_by not in ("magnitude", "random"):
+            raise ConfigError(f"param.prune_by={prune_by} is not magnitude or random")
+        self.merge_every = merge_every
+        self.scale = low_rank_scale(alpha, rank, scale)
+        self.reset = Reset(prune, cast(Literal["magnitude", "random"], prune_by), restart_counter)
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device), requires_grad=False)
+        self.A = nn.Linear(in_features, rank, bias=False, device=device)
+        self.B = nn.Linear(rank, out_features, bias=False, device=device)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias) + self.scale * self.B(self.A(x))
+
+    def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
+        m, n = self.out_features, self.in_features
+        bias = {} if self.bias is None else {"bias": torch.zeros(m)}
+        return {
+            "weight": normal((m, n), self.init_std, generator),
+            "A.weight": self._fresh(generator),
+            "B.weight": torch.zeros(m, self.rank),
+            **bias,
+        }
+
+    def dense_weight(self) -> Tensor:
+        return torch.addmm(self.weight, self.B.weight, self.A.weight, alpha=self.scale)
+
+    def singular_values(self) -> Tensor:
+        return dense_singular_values(self.dense_weight())
+
+    def flops(self, tokens: int) -> int:
+        m, n = self.out_features, self.in_features
+        return 2 * tokens * (m * n + self.rank * (m + n))
+
+    def training_flops(self, tokens: int) -> int:
+        return 3 * self.flops(tokens) - 2 * tokens * self.out_features * self.in_features  # no gradient of W₀
+
+    # --- what happens between steps --------------------------------------------------------------------------------
+
+    def revision_due(self, step: int) -> bool:
+        return step % self.merge_every == 0
+
+    def revise(self, step: int, generator: torch.Generator) -> None:
+        self.weight.copy_(self.dense_weight())
+        self.A.weight.copy_(self._fresh(generator))
+        self.B.weight.zero_()
+
+    def resets(self, step: int) -> dict[str, Reset]:
+        return {"A.weight": self.reset, "B.weight": self.reset}
+
+    def _fresh(self, generator: torch.Generator) -> Tensor:
+        return uniform((self.rank, self.in_features), 1 / math.sqrt(self.in_features), generator)
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, rank: int, bias: Tensor | None = None) -> "ReLoRALinear":
+        """The layer whose W is weight (out, in), in its dtype: W₀ = W, B = 0, and A from torch's generator."""
+        out_features, in_features = weight.shape
+        layer = cls(
+            in_features, out_features, bias is not None, rank,
+            merge_every=1000, alpha=32.0, scale="alpha_over_r", prune=0.999, prune_by="random", restart_counter=False,
+            init_std=0.02,
+        ).to(weight)  # fmt: skip
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.B.weight.zero_()
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(bias)
+        return layer
