@@ -7,10 +7,15 @@ alone, so the model is the same at every world size and under every engine.
 
 import copy
 import hashlib
+import inspect
 import math
+import os
 import re
+import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +25,10 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lrtrain.config import Config, choice
+from lrtrain.data.cache import fingerprint
 from lrtrain.distributed import dealt
 from lrtrain.errors import ConfigError
+from lrtrain.layers import initial
 from lrtrain.layers.base import FactorizedLinear
 
 RankRule = int | float | dict[str, int | float]
@@ -235,8 +242,41 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None
 
 def initial_values(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
     """All parameters and buffers of a factorized layer: a function of (seed, name) alone."""
-    values = layer.init_parameters(generator_for(seed, name))
+
+    def compute() -> dict[str, Tensor]:
+        return layer.init_parameters(generator_for(seed, name))
+
+    values = kept_on_disk(initial_values_path(layer, seed, name), compute) if layer.costly_init else compute()
     return values | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+
+
+def initial_values_path(layer: FactorizedLinear, seed: int, name: str) -> Path:
+    """Where a layer's costly values are kept: named by all that they depend on, the code that computes them too."""
+    code = [inspect.getsource(inspect.getmodule(type(layer)) or type(layer)), inspect.getsource(initial)]
+    shapes = {key: [*value.shape] for key, value in layer.state_dict().items()}
+    other = {key for key in vars(layer) if key[0] == "_"} | {"training", "execution"}
+    settings = {key: value for key, value in vars(layer).items() if key not in other}
+    key = fingerprint(type(layer).__qualname__, settings, shapes, integer_seed(seed, name), code, torch.__version__)
+    cache = os.environ.get("LRTRAIN_CACHE") or Path.home() / ".cache" / "lrtrain"
+    return Path(cache) / "init" / f"{key}.pt"
+
+
+def kept_on_disk(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in the file; where it is missing or damaged they are computed and it is written anew.
+
+    Any number of processes may do so at once: the file appears whole, by a rename. Without room for it there is none.
+    """
+    with suppress(Exception):  # what torch.load raises on a damaged file is not specified
+        return torch.load(path, weights_only=True)
+    values = compute()
+    unfinished = path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex}")
+    with suppress(OSError, RuntimeError):  # torch's writer raises the second on a full disk
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({key: value.contiguous() for key, value in values.items()}, unfinished)
+        unfinished.rename(path)
+    with suppress(OSError):
+        unfinished.unlink()
+    return values
 
 
 def take_over(module: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from lrtrain.config import compose
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
+from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.model import (
     above_break_even,
@@ -139,7 +140,7 @@ def test_ranks_above_break_even_are_told():
 # --- initial values ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst", "relora"])
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst", "relora", "lost", "cola"])
 def test_initial_values_depend_on_seed_and_name_alone(param: str):
     few = small(f"param={param}", "model.config.num_hidden_layers=2").state_dict()
     many = small(f"param={param}", "model.config.num_hidden_layers=3").state_dict()
@@ -183,12 +184,66 @@ def test_linears_of_a_dense_model_can_start_at_zero_and_the_others_start_as_ever
         small("param=dense", "param.zero_init=nothing")
 
 
+@pytest.fixture
+def init_files(tmp_path, monkeypatch):
+    """The files of costly initial values, in a cache of the test's own."""
+    monkeypatch.setenv("LRTRAIN_CACHE", str(tmp_path))
+    return lambda: sorted((tmp_path / "init").iterdir())
+
+
+def test_costly_initial_values_are_computed_once(init_files, monkeypatch):
+    first = small("param=lost").state_dict()
+    files = init_files()
+    assert len(files) == 4 * 7 and all(file.suffix == ".pt" for file in files)
+    with monkeypatch.context() as patch:
+        patch.setattr(LOSTLinear, "init_parameters", None)  # cannot be called
+        again = small("param=lost", "train.compile=true").state_dict()
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_damaged_files_of_initial_values_are_written_anew(init_files):
+    first = small("param=lost").state_dict()
+    whole = init_files()[0].stat().st_size
+    for file, damage in zip(init_files(), ([b"", b"nonsense", None] * 10), strict=False):
+        file.write_bytes(file.read_bytes()[:-100] if damage is None else damage)
+    again = small("param=lost").state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert len(init_files()) == 4 * 7 and init_files()[0].stat().st_size == whole
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LRTRAIN_CACHE", str(tmp_path / "file"))
+    assert small("param=lost")(torch.randint(128, (1, 8))).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "param.rank=5",
+        "param.density=0.2",
+        "param.select=random",
+        "param.complement_rank=3",
+        "param.init_std=0.03",
+        "seed",
+    ],
+)
+def test_initial_values_of_other_settings_are_others(init_files, override: str):
+    small("param=lost", "model.config.num_hidden_layers=1")
+    before = len(init_files())
+    seed, change = (1, []) if override == "seed" else (0, [override])
+    small("param=lost", "model.config.num_hidden_layers=1", *change, seed=seed)
+    assert len(init_files()) == 2 * before
+
+
 # --- merging -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("param", ["lowrank", "sltrain", "sst", "relora"])
+@pytest.mark.parametrize(
+    "param", ["lowrank", "sltrain", "sst", "relora", "lost param.activation=none", "dlr param.activation=none"]
+)
 def test_merged_into_the_plain_model_it_gives_the_same_logits(param: str):
-    model = small(f"param={param}")
+    model = small(*f"param={param}".split())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))

@@ -78,7 +78,9 @@ class FactorizedLinear(nn.Module, ABC):
 
     @abstractmethod
     def singular_values(self) -> Tensor:
-        """Singular values of W, descending, float64. Needs whole parameters: see `gathered`."""
+        """Singular values of W, descending, float64. Needs whole parameters: see `gathered`.
+
+        Of a nonlinear layer: those of the map with its activation taken as the identity."""
 
     @abstractmethod
     def flops(self, tokens: int) -> int:

@@ -1,9 +1,22 @@
 """Initial values that several parameterizations share."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread: the rounding of BLAS and LAPACK depends on their number; initial values must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def uniform(shape: tuple[int, ...], bound: float, generator: torch.Generator) -> Tensor:
@@ -48,12 +61,8 @@ def gaussian_svd(m: int, n: int, rank: int, std: float, generator: torch.Generat
     The singular vectors of a Gaussian matrix are Haar-distributed and independent of its singular values, so they
     are drawn directly and the values taken from their limit law: no SVD of an m×n matrix.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # LAPACK's rounding depends on the thread count; initial values must not
-    try:
+    with one_thread():
         left, right = orthonormal(m, rank, generator), orthonormal(n, rank, generator)
-    finally:
-        torch.set_num_threads(threads)
     return left, gaussian_spectrum(m, n, std)[:rank], right
 
 
@@ -63,3 +72,20 @@ def spectral_factors(m: int, n: int, rank: int, std: float, generator: torch.Gen
     left, sigma, right = gaussian_svd(m, n, rank, std, generator)
     root = sigma.sqrt().float()
     return left * root, (right * root).T.contiguous()
+
+
+def best_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """B = U √S (m, rank) and A = √S Vᵀ (rank, n), float64: BA is the best approximation of `weight` (m, n).
+
+    From the eigenvectors of the smaller Gram, some six times faster than an SVD. BA is U UᵀW (or W V Vᵀ) to the last
+    digits; only the split of a pair with σ < 1e-8 σ_1 between B and A is blurred.
+    """
+    weight = weight.detach().double()
+    if weight.shape[0] > weight.shape[1]:
+        left, right = best_factors(weight.T, rank)
+        return right.T.contiguous(), left.T.contiguous()
+    squares, vectors = torch.linalg.eigh(weight @ weight.T)  # ascending
+    sigma = squares.flip(0)[:rank].clamp_min(1e-16 * squares[-1].item() or 1.0).sqrt()
+    root = sigma.sqrt()
+    u = vectors.flip(1)[:, :rank]
+    return u * root, (u.T @ weight) / root[:, None]

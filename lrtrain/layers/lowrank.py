@@ -1,16 +1,20 @@
 """W = B A: the plain low-rank layer, trained from scratch."""
 
+import copy
 import math
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
-from lrtrain.layers.initial import normal, spectral_factors, uniform
+from lrtrain.layers.bottleneck import with_residual
+from lrtrain.layers.initial import best_factors, normal, spectral_factors, uniform
 from lrtrain.spectra.factors import product_singular_values
 
-INITS = ("spectral", "lora", "xavier")
+INITS = ("spectral", "lora", "xavier", "cola")
 
 
 class LowRankLinear(FactorizedLinear):
@@ -21,7 +25,9 @@ class LowRankLinear(FactorizedLinear):
             `spectral`: BA is the best rank-r part of a dense N(0, init_std²) draw, split evenly (as LOST and Spectron).
             `lora`: A from U(±1/√in), B = 0 (Hu et al. 2021; the baseline row of the GaLore and SLTrain tables).
             `xavier`: normal with variances 2/(in + r) and 2/(r + out) (LORO, Mo et al., ICLR 2025).
+            `cola`: both normal with the std r^-¼ (out + in)^-¼, which makes BA's (out + in)^-½ (CoLA's code).
         init_std: standard deviation of the dense initialization that `spectral` imitates.
+        residual: add DLR's residual (residual_alpha/√K)·Expand_K(A x); see `with_residual`.
 
     Raises:
         ConfigError: if `init` is none of these.
@@ -37,6 +43,8 @@ class LowRankLinear(FactorizedLinear):
         rank: int,
         init: str,
         init_std: float,
+        residual: bool = False,
+        residual_alpha: float = 1.0,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank)
@@ -44,11 +52,25 @@ class LowRankLinear(FactorizedLinear):
             raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
         self.init = init
         self.init_std = init_std
+        self.residual = residual
+        self.residual_alpha = residual_alpha
         self.A = nn.Linear(in_features, rank, bias=False, device=device)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.B(self.A(x))  # (..., in) → (..., rank) → (..., out)
+        return F.linear(self.A(x), self.left(), self.B.bias)  # (..., in) → (..., rank) → (..., out)
+
+    def left(self) -> Tensor:
+        """B with its residual (out, rank)."""
+        return with_residual(self.B.weight, self.residual_alpha) if self.residual else self.B.weight
+
+    @torch.no_grad()
+    def fold(self) -> Self:
+        """The same map as a layer without a residual."""
+        plain = copy.deepcopy(self)
+        plain.B.weight.copy_(self.left())
+        plain.residual = False
+        return plain
 
     def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
         m, n, r = self.out_features, self.in_features, self.rank
@@ -56,31 +78,33 @@ class LowRankLinear(FactorizedLinear):
             left, right = spectral_factors(m, n, r, self.init_std, generator)
         elif self.init == "lora":
             left, right = torch.zeros(m, r), uniform((r, n), 1 / math.sqrt(n), generator)
-        else:
+        elif self.init == "xavier":
             left = normal((m, r), math.sqrt(2 / (m + r)), generator)
             right = normal((r, n), math.sqrt(2 / (n + r)), generator)
+        else:
+            std = (r * (m + n)) ** -0.25
+            left, right = normal((m, r), std, generator), normal((r, n), std, generator)
         bias = {} if self.B.bias is None else {"B.bias": torch.zeros(m)}
         return {"A.weight": right, "B.weight": left, **bias}
 
     def dense_weight(self) -> Tensor:
-        return self.B.weight @ self.A.weight
+        return self.left() @ self.A.weight
 
     def singular_values(self) -> Tensor:
-        return product_singular_values(self.B.weight, self.A.weight, 1.0)
+        return product_singular_values(self.left(), self.A.weight, 1.0)
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.rank * (self.in_features + self.out_features)
 
-    @classmethod
-    def from_dense(cls, weight: Tensor, rank: int, bias: Tensor | None = None) -> "LowRankLinear":
+    @staticmethod
+    def from_dense(weight: Tensor, rank: int, bias: Tensor | None = None) -> "LowRankLinear":
         """The layer whose W is the best rank-`rank` approximation of weight (out, in), in weight's dtype."""
         out_features, in_features = weight.shape
-        layer = cls(in_features, out_features, bias is not None, rank, "spectral", 0.02).to(weight)
-        u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-        root = s[:rank].sqrt()
+        layer = LowRankLinear(in_features, out_features, bias is not None, rank, "spectral", 0.02).to(weight)
+        left, right = best_factors(weight, rank)
         with torch.no_grad():
-            layer.B.weight.copy_(u[:, :rank] * root)
-            layer.A.weight.copy_(root[:, None] * vt[:rank])
+            layer.B.weight.copy_(left)
+            layer.A.weight.copy_(right)
             if bias is not None:
                 layer.B.bias.copy_(bias)
         return layer

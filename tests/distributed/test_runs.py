@@ -52,6 +52,8 @@ VARIANTS = {
     "relora": [*REVISED["relora"], "schedule=cosine_restarts", "schedule.restart_warmup=1"],
     "bf16": ["param=lowrank", "train.dtype=bf16"],
     "opt-tied": ["param=lowrank", "model.config.dropout=0.0"],
+    "lost": ["param=lost", "param.density=0.1"],
+    "dlr": ["param=dlr"],
     "recompute-compile": ["param=sltrain", "param.execution=factored", "train.recompute_every=2", "train.compile=true"],
 }
 

@@ -1,5 +1,6 @@
 """Claims that hold for every parameterization, and those of each."""
 
+import copy
 import math
 from functools import partial
 
@@ -9,13 +10,17 @@ from torch import Tensor
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
-from lrtrain.layers.initial import gaussian_spectrum, spectral_factors
+from lrtrain.layers.cola import CoLALinear
+from lrtrain.layers.initial import best_factors, gaussian_spectrum, spectral_factors
+from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.layers.relora import ReLoRALinear
 from lrtrain.layers.sltrain import SLTrainLinear, compose, low_rank_scale
 from lrtrain.layers.sst import SSTLinear
 
 SLTRAIN = partial(SLTrainLinear, density=0.2, alpha=4.0, scale="alpha_over_r")
+LOST = partial(LOSTLinear, density=0.2, gamma=0.7, select="svd_l2", complement_rank=None, init_std=0.02)
+COLA = partial(CoLALinear, init="cola", init_std=0.02, residual_alpha=1.0)
 METHODS = {
     "lowrank": partial(LowRankLinear, init="spectral", init_std=0.02),
     "lowrank-lora": partial(LowRankLinear, init="lora", init_std=0.02),
@@ -34,7 +39,14 @@ METHODS = {
         init_std=0.3,
     ),  # fmt: skip
     "sst": partial(SSTLinear, iteration=4, round=2, warmup=2, enhanced=False, init_std=0.3),
+    "lowrank-residual": partial(LowRankLinear, init="cola", init_std=0.02, residual=True, residual_alpha=0.5),
+    "lost-silu": partial(LOST, activation="silu"),
+    "lost-none": partial(LOST, activation="none"),
+    "cola": partial(COLA, activation="silu", residual=False),
+    "dlr": partial(COLA, activation="silu", residual=True),
 }
+NONLINEAR = ("lost-silu", "cola", "dlr")
+linear_methods = pytest.mark.parametrize("method", [name for name in METHODS if name not in NONLINEAR])
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -60,13 +72,27 @@ def bias_of(layer: FactorizedLinear) -> Tensor | None:
     return next((p for name, p in layer.named_parameters() if layer.roles[name] == "bias"), None)
 
 
-@every_method
+@linear_methods
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_is_the_dense_weight(method: str, bias: bool):
     layer = make(method, bias=bias)
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     expected = torch.nn.functional.linear(x, layer.dense_weight(), bias_of(layer))
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", NONLINEAR)
+def test_a_nonlinear_layer_has_no_dense_weight_and_the_spectrum_of_its_linear_map(method: str):
+    layer = make(method)
+    with pytest.raises(NotImplementedError, match="only param.activation=none merges"):
+        layer.dense_weight()
+    linear = copy.copy(layer)
+    linear.activation = "none"
+    expected = torch.linalg.svdvals(linear.dense_weight())
+    found = layer.singular_values()
+    torch.testing.assert_close(found, expected[: len(found)], rtol=1e-8, atol=1e-8)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    assert (layer(x) - linear(x)).abs().max() > 0.01
 
 
 @every_method
@@ -81,7 +107,7 @@ def test_gradients_pass_gradcheck(method: str):
     assert torch.autograd.gradcheck(f, (x, *parameters))
 
 
-@every_method
+@linear_methods
 def test_singular_values_are_those_of_the_dense_weight(method: str):
     layer = make(method)
     found = layer.singular_values()
@@ -272,3 +298,124 @@ def test_sltrain_names_what_is_wrong(change: dict, key: str):
     good = {"density": 0.1, "alpha": 1.0, "scale": "const", "execution": "auto"}
     with pytest.raises(ConfigError, match=key):
         SLTrainLinear(8, 8, False, 2, **{**good, **change})
+
+
+# --- lost --------------------------------------------------------------------------------------------------------
+
+
+def lost(in_features: int, out_features: int, rank: int, **change) -> LOSTLinear:
+    """A layer at its start."""
+    given = {"density": 0.05, "gamma": 1.0, "activation": "none", "select": "svd_l2", "complement_rank": None}
+    layer = LOSTLinear(in_features, out_features, False, rank, **given | {"init_std": 0.02} | change)
+    layer.load_state_dict(layer.init_parameters(torch.Generator().manual_seed(0)))
+    return layer
+
+
+@pytest.mark.parametrize("m,n,silu_std", [(512, 512, 0.21), (1376, 512, 0.19), (512, 1376, 0.31)])
+def test_lost_starts_with_the_statistics_of_a_truncated_gaussian(m: int, n: int, silu_std: float):
+    """Rank 128 of a draw of std 0.02, unit-variance inputs, γ = 1; the output's std with SiLU is a measured one."""
+    x = torch.randn(4096, n, generator=torch.Generator().manual_seed(1))
+    layer = lost(n, m, 128).requires_grad_(False)
+    sigma = gaussian_spectrum(m, n, 0.02)[:128]
+    torch.testing.assert_close(layer.singular_values()[:128], sigma, rtol=0.03, atol=0)
+    assert layer.A(x).var().item() == pytest.approx(sigma.mean().item(), rel=0.03)  # row i of A has norm √σ_i
+    assert layer(x).var().item() == pytest.approx(sigma.square().sum().item() / m, rel=0.03)
+    layer.activation = "silu"
+    assert layer(x).std().item() == pytest.approx(silu_std, rel=0.03)
+
+
+@pytest.mark.parametrize("shape", [(14, 9), (9, 14)])
+@pytest.mark.parametrize("complement_rank", [None, 2])
+def test_lost_keeps_the_columns_that_the_factors_miss_most(shape: tuple[int, int], complement_rank: int | None):
+    weight = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(weight, full_matrices=False)
+    rest = slice(3, None if complement_rank is None else 3 + complement_rank)
+    complement = (u[:, rest] * s[rest]) @ vt[rest]
+    norms = {"svd_l2": complement.norm(dim=0), "svd_l1": complement.abs().sum(0), "weight_l2": weight.norm(dim=0)}
+    for select, scores in norms.items():
+        layer = LOSTLinear(shape[1], shape[0], False, 3, 0.4, 0.7, "none", select, complement_rank, 0.02).double()
+        layer.load_state_dict(layer._start_from(weight))
+        expected = scores.argsort(descending=True)[: math.floor(0.4 * shape[1])].sort().values
+        assert torch.equal(layer.columns, expected)
+        assert torch.equal(layer.sparse, weight[:, expected])
+        torch.testing.assert_close(layer.B.weight @ layer.A.weight, (u[:, :3] * s[:3]) @ vt[:3])
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (5, 5)])
+def test_lost_at_full_rank_with_all_columns_or_without_weight_on_them_is_any_dense_layer(shape: tuple[int, int]):
+    weight, bias = torch.randn(shape, dtype=torch.float64), torch.randn(shape[0], dtype=torch.float64)
+    x = torch.randn(4, shape[1], dtype=torch.float64)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    for density, gamma in ((1.0, 0.3), (0.2, 1.0)):
+        layer = LOSTLinear.from_dense(weight, min(shape), density, gamma, "svd_l2", bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_lost_starts_alike_with_any_number_of_threads():
+    threads, states = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        states.append(lost(200, 300, 40).state_dict())
+    torch.set_num_threads(threads)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_lost_random_columns_are_drawn_from_the_generator():
+    layer = lost(100, 20, 4, select="random")
+    again, other = (layer.init_parameters(torch.Generator().manual_seed(s))["columns"] for s in (0, 1))
+    assert torch.equal(layer.columns, again) and not torch.equal(layer.columns, other)
+    assert (layer.columns.diff() > 0).all()
+
+
+@pytest.mark.parametrize(
+    "change,key",
+    [
+        ({"density": 1.5}, "param.density=1.5"),
+        ({"gamma": -0.1}, "param.gamma=-0.1"),
+        ({"activation": "relu"}, "param.activation=relu"),
+        ({"select": "best"}, "param.select=best"),
+        ({"complement_rank": 0}, "param.complement_rank=0"),
+    ],
+)
+def test_lost_names_what_is_wrong(change: dict, key: str):
+    with pytest.raises(ConfigError, match=key):
+        lost(8, 8, 2, **change)
+
+
+def test_best_factors_of_a_deficient_matrix_are_finite():
+    weight = torch.randn(9, 2, dtype=torch.float64) @ torch.randn(2, 7, dtype=torch.float64)
+    for given in (weight, torch.zeros(9, 7)):
+        left, right = best_factors(given, 5)
+        torch.testing.assert_close(left @ right, given.double(), rtol=1e-10, atol=1e-10)
+
+
+# --- cola and dlr ------------------------------------------------------------------------------------------------
+
+
+def test_cola_starts_as_published():
+    """Entries of std τ = r^-¼ (m + n)^-¼; for 512 → 512, r = 128 and unit inputs z has std 1.19 and y 0.43."""
+    layer = METHODS["cola"](512, 512, False, 128)
+    layer.load_state_dict(layer.init_parameters(torch.Generator().manual_seed(0)))
+    x = torch.randn(4096, 512, generator=torch.Generator().manual_seed(1))
+    for weight in (layer.A.weight, layer.B.weight):
+        assert weight.std().item() == pytest.approx(128**-0.25 * 1024**-0.25, rel=0.01)
+    assert (layer.B.weight @ layer.A.weight).std().item() == pytest.approx(1024**-0.5, rel=0.03)
+    assert layer.A(x).std().item() == pytest.approx(1.19, rel=0.03)
+    assert layer(x).std().item() == pytest.approx(0.43, rel=0.03)
+
+
+@pytest.mark.parametrize("method", ["dlr", "lowrank-residual"])
+@pytest.mark.parametrize("out_features,rank", [(12, 3), (10, 3), (11, 4), (5, 5)])
+def test_the_residual_repeats_the_latents_and_folds_exactly(method: str, out_features: int, rank: int):
+    layer = make(method, out_features=out_features, rank=rank)
+    x = torch.randn(6, 12, dtype=torch.float64)
+    z = layer.A(x)
+    z = torch.nn.functional.silu(z) if method == "dlr" else z
+    repeats = math.ceil(out_features / rank)
+    expanded = z.repeat_interleave(repeats, dim=-1)[:, :out_features]
+    expected = layer.B(z) + layer.residual_alpha / math.sqrt(repeats) * expanded
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+    plain = layer.fold()
+    assert not plain.residual and torch.equal(plain(x), layer(x))
+    torch.testing.assert_close(plain.singular_values(), layer.singular_values())
+    assert not torch.equal(plain.B.weight, layer.B.weight)

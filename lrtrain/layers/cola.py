@@ -1,0 +1,46 @@
+"""CoLA: y = B σ(A x), an activation between the factors.
+
+Liu et al., "CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation", EMNLP 2025, arXiv 2502.10940. With
+`residual` it is DLR (Wang et al., arXiv 2606.28932): y = B z + (α/√K)·Expand_K(z), z = σ(A x), which folds into B.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lrtrain.layers.bottleneck import ACTIVATIONS, check_activation, check_mergeable
+from lrtrain.layers.lowrank import LowRankLinear
+
+
+class CoLALinear(LowRankLinear):
+    """y = B σ(A x) + bias with A (rank, in) and B (out, rank).
+
+    Args:
+        init, init_std: as of `LowRankLinear`; `cola` is CoLA's own.
+        activation: σ, `silu` or `none`.
+        residual, residual_alpha: DLR's residual; see `with_residual`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        rank: int,
+        init: str,
+        init_std: float,
+        activation: str,
+        residual: bool,
+        residual_alpha: float,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, rank, init, init_std, residual, residual_alpha, device)
+        check_activation(activation)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(ACTIVATIONS[self.activation](self.A(x)), self.left(), self.B.bias)
+
+    def dense_weight(self) -> Tensor:
+        check_mergeable(self.activation)
+        return super().dense_weight()

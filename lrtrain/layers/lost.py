@@ -1,0 +1,140 @@
+"""LOST: y = γ·B σ(A x) + (1-γ)·W_s x_I, a low-rank part plus whole columns of W.
+
+Li et al., "LOST: Low-rank and Sparse Pre-training for Large Language Models", arXiv 2508.02668. The start is a dense
+draw W ~ N(0, init_std²): BA is its best rank-r part, and of the complement (what BA leaves of W) the columns I with the
+largest norms are kept, with W's own values in them. I is fixed from then on.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.layers.bottleneck import ACTIVATIONS, check_activation, check_mergeable
+from lrtrain.layers.initial import best_factors, normal, one_thread
+from lrtrain.spectra.factors import dense_singular_values, product_singular_values
+
+SELECTIONS = ("svd_l2", "svd_l1", "weight_l2", "random")
+
+
+class LOSTLinear(FactorizedLinear):
+    """y = γ·B σ(A x) + (1-γ)·W_s x_I + bias with A (rank, in), B (out, rank) and W_s (out, k), k = ⌊density·in⌋ or 1.
+
+    Args:
+        density: share of the input features that W_s reads (δ_c).
+        gamma: weight γ of the low-rank part, from 0 to 1.
+        activation: σ, `silu` or `none`.
+        select: which columns W_s starts from: those with the largest norm in the complement (`svd_l2`, `svd_l1`) or in
+            W (`weight_l2`), or `random` ones.
+        complement_rank: how many singular values after the first `rank` make the complement; None takes all.
+        init_std: standard deviation of the dense draw.
+
+    Raises:
+        ConfigError: for a share that is none, or an unknown activation or selection.
+    """
+
+    roles = {"B.weight": "factor_left", "A.weight": "factor_right", "sparse": "sparse_values", "B.bias": "bias"}
+    costly_init = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        rank: int,
+        density: float,
+        gamma: float,
+        activation: str,
+        select: str,
+        complement_rank: int | None,
+        init_std: float,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(in_features, out_features, rank)
+        check_activation(activation)
+        for key, share in (("density", density), ("gamma", gamma)):
+            if not 0 <= share <= 1:
+                raise ConfigError(f"param.{key}={share} is not a share between 0 and 1")
+        if select not in SELECTIONS:
+            raise ConfigError(f"param.select={select} is not one of {', '.join(SELECTIONS)}")
+        if complement_rank is not None and complement_rank < 1:
+            raise ConfigError(f"param.complement_rank={complement_rank} must be at least 1, or null for all")
+        self.count = max(1, math.floor(density * in_features))
+        self.gamma = gamma
+        self.activation = activation
+        self.select = select
+        self.complement_rank = complement_rank
+        self.init_std = init_std
+        self.A = nn.Linear(in_features, rank, bias=False, device=device)
+        self.B = nn.Linear(rank, out_features, bias=bias, device=device)
+        self.sparse = nn.Parameter(torch.empty(out_features, self.count, device=device))
+        self.columns = nn.Buffer(torch.empty(self.count, dtype=torch.int64, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = ACTIVATIONS[self.activation](self.A(x))  # (..., rank)
+        chosen = x.index_select(-1, self.columns)  # (..., k)
+        return self.B(self.gamma * z) + F.linear((1 - self.gamma) * chosen, self.sparse)
+
+    def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
+        weight = normal((self.out_features, self.in_features), self.init_std, generator)
+        bias = {} if self.B.bias is None else {"B.bias": torch.zeros(self.out_features)}
+        return self._start_from(weight, generator) | bias
+
+    def _start_from(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Factors, columns and their values from a dense weight (out, in)."""
+        more = self.complement_rank or 0
+        with one_thread():
+            left, right = best_factors(weight, min(self.rank + more, *weight.shape))
+            scores = self._scores(weight, left, right, generator)
+        columns = scores.topk(self.count).indices.sort().values
+        return {
+            "A.weight": right[: self.rank].to(weight.dtype),
+            "B.weight": left[:, : self.rank].to(weight.dtype).contiguous(),
+            "sparse": weight[:, columns],
+            "columns": columns,
+        }
+
+    def _scores(self, weight: Tensor, left: Tensor, right: Tensor, generator: torch.Generator | None) -> Tensor:
+        """What ranks the columns (in,); left and right are factors of W's part of rank r, or r + complement_rank."""
+        if self.select == "random":
+            return torch.rand(self.in_features, generator=generator)
+        if self.select == "weight_l2":
+            return weight.norm(dim=0)
+        r = self.rank
+        complement = weight - left @ right if self.complement_rank is None else left[:, r:] @ right[r:]
+        return complement.norm(p=1 if self.select == "svd_l1" else 2, dim=0)
+
+    def dense_weight(self) -> Tensor:
+        check_mergeable(self.activation)
+        return self._weight()
+
+    def _weight(self) -> Tensor:
+        low_rank = self.gamma * (self.B.weight @ self.A.weight)
+        return low_rank.index_add(1, self.columns, self.sparse, alpha=1 - self.gamma)
+
+    def singular_values(self) -> Tensor:
+        inner = self.rank + self.count
+        if inner > min(self.in_features, self.out_features):
+            return dense_singular_values(self._weight())
+        left = torch.cat([self.gamma * self.B.weight, (1 - self.gamma) * self.sparse], dim=1)  # (out, r + k)
+        rows = torch.zeros_like(self.A.weight[:1]).repeat(self.count, 1).scatter_(1, self.columns[:, None], 1.0)
+        return product_singular_values(left, torch.cat([self.A.weight, rows]), 1.0)
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * (self.rank * (self.in_features + self.out_features) + self.count * self.out_features)
+
+    @staticmethod
+    def from_dense(
+        weight: Tensor, rank: int, density: float, gamma: float, select: str, bias: Tensor | None = None
+    ) -> "LOSTLinear":
+        """The layer, without an activation, that starts from weight (out, in) as from a draw, in weight's dtype."""
+        out_features, in_features = weight.shape
+        layer = LOSTLinear(
+            in_features, out_features, bias is not None, rank, density, gamma, "none", select, None, 0.02
+        ).to(weight)
+        state = layer._start_from(weight) | ({} if bias is None else {"B.bias": bias})
+        layer.load_state_dict(state)
+        return layer
