@@ -11,15 +11,27 @@ from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.initial import gaussian_spectrum, spectral_factors
 from lrtrain.layers.lowrank import LowRankLinear
+from lrtrain.layers.nested import NestedLinear
 from lrtrain.layers.sltrain import SLTrainLinear, compose, low_rank_scale
 
 SLTRAIN = partial(SLTrainLinear, density=0.2, alpha=4.0, scale="alpha_over_r")
+NESTED = partial(
+    NestedLinear,
+    init_std=0.02,
+    ranks=[0.3, 0.7, 1.0],
+    full_share=0.5,
+    lasso=0.0,
+    shrink_every=0,
+    shrink_threshold=0.0,
+)
 METHODS = {
     "lowrank": partial(LowRankLinear, init="spectral", init_std=0.02),
     "lowrank-lora": partial(LowRankLinear, init="lora", init_std=0.02),
     "lowrank-xavier": partial(LowRankLinear, init="xavier", init_std=0.02),
     "sltrain-materialize": partial(SLTRAIN, execution="materialize"),
     "sltrain-factored": partial(SLTRAIN, execution="factored"),
+    "nested": partial(NESTED, scale="none"),
+    "nested-sqrt": partial(NESTED, scale="sqrt"),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 
