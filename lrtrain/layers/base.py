@@ -130,7 +130,16 @@ class FactorizedLinear(nn.Module, ABC):
         """Factor on the learning rate of the `paced` parameters for the update after `step` done steps."""
         return 1.0
 
-    # --- other ranks -----------------------------------------------------------------------------------------------
+    # --- smaller ranks ---------------------------------------------------------------------------------------------
+
+    def resize_due(self, step: int) -> bool:
+        """Whether the layer may want a smaller rank when `step` optimizer steps are done."""
+        return False
+
+    def wanted_rank(self) -> int:
+        """The rank ≥ 1 to go on with: the layer is built anew with it and keeps the leading rows and columns of its
+        parameters. Needs whole parameters: see `gathered`."""
+        return self.rank
 
     def ranks_to_evaluate(self) -> dict[float, int]:
         """Share of the rank → rank, for those at which the layer is a useful map too: evaluated at a run's end."""

@@ -147,6 +147,14 @@ class NestedLinear(FactorizedLinear):
         _add_scaled(left, self.lasso * tail_weights(whole(left.square().sum(0))))
         _add_scaled(right, self.lasso * tail_weights(whole(right.square().sum(1)))[:, None])
 
+    def resize_due(self, step: int) -> bool:
+        return self.shrink_every > 0 and step % self.shrink_every == 0
+
+    def wanted_rank(self) -> int:
+        dropped = dropped_energies(self.B.weight, self.A.weight)
+        enough = (dropped <= self.shrink_threshold * dropped[0]).nonzero()
+        return max(1, int(enough[0])) if len(enough) else self.rank
+
     # --- cutting ---------------------------------------------------------------------------------------------------
 
     def ranks_to_evaluate(self) -> dict[float, int]:
@@ -165,6 +173,16 @@ class NestedLinear(FactorizedLinear):
         ).to(weight)  # fmt: skip
         layer.load_state_dict(best.state_dict())
         return layer
+
+
+def dropped_energies(left: Tensor, right: Tensor) -> Tensor:
+    """‖B[:, b:] A[b:]‖_F² for b = 0 … r−1: what cutting W = BA to its first b columns and rows drops, float64.
+
+    With the Grams G = BᵀB and H = AAᵀ it is the sum of the entries of G∘H from (b, b) on.
+    """
+    left, right = left.double(), right.double()
+    entries = (left.T @ left) * (right @ right.T)  # (r, r)
+    return entries.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
 
 
 def tail_weights(energies: Tensor) -> Tensor:
