@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -61,12 +62,13 @@ def architecture(path: str | None, overrides: dict[str, Any]) -> PreTrainedConfi
     return config
 
 
-def make_model(config: Config) -> PreTrainedModel:
-    """The model of the configuration, factorized as `param` says, on the meta device."""
+def make_model(config: Config, ranks: Mapping[str, int] | None = None) -> PreTrainedModel:
+    """The model of the configuration, factorized as `param` says, on the meta device; `ranks` are those of layers that
+    have taken on other ones."""
     param = config.param
     make_layer = choice(param) if param["_target_"] else None
     model = build_model(
-        architecture(config.model.path, config.model.config), make_layer, param["pattern"], param["rank"]
+        architecture(config.model.path, config.model.config), make_layer, param["pattern"], param["rank"], ranks or {}
     )
     if zeros := param.get("zero_init"):
         for name, linear in linears(model, zeros, key="param.zero_init").items():
@@ -84,6 +86,7 @@ def build_model(
     make_layer: Callable[..., FactorizedLinear] | None,
     pattern: str | None,
     rank: RankRule | None,
+    ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> PreTrainedModel:
     """The causal language model of `config` on the meta device, with the linears that `pattern` finds factorized.
 
@@ -91,6 +94,7 @@ def build_model(
         make_layer: called with in_features, out_features, bias, rank and device; None leaves the model dense.
         pattern: regular expression searched in each linear's qualified name.
         rank: see `layer_rank`.
+        ranks: exact ranks by layer name, which come before `rank`.
 
     Raises:
         ConfigError: if the pattern matches no linear, or a rank does not fit its layer.
@@ -105,7 +109,7 @@ def build_model(
                 in_features=linear.in_features,
                 out_features=linear.out_features,
                 bias=linear.bias is not None,
-                rank=layer_rank(rank, name, linear),
+                rank=ranks.get(name) or layer_rank(rank, name, linear),
                 device="meta",
             )
             model.set_submodule(name, layer)

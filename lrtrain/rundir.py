@@ -1,6 +1,7 @@
 """The run directory: what is taken up from it, what it is refused for, and what a new one begins with."""
 
 import json
+import re
 import uuid
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, me
     differences = [
         f"{key} is {old} there and {new} here"
         for key, (old, new) in differing(meta["config"], as_dict(config)).items()
-        if key.startswith(("model.config.", "param.", "train.seed", "model.path")) and key != "param.execution"
+        if key.startswith(("model.config.", "param.", "train.seed", "model.path"))
+        and key != "param.execution"
+        and not (meta.get("ranks") and re.match(r"param\.rank(\.|$)", key))  # its layers have ranks of their own
     ]
     if differences:
         raise ConfigError(f"{checkpoint} is of another model: {'; '.join(differences)}")

@@ -37,12 +37,14 @@ from lrtrain.model import (
     training_flops,
 )
 from lrtrain.report import print_ledger, summary_rows
+from lrtrain.resize import wanted_ranks
 from lrtrain.rundir import check_compatible, checkpoint_to_resume, claim, known_run
 from lrtrain.spectra.weights import spectra_metrics, weight_spectra
 from lrtrain.stop import StopRequest
 from lrtrain.throughput import Meter, matmul_peak, peak_memory_gib
 from lrtrain.tracking import Tracker, open_tracker
 from lrtrain.tracking.console import print_summary
+from lrtrain.truncation import Truncation, evaluate_truncated, truncation_rows
 
 T = TypeVar("T")
 
@@ -93,27 +95,19 @@ class Trainer:
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
 
-        model = make_model(config)
+        checkpoint = on_main(lambda: checkpoint_to_resume(config))
+        self.meta = read_meta(checkpoint) if checkpoint else {}
+        self.ranks: dict[str, int] = self.meta.get("ranks", {})
+        model = make_model(config, self.ranks)
         self.data = data.prepare(config.data, config.train.seed)
         agree(self.data.fingerprint, "the data")
         self._check_sizes(model)
-        checkpoint = on_main(lambda: checkpoint_to_resume(config))
-        self.meta = read_meta(checkpoint) if checkpoint else {}
         if checkpoint:
             check_compatible(config, self.data.fingerprint, checkpoint, self.meta)
         dtype = compute_dtype(config, world.device)
         run = on_main(lambda: known_run(config) or claim(config, self._settle(model, dtype), self.data.tokenizer))
         self.executions: dict[str, str] = run["executions"]
-        for name, layer in factorized_layers(model).items():
-            layer.execution = self.executions.get(name)
-        self.layers = [*factorized_layers(model).values()]
-        self.flops = training_flops(model, config.data.seq_len)
-        self.matrices = matrices(model, config.param["pattern"])
-        self.counts = {
-            "parameters": parameter_count(model),
-            "parameters_trainable": trainable_count(model),
-            "parameters_dense": dense_parameter_count(model),
-        }
+        self._take_stock(model)
         if world.main:
             print_ledger(model)
 
@@ -143,6 +137,19 @@ class Trainer:
             if world.main
             else Tracker()
         )
+
+    def _take_stock(self, model: PreTrainedModel) -> None:
+        """All that the run keeps of its model besides the engine's."""
+        self.layers = factorized_layers(model)
+        for name, layer in self.layers.items():
+            layer.execution = self.executions.get(name)
+        self.flops = training_flops(model, self.config.data.seq_len)
+        self.matrices = matrices(model, self.config.param["pattern"])
+        self.counts = {
+            "parameters": parameter_count(model),
+            "parameters_trainable": trainable_count(model),
+            "parameters_dense": dense_parameter_count(model),
+        }
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -214,7 +221,7 @@ class Trainer:
         # Dropout draws from a function of (seed, step, process): no generator state to save.
         torch.manual_seed(integer_seed(config.train.seed, f"step {progress.step} process {self.world.dist_rank}"))
         tokens = config.train.batch_size * config.data.seq_len
-        for layer in self.layers:
+        for layer in self.layers.values():
             layer.draw(generator_for(config.train.seed, f"draw of step {progress.step}"))
         losses = [self.engine.forward_backward(micro, tokens) for micro in rows.split(config.train.micro_batch_size)]
         (loss,) = total(torch.stack(losses).double().sum().item() / tokens)
@@ -223,6 +230,7 @@ class Trainer:
 
         progress.step += 1
         self.engine.revise(progress.step)
+        self._resize()
         progress.position += config.train.batch_size
         seconds = time.perf_counter() - started + self.read_seconds
         progress.seconds += seconds
@@ -230,6 +238,23 @@ class Trainer:
         self._account(result, tokens)
         if progress.step == 1 or progress.step % config.train.log_every == 0 or progress.step == config.train.steps:
             self._log({"train/loss": loss, "train/grad_norm": result.grad_norm, "train/lr": lr})
+
+    def _resize(self) -> None:
+        """Go on with smaller tensors where layers want smaller ranks now."""
+        ranks = wanted_ranks(self.layers, self.progress.step)
+        if all(layer.rank == ranks[name] for name, layer in self.layers.items()):
+            return
+        before = self.counts["parameters"]
+        self.ranks = ranks
+        model = make_model(self.config, ranks)
+        self._take_stock(model)
+        self.engine.resize(model, choice(self.config.optim))
+        self.support_hash = support_hash(self.engine.model)
+        self.meter.flops = self.flops
+        now = self.counts["parameters"]
+        self.tracker.log(self.progress.step, self.progress.tokens, {"train/parameters": now})
+        if self.world.main:
+            print(f"step {self.progress.step}: smaller ranks, {now:,} parameters instead of {before:,}", flush=True)
 
     def _account(self, result: StepResult, tokens: int) -> None:
         """Count a step that trained; tell of one that was skipped, and give up after too many."""
@@ -264,19 +289,31 @@ class Trainer:
     def _evaluate(self) -> Evaluation | None:
         """The loss on the held-out set, logged; None if nothing is held out or a signal cut it short."""
         started = time.perf_counter()
+        found = self._held_out()
+        if found is not None:
+            seconds = {"perf/eval_seconds": time.perf_counter() - started}
+            self.tracker.log(self.progress.step, self.progress.tokens, found.metrics(self.config.eval.compat) | seconds)
+        return found
+
+    def _held_out(self) -> Evaluation | None:
+        """The loss on the held-out set; None if nothing is held out or a signal cut it short."""
         indices = spread(len(self.data.validation), self.config.eval.sequences)
         if not indices:
             return None
-        found = evaluate(
+        return evaluate(
             self.engine.model,
             self.data.validation.rows(indices),
             self.config.train.micro_batch_size,
             self.world,
             stop=self._stop_requested,
         )
-        if found is not None:
-            seconds = {"perf/eval_seconds": time.perf_counter() - started}
-            self.tracker.log(self.progress.step, self.progress.tokens, found.metrics(self.config.eval.compat) | seconds)
+
+    def _evaluate_truncated(self) -> list[Truncation]:
+        """The losses at the smaller ranks that the layers offer, logged."""
+        found = evaluate_truncated(self.engine.model, self._held_out)
+        if found:
+            metrics = {key: value for truncation in found for key, value in truncation.metrics().items()}
+            self.tracker.log(self.progress.step, self.progress.tokens, metrics)
         return found
 
     def _measure_spectra(self) -> dict[str, float]:
@@ -305,6 +342,7 @@ class Trainer:
         progress = self.progress
         self._save()
         found = self._evaluate() if self.config.eval.every <= progress.step else None  # too short for its cadence
+        truncations = self._evaluate_truncated() if found else []
         spectra = self._measure_spectra()
         self.checkpointer.wait()
         dist.barrier()
@@ -321,6 +359,8 @@ class Trainer:
             "memory_gib": memory,
             "effective_rank": spectra.get("spectra/summary/all/erank_mean"),
             "world_size": self.world.size,
+            **{f"parameters_at_rank_share_{t.share:g}": t.parameters for t in truncations},
+            **{f"eval_loss_at_rank_share_{t.share:g}": t.loss for t in truncations},
         }
         if self.world.main:
             from lrtrain.plots import plot_run  # matplotlib takes a while to import: not before the first step
@@ -328,7 +368,8 @@ class Trainer:
             write_durably(self.run_dir / "summary.json", json.dumps(summary, indent=1))
             picture = plot_run(self.run_dir)
             self.tracker.log_image(progress.step, "plots/run", picture)
-            print_summary(summary_rows(summary) | {"picture": str(picture)}, sys.stdout)
+            rows = summary_rows(summary) | truncation_rows(truncations) | {"picture": str(picture)}
+            print_summary(rows, sys.stdout)
         return {key: value for key, value in summary.items() if value is not None}
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
@@ -342,6 +383,7 @@ class Trainer:
             "data": {"fingerprint": self.data.fingerprint, "state": self.data.train.state()},
             "config": as_dict(self.config),
             "executions": self.executions,
+            "ranks": self.ranks,
             "support_hash": self.support_hash,
             "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
             "world_size": self.world.size,

@@ -63,6 +63,13 @@ class Engine(ABC):
         """Let the layers that have something to do when `step` steps are done do it, optimizer states included."""
 
     @abstractmethod
+    def resize(
+        self, model: PreTrainedModel, make_optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer]
+    ) -> None:
+        """Go on with a model on meta that differs from the present one by smaller ranks: it takes over the leading
+        part of each parameter and optimizer state."""
+
+    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Model and optimizer in the canonical form: keyed by qualified parameter names, unsharded shapes."""
 

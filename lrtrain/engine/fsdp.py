@@ -21,7 +21,9 @@ from lrtrain.engine.revision import revise_layers
 from lrtrain.errors import ConfigError
 from lrtrain.loss import next_token_loss
 from lrtrain.model import blocks, factorized_layers, materialize
+from lrtrain.resize import carry_over
 
+GRAPHS_PER_BLOCK = 16
 CANONICAL = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -53,6 +55,9 @@ class FSDPEngine(Engine):
     ) -> None:
         recompute(model, self.recompute_every)
         if self.compile:
+            # All blocks share one function: each may need graphs of its own, for its ranks and in its modes.
+            torch._dynamo.config.recompile_limit = GRAPHS_PER_BLOCK * len(blocks(model))
+            torch._dynamo.config.accumulated_recompile_limit = 4 * torch._dynamo.config.recompile_limit
             for block in blocks(model):
                 block.compile()
         if self.world.size > 1 or self.dtype != torch.float32:  # else there is nothing to share and nothing to cast
@@ -97,6 +102,15 @@ class FSDPEngine(Engine):
 
     def revise(self, step: int) -> None:
         revise_layers(self.model, self.optimizer, step, self.seed)
+
+    def resize(
+        self, model: PreTrainedModel, make_optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer]
+    ) -> None:
+        old, old_optimizer = self.model, self.optimizer
+        if self.compile:
+            torch.compiler.reset()  # the old shapes' graphs count towards the limit of recompilations
+        self.prepare(model, self.seed, make_optimizer)
+        carry_over(old, old_optimizer, self.model, self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer, options=CANONICAL)

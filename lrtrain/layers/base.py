@@ -132,6 +132,26 @@ class FactorizedLinear(nn.Module, ABC):
         """Factor on the learning rate of the `paced` parameters for the update after `step` done steps."""
         return 1.0
 
+    # --- smaller ranks ---------------------------------------------------------------------------------------------
+
+    def resize_due(self, step: int) -> bool:
+        """Whether the layer may want a smaller rank when `step` optimizer steps are done."""
+        return False
+
+    def wanted_rank(self) -> int:
+        """The rank ≥ 1 to go on with: the layer is built anew with it and keeps the leading rows and columns of its
+        parameters. Needs whole parameters: see `gathered`."""
+        return self.rank
+
+    def ranks_to_evaluate(self) -> dict[float, int]:
+        """Share of the rank → rank, for those at which the layer is a useful map too: evaluated at a run's end."""
+        return {}
+
+    def truncate(self, rank: int) -> None:
+        """From now on be the layer of this rank ≤ `self.rank` in eval mode; nothing is lost, and training goes on with
+        the whole."""
+        raise NotImplementedError(f"{type(self).__name__} has no smaller ranks in it")
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, TINY, command
 
-from lrtrain.checkpoint import whole_checkpoints
+from lrtrain.checkpoint import read_meta, whole_checkpoints
 from lrtrain.tracking.jsonl import read_metrics, series
 
 JOBS = str(ROOT / "tests" / "distributed" / "jobs.py")
@@ -50,6 +50,8 @@ VARIANTS = {
     "sltrain-factored": ["param=sltrain", "param.execution=factored"],
     "sst": REVISED["sst"],
     "relora": [*REVISED["relora"], "schedule=cosine_restarts", "schedule.restart_warmup=1"],
+    "nested-lasso": ["param=nested", "param.lasso=1e-3"],
+    "nested-shrinking": ["param=nested", "param.shrink_every=2", "param.shrink_threshold=0.2"],
     "bf16": ["param=lowrank", "train.dtype=bf16"],
     "opt-tied": ["param=lowrank", "model.config.dropout=0.0"],
     "lost": ["param=lost", "param.density=0.1"],
@@ -157,7 +159,7 @@ def streamed(tmp_path_factory, corpus) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("source", ["packed", "streamed", "opt-with-dropout"])
+@pytest.mark.parametrize("source", ["packed", "streamed", "opt-with-dropout", "shrinking"])
 def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(
     tmp_path: Path, tiny: list[str], streamed: list[str], source: str
 ):
@@ -168,6 +170,9 @@ def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(
     base = base_of(source, base)
     if source == "opt-with-dropout":
         base.append("model.config.dropout=0.1")
+    if source == "shrinking":  # at steps 3, 6, 9 and 12: each piece but the first starts with ranks of its own
+        base.remove("param.execution=factored")
+        base += ["param=nested", "param.shrink_every=3", "param.shrink_threshold=0.2"]
     if source == "streamed":
         base = [override for override in base if override != "data=local"] + streamed
     pieces = [[*base, f"run.dir={tmp_path}/pieces", "resume=auto", f"train.steps={steps}"] for steps in (4, 8, 12)]
@@ -195,6 +200,19 @@ def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[s
     run_jobs([*pieces, [*base, f"run.dir={tmp_path}/whole", "train.steps=9"]], 2, tmp_path)
     assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 9
+
+
+def test_a_shrunken_run_ends_with_fewer_parameters_and_a_loss_for_each_rank(variants: Path):
+    kept, shrunken = (json.loads((variants / f"two-{name}" / "summary.json").read_text())
+                      for name in ("nested-lasso", "nested-shrinking"))  # fmt: skip
+    assert shrunken["parameters"] < kept["parameters"] and shrunken["parameters_dense"] == kept["parameters_dense"]
+    for summary in (kept, shrunken):
+        assert summary["eval_loss_at_rank_share_1"] == summary["eval_loss"]
+        assert summary["parameters_at_rank_share_1"] == summary["parameters"]
+        assert summary["parameters_at_rank_share_0.5"] < summary["parameters"]
+        assert summary["eval_loss_at_rank_share_0.5"] != summary["eval_loss"]
+    (newest,) = whole_checkpoints(variants / "two-nested-shrinking" / "checkpoints")
+    assert set(read_meta(newest)["ranks"].values()) <= set(range(1, 8))
 
 
 def start(overrides: list[str], processes: int, folder: Path) -> subprocess.Popen:

@@ -14,6 +14,7 @@ from lrtrain.layers.cola import CoLALinear
 from lrtrain.layers.initial import best_factors, gaussian_spectrum, spectral_factors
 from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
+from lrtrain.layers.nested import NestedLinear
 from lrtrain.layers.relora import ReLoRALinear
 from lrtrain.layers.sltrain import SLTrainLinear, compose, low_rank_scale
 from lrtrain.layers.sst import SSTLinear
@@ -21,6 +22,15 @@ from lrtrain.layers.sst import SSTLinear
 SLTRAIN = partial(SLTrainLinear, density=0.2, alpha=4.0, scale="alpha_over_r")
 LOST = partial(LOSTLinear, density=0.2, gamma=0.7, select="svd_l2", complement_rank=None, init_std=0.02)
 COLA = partial(CoLALinear, init="cola", init_std=0.02, residual_alpha=1.0)
+NESTED = partial(
+    NestedLinear,
+    init_std=0.02,
+    ranks=[0.3, 0.7, 1.0],
+    full_share=0.5,
+    lasso=0.0,
+    shrink_every=0,
+    shrink_threshold=0.0,
+)
 METHODS = {
     "lowrank": partial(LowRankLinear, init="spectral", init_std=0.02),
     "lowrank-lora": partial(LowRankLinear, init="lora", init_std=0.02),
@@ -44,6 +54,8 @@ METHODS = {
     "lost-none": partial(LOST, activation="none"),
     "cola": partial(COLA, activation="silu", residual=False),
     "dlr": partial(COLA, activation="silu", residual=True),
+    "nested": partial(NESTED, scale="none"),
+    "nested-sqrt": partial(NESTED, scale="sqrt"),
 }
 NONLINEAR = ("lost-silu", "cola", "dlr")
 linear_methods = pytest.mark.parametrize("method", [name for name in METHODS if name not in NONLINEAR])

@@ -1,0 +1,201 @@
+"""W_b = c_b·B[:, :b] A[:b] for every b ≤ r in one layer: trained at many ranks, cut at any, and able to shrink.
+
+Rank sampling is DyLoRA's (Valipour et al., EACL 2023) in the form that trains the whole prefix; the hierarchical
+group lasso and the shrinking are Maestro's (Horváth et al., ICML 2024), whose theorem says why prefixes are worth
+keeping: ordered dropout on a linear map recovers its singular vectors in their order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.functional import linear
+
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import FactorizedLinear, whole
+from lrtrain.layers.initial import spectral_factors
+from lrtrain.layers.lowrank import LowRankLinear
+from lrtrain.spectra.factors import product_singular_values
+
+SCALES = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+"""c_b = (r/b)^exponent."""
+
+
+def nested_linear(x: Tensor, left: Tensor, right: Tensor, rank: int, scale: float) -> Tensor:
+    """c·B[:, :b] (A[:b] x) for B = `left` (out, r), A = `right` (r, in) and b = `rank`: x (..., in) → (..., out)."""
+    z = linear(x, right[:rank])  # (..., in) → (..., b)
+    return linear(z if scale == 1 else scale * z, left[:, :rank])
+
+
+class NestedLinear(FactorizedLinear):
+    """y = c_b·B[:, :b] (A[:b] x) + bias with A (rank, in), B (out, rank), from an ordered spectral start.
+
+    In training mode b is drawn before each step, the same share of the rank in all layers; in eval mode it is the
+    whole rank, or what `truncate` left of it.
+
+    Args:
+        init_std: standard deviation of the dense initialization that the start imitates.
+        ranks: the shares of the rank that are trained, each in (0, 1].
+        full_share: probability that a step trains the whole rank; else it is one of the smaller `ranks`, uniformly.
+        scale: c_b. `none`: 1, `sqrt`: √(r/b), `linear`: r/b (DyLoRA's).
+        lasso: λ of the hierarchical group lasso λ·Σ_b (‖B[:, b:]‖_F + ‖A[b:]‖_F), 0 ≤ b < r.
+        shrink_every: steps between two looks at whether a smaller rank will do; 0: never.
+        shrink_threshold: share of ‖BA‖_F² that a smaller rank may drop.
+
+    Raises:
+        ConfigError: for a value out of its range.
+    """
+
+    roles = {"B.weight": "factor_left", "A.weight": "factor_right", "B.bias": "bias"}
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        rank: int,
+        init_std: float,
+        ranks: list[float],
+        full_share: float,
+        scale: str,
+        lasso: float,
+        shrink_every: int,
+        shrink_threshold: float,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__(in_features, out_features, rank)
+        if not ranks or not all(0 < share <= 1 for share in ranks):
+            raise ConfigError(f"param.ranks={ranks} must be shares of the rank, each above 0 and at most 1")
+        if not 0 <= full_share <= 1:
+            raise ConfigError(f"param.full_share={full_share} is not a probability")
+        if scale not in SCALES:
+            raise ConfigError(f"param.scale={scale} is not one of {', '.join(SCALES)}")
+        if not 0 <= shrink_threshold < 1:
+            raise ConfigError(f"param.shrink_threshold={shrink_threshold} is not a share of the energy below 1")
+        for key, value in {"lasso": lasso, "shrink_every": shrink_every}.items():
+            if value < 0:
+                raise ConfigError(f"param.{key}={value} must not be below 0")
+        self.init_std = init_std
+        self.ranks = sorted({*ranks, 1.0})
+        self.full_share = full_share if self.smaller else 1.0
+        self.exponent = SCALES[scale]
+        self.lasso = lasso
+        self.shrink_every = shrink_every
+        self.shrink_threshold = shrink_threshold
+        self.drawn = rank  # b in training mode
+        self.kept = rank  # b in eval mode
+        self.A = nn.Linear(in_features, rank, bias=False, device=device)
+        self.B = nn.Linear(rank, out_features, bias=bias, device=device)
+
+    @property
+    def smaller(self) -> Sequence[float]:
+        """The shares below the whole rank."""
+        return self.ranks[:-1]
+
+    def rank_at(self, share: float) -> int:
+        """The rank that a share of it means."""
+        return max(1, round(share * self.rank))
+
+    def scale_at(self, rank: int) -> float:
+        """c_b."""
+        return (self.rank / rank) ** self.exponent
+
+    def forward(self, x: Tensor) -> Tensor:
+        rank = self.drawn if self.training else self.kept
+        y = nested_linear(x, self.B.weight, self.A.weight, rank, self.scale_at(rank))
+        return y if self.B.bias is None else y + self.B.bias
+
+    def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
+        left, right = spectral_factors(self.out_features, self.in_features, self.rank, self.init_std, generator)
+        bias = {} if self.B.bias is None else {"B.bias": torch.zeros(self.out_features)}
+        return {"A.weight": right, "B.weight": left, **bias}
+
+    def dense_weight(self) -> Tensor:
+        b = self.kept
+        return self.scale_at(b) * self.B.weight[:, :b] @ self.A.weight[:b]
+
+    def singular_values(self) -> Tensor:
+        b = self.kept
+        return product_singular_values(self.B.weight[:, :b], self.A.weight[:b], self.scale_at(b))
+
+    def flops(self, tokens: int) -> int:
+        return 2 * tokens * self.rank * (self.in_features + self.out_features)
+
+    def training_flops(self, tokens: int) -> int:
+        """By the expected b."""
+        smaller = [self.rank_at(share) for share in self.smaller]
+        expected = self.full_share * self.rank
+        if smaller:
+            expected += (1 - self.full_share) * sum(smaller) / len(smaller)
+        return round(6 * tokens * expected * (self.in_features + self.out_features))
+
+    # --- between steps ---------------------------------------------------------------------------------------------
+
+    def draw(self, generator: torch.Generator) -> None:
+        if torch.rand((), generator=generator) < self.full_share:
+            self.drawn = self.rank
+        else:
+            index = torch.randint(len(self.smaller), (), generator=generator)
+            self.drawn = self.rank_at(self.smaller[int(index)])
+
+    @torch.no_grad()
+    def add_penalty(self) -> None:
+        if self.lasso == 0:
+            return
+        left, right = self.B.weight, self.A.weight
+        _add_scaled(left, self.lasso * tail_weights(whole(left.square().sum(0))))
+        _add_scaled(right, self.lasso * tail_weights(whole(right.square().sum(1)))[:, None])
+
+    def resize_due(self, step: int) -> bool:
+        return self.shrink_every > 0 and step % self.shrink_every == 0
+
+    def wanted_rank(self) -> int:
+        dropped = dropped_energies(self.B.weight, self.A.weight)
+        enough = (dropped <= self.shrink_threshold * dropped[0]).nonzero()
+        return max(1, int(enough[0])) if len(enough) else self.rank
+
+    # --- cutting ---------------------------------------------------------------------------------------------------
+
+    def ranks_to_evaluate(self) -> dict[float, int]:
+        return {share: self.rank_at(share) for share in self.ranks}
+
+    def truncate(self, rank: int) -> None:
+        self.kept = rank
+
+    @classmethod
+    def from_dense(cls, weight: Tensor, rank: int, bias: Tensor | None = None, scale: str = "none") -> "NestedLinear":
+        """The layer whose W_b is c_b times the best rank-b approximation of weight (out, in), for every b ≤ rank."""
+        best = LowRankLinear.from_dense(weight, rank, bias)
+        layer = cls(
+            best.in_features, best.out_features, bias is not None, rank, init_std=0.02, ranks=[1.0], full_share=1.0,
+            scale=scale, lasso=0.0, shrink_every=0, shrink_threshold=0.0,
+        ).to(weight)  # fmt: skip
+        layer.load_state_dict(best.state_dict())
+        return layer
+
+
+def dropped_energies(left: Tensor, right: Tensor) -> Tensor:
+    """‖B[:, b:] A[b:]‖_F² for b = 0 … r−1: what cutting W = BA to its first b columns and rows drops, float64.
+
+    With the Grams G = BᵀB and H = AAᵀ it is the sum of the entries of G∘H from (b, b) on.
+    """
+    left, right = left.double(), right.double()
+    entries = (left.T @ left) * (right @ right.T)  # (r, r)
+    return entries.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
+
+
+def tail_weights(energies: Tensor) -> Tensor:
+    """What the gradient of Σ_b t_b multiplies each column by: w_j = Σ_{b ≤ j} 1/t_b, for the tail norms t_b of columns
+    with squared norms `energies` (r,); a tail that is zero pulls at nothing."""
+    tails = energies.flip(0).cumsum(0).flip(0).sqrt()
+    return torch.where(tails > 0, 1 / tails, 0).cumsum(0)
+
+
+def _add_scaled(parameter: Tensor, factors: Tensor) -> None:
+    """Add parameter·factors (broadcast; whole on every process) to its gradient, shard by shard."""
+    assert parameter.grad is not None
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        factors = DTensor.from_local(factors, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    parameter.grad.add_(parameter * factors)
