@@ -10,9 +10,9 @@ import pytest
 from launching import TINY, command
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this session keeps tokenizers and packed rows."""
+    """Where this session keeps tokenizers, packed rows and measurements: never in the user's own cache."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["LRTRAIN_CACHE"] = str(folder)
     return folder

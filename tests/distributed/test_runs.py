@@ -43,6 +43,8 @@ VARIANTS = {
     "lowrank": ["param=lowrank"],
     "sltrain-materialize": ["param=sltrain", "param.execution=materialize"],
     "sltrain-factored": ["param=sltrain", "param.execution=factored"],
+    "sltrain-row-balanced": ["param=sltrain", "param.support=row_balanced", "param.execution=factored"],
+    "sltrain-block": ["param=sltrain", "param.support=block", "param.block=16", "param.execution=factored"],
     "bf16": ["param=lowrank", "train.dtype=bf16"],
     "opt-tied": ["param=lowrank", "model.config.dropout=0.0"],
     "recompute-compile": ["param=sltrain", "param.execution=factored", "train.recompute_every=2", "train.compile=true"],
