@@ -12,7 +12,7 @@ from launching import TINY, command
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this session keeps tokenizers, packed rows and initial values."""
+    """Where this session keeps tokenizers, packed rows, initial values and measurements: never in the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["LRTRAIN_CACHE"] = str(folder)
     return folder

@@ -42,7 +42,7 @@ def content_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
         known = json.loads(memo.read_text()) if memo.exists() else {}
         fresh = dict(_digest_entries(files, known))
         if any(known.get(key) != digest for key, digest in fresh.items()):
-            _replace_text(memo, json.dumps(known | fresh))
+            replace_text(memo, json.dumps(known | fresh))
     return list(fresh.values())
 
 
@@ -58,7 +58,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write `text` so that a reader, or a crash, sees the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)

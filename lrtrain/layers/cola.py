@@ -6,7 +6,6 @@ Liu et al., "CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activatio
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lrtrain.layers.bottleneck import ACTIVATIONS, check_activation, check_mergeable
 from lrtrain.layers.lowrank import LowRankLinear
@@ -39,7 +38,7 @@ class CoLALinear(LowRankLinear):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(ACTIVATIONS[self.activation](self.A(x)), self.left(), self.B.bias)
+        return self.expand(ACTIVATIONS[self.activation](self.A(x)))
 
     def dense_weight(self) -> Tensor:
         check_mergeable(self.activation)

@@ -43,8 +43,8 @@ class LowRankLinear(FactorizedLinear):
         rank: int,
         init: str,
         init_std: float,
-        residual: bool = False,
-        residual_alpha: float = 1.0,
+        residual: bool,
+        residual_alpha: float,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank)
@@ -58,7 +58,11 @@ class LowRankLinear(FactorizedLinear):
         self.B = nn.Linear(rank, out_features, bias=bias, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.A(x), self.left(), self.B.bias)  # (..., in) → (..., rank) → (..., out)
+        return self.expand(self.A(x))  # (..., in) → (..., rank) → (..., out)
+
+    def expand(self, z: Tensor) -> Tensor:
+        """z (..., rank) → (..., out) by B, with its residual, and the bias."""
+        return F.linear(z, self.left(), self.B.bias) if self.residual else self.B(z)
 
     def left(self) -> Tensor:
         """B with its residual (out, rank)."""
@@ -100,7 +104,9 @@ class LowRankLinear(FactorizedLinear):
     def from_dense(weight: Tensor, rank: int, bias: Tensor | None = None) -> "LowRankLinear":
         """The layer whose W is the best rank-`rank` approximation of weight (out, in), in weight's dtype."""
         out_features, in_features = weight.shape
-        layer = LowRankLinear(in_features, out_features, bias is not None, rank, "spectral", 0.02).to(weight)
+        layer = LowRankLinear(in_features, out_features, bias is not None, rank, "spectral", 0.02, False, 1.0).to(
+            weight
+        )
         left, right = best_factors(weight, rank)
         with torch.no_grad():
             layer.B.weight.copy_(left)

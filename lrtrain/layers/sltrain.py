@@ -10,7 +10,7 @@ arXiv 2406.02214, equation (1) and algorithm 1. Two executions of the same map:
 """
 
 import math
-import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,22 @@ from torch.autograd.function import once_differentiable
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
+from lrtrain.layers.fastest import fastest
 from lrtrain.layers.initial import spectral_factors, uniform
 from lrtrain.layers.support import (
+    block_add_,
+    block_gradients,
+    column_dtype,
     compress_rows,
+    draw_rows,
     draw_uniform,
     flat_positions,
-    sampled_product,
     sparse_apply,
-    sparse_apply_transposed,
+    sparse_gradients,
 )
 from lrtrain.spectra.factors import dense_singular_values
 
+SUPPORTS = ("uniform", "row_balanced", "block")
 EXECUTIONS = ("auto", "materialize", "factored")
 INITS = ("published", "spectral")
 
@@ -41,75 +46,100 @@ def low_rank_scale(alpha: float, rank: int, rule: str) -> float:
     return rules[rule]
 
 
-def compose(left: Tensor, right: Tensor, values: Tensor, crow: Tensor, col: Tensor, scale: float) -> Tensor:
+def compose(
+    left: Tensor, right: Tensor, values: Tensor, crow: Tensor | None, col: Tensor, block: int, scale: float
+) -> Tensor:
     """W = scale·B A + S: B (out, r), A (r, in), values (nnz,) on the support → (out, in)."""
     weight = (scale * left) @ right
-    weight.view(-1).index_add_(0, flat_positions(crow, col, right.shape[1]), values)
+    weight.view(-1).index_add_(0, flat_positions(crow, col, block, right.shape[1]), values)
     return weight
 
 
 class _Materialized(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, left, right, values, crow, col, scale):
+    def forward(ctx, x, left, right, values, crow, col, block, scale):
         ctx.save_for_backward(x, left, right, values, crow, col)
-        ctx.scale = scale
-        return x @ compose(left, right, values, crow, col, scale).T
+        ctx.block, ctx.scale = block, scale
+        return x @ compose(left, right, values, crow, col, block, scale).T
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         (g,) = grad_outputs
         x, left, right, values, crow, col = ctx.saved_tensors
-        dx = g @ compose(left, right, values, crow, col, ctx.scale) if ctx.needs_input_grad[0] else None
+        dx = g @ compose(left, right, values, crow, col, ctx.block, ctx.scale) if ctx.needs_input_grad[0] else None
         dense = g.T @ x  # (out, in), only here and only for a moment
         d_left = ctx.scale * (dense @ right.T)
         d_right = ctx.scale * (left.T @ dense)
-        return dx, d_left, d_right, dense.view(-1)[flat_positions(crow, col, right.shape[1])], None, None, None
+        d_values = dense.view(-1)[flat_positions(crow, col, ctx.block, right.shape[1])]
+        return dx, d_left, d_right, d_values, None, None, None, None
 
 
 class _Factored(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, left, right, values, crow, col, scale):
+    def forward(ctx, x, left, right, values, crow, col, block, scale):
         z = x @ right.T  # (tokens, r)
         ctx.save_for_backward(x, z, left, right, values, crow, col)
-        ctx.scale = scale
-        return torch.addmm(sparse_apply(values, crow, col, x), z, left.T, alpha=scale)
+        ctx.block, ctx.scale = block, scale
+        if block > 1:
+            return block_add_((scale * z) @ left.T, values, col, block, x)
+        return sparse_apply(values, crow, col, x).addmm_(z, left.T, alpha=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         (g,) = grad_outputs
         x, z, left, right, values, crow, col = ctx.saved_tensors
+        if ctx.block > 1:
+            dx, d_values = block_gradients(values, col, ctx.block, g, x)
+        else:
+            dx, d_values = sparse_gradients(values, crow, col, g, x)
         dz = ctx.scale * (g @ left)  # (tokens, r)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.addmm(sparse_apply_transposed(values, crow, col, g, x.shape[1]), dz, right)
-        return dx, ctx.scale * (g.T @ z), dz.T @ x, sampled_product(crow, col, g, x), None, None, None
+        return dx.addmm_(dz, right), ctx.scale * (g.T @ z), dz.T @ x, d_values, None, None, None, None
 
 
 def sltrain_linear(
-    x: Tensor, left: Tensor, right: Tensor, values: Tensor, crow: Tensor, col: Tensor, scale: float, factored: bool
+    x: Tensor,
+    left: Tensor,
+    right: Tensor,
+    values: Tensor,
+    crow: Tensor | None,
+    col: Tensor,
+    block: int,
+    scale: float,
+    factored: bool,
 ) -> Tensor:
-    """x (..., in) → (..., out) by W = scale·B A + S, with the hand-written backward pass of the chosen execution."""
+    """x (..., in) → (..., out) by W = scale·B A + S, with the hand-written backward pass of the chosen execution.
+
+    Args:
+        values, crow, col, block: S, as `lrtrain.layers.support` describes it.
+    """
     function = _Factored if factored else _Materialized
-    y = function.apply(x.reshape(-1, x.shape[-1]), left, right, values, crow, col, scale)
+    y = function.apply(x.reshape(-1, x.shape[-1]), left, right, values, crow, col, block, scale)
     return y.view(*x.shape[:-1], -1)
 
 
 class SLTrainLinear(FactorizedLinear):
-    """y = (s·B A + S) x + bias, S with ⌊density·out·in⌋ values on a uniformly random fixed support.
+    """y = (s·B A + S) x + bias, S with values on a random fixed support.
 
     Initial values: A ~ U(±1/√in), B = 0, values ~ U(±1/√in), bias ~ U(±1/√out), unless `init` says otherwise.
 
     Args:
         density: share of the entries of W that S holds (δ), from 0 to 1.
+        support: where they are.
+            `uniform`: anywhere, ⌊δ·out·in⌋ values (as published).
+            `row_balanced`: the same number in every row, out·round(δ·in) values; no row pointers to store.
+            `block`: in b×b blocks, the same number in every block row, out·b·max(1, round(δ·in/b)) values. Factored
+            execution is then a few batched matrix products, on every device and in every dtype.
+        block: b, the side of a block; read by `support=block` alone.
         alpha, scale: see `low_rank_scale`.
-        execution: `materialize`, `factored`, or `auto`: whichever a measurement at the start of the run finds faster.
+        execution: `materialize`, `factored`, or `auto`: whichever a measurement finds faster.
         init: `published`, as above; or `spectral`: s·B A is the best rank-r part of a dense N(0, init_std²) draw.
         init_std: standard deviation of the dense initialization that `spectral` imitates.
 
     Raises:
-        ConfigError: for a density outside [0, 1] or an unknown scale, execution or init.
+        ConfigError: for a density outside [0, 1], an unknown support, scale, execution or init, or a block that does
+            not divide the shape.
     """
 
     roles = {
@@ -118,6 +148,8 @@ class SLTrainLinear(FactorizedLinear):
         "values": "sparse_values",
         "B.bias": "bias",
     }
+    crow: Tensor | None
+    col: Tensor
 
     def __init__(
         self,
@@ -126,34 +158,49 @@ class SLTrainLinear(FactorizedLinear):
         bias: bool,
         rank: int,
         density: float,
+        support: str,
+        block: int,
         alpha: float,
         scale: str,
         execution: str,
-        init: str = "published",
-        init_std: float = 0.02,
+        init: str,
+        init_std: float,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank)
         if not 0 <= density <= 1:
             raise ConfigError(f"param.density={density} is not a share between 0 and 1")
+        if support not in SUPPORTS:
+            raise ConfigError(f"param.support={support} is not one of {', '.join(SUPPORTS)}")
         if execution not in EXECUTIONS:
             raise ConfigError(f"param.execution={execution} is not one of {', '.join(EXECUTIONS)}")
         if init not in INITS:
             raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
         self.init = init
         self.init_std = init_std
+        if support == "block":
+            _check_block(block, out_features, in_features)
+        self.support = support
+        self.block = block if support == "block" else 1
         self.scale = low_rank_scale(alpha, rank, scale)
         self.execution = execution
-        self.nnz = math.floor(density * out_features * in_features)
+        rows, columns = out_features // self.block, in_features // self.block
+        if support == "uniform":
+            self.nnz = math.floor(density * out_features * in_features)
+            shape, crow = (self.nnz,), torch.empty(rows + 1, dtype=torch.int32, device=device)
+        else:
+            count = max(1, round(density * columns)) if density else 0  # blocks in a block row
+            self.nnz = out_features * count * self.block
+            shape, crow = (rows, count), None
         self.A = nn.Linear(in_features, rank, bias=False, device=device)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device)
         self.values = nn.Parameter(torch.empty(self.nnz, device=device))
-        self.crow = nn.Buffer(torch.empty(out_features + 1, dtype=torch.int32, device=device), persistent=False)
-        self.col = nn.Buffer(torch.empty(self.nnz, dtype=torch.int32, device=device), persistent=False)
+        self.register_buffer("crow", crow, persistent=False)
+        self.col = nn.Buffer(torch.empty(shape, dtype=column_dtype(columns), device=device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        factored = self.execution == "factored"
-        y = sltrain_linear(x, self.B.weight, self.A.weight, self.values, self.crow, self.col, self.scale, factored)
+        left, right, factored = self.B.weight, self.A.weight, self.execution == "factored"
+        y = sltrain_linear(x, left, right, self.values, self.crow, self.col, self.block, self.scale, factored)
         return y if self.B.bias is None else y + self.B.bias
 
     def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -172,12 +219,15 @@ class SLTrainLinear(FactorizedLinear):
         return state
 
     def init_buffers(self, generator: torch.Generator) -> dict[str, Tensor]:
-        positions = draw_uniform(self.out_features * self.in_features, self.nnz, generator)
-        crow, col = compress_rows(positions, self.out_features, self.in_features)
-        return {"crow": crow, "col": col}
+        m, n = self.out_features, self.in_features
+        if self.crow is not None:
+            crow, col = compress_rows(draw_uniform(m * n, self.nnz, generator), m, n)
+            return {"crow": crow, "col": col}
+        rows, count = self.col.shape
+        return {"col": draw_rows(rows, n // self.block, count, generator).to(self.col.dtype)}
 
     def dense_weight(self) -> Tensor:
-        return compose(self.B.weight, self.A.weight, self.values, self.crow, self.col, self.scale)
+        return compose(self.B.weight, self.A.weight, self.values, self.crow, self.col, self.block, self.scale)
 
     def singular_values(self) -> Tensor:
         return dense_singular_values(self.dense_weight())
@@ -186,32 +236,52 @@ class SLTrainLinear(FactorizedLinear):
         return 2 * tokens * (self.rank * (self.in_features + self.out_features) + self.nnz)
 
     def settle(self, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
-        sparse_kernels = dtype in (torch.float32, torch.float64)
-        if self.execution == "factored" and not sparse_kernels:
-            raise ConfigError(f"param.execution=factored has no sparse kernels for {dtype}; use materialize or auto")
+        runs = self.block > 1 or (device.type == "cpu" and dtype in (torch.float32, torch.float64))
+        if self.execution == "factored" and not runs:
+            raise ConfigError(
+                f"param.execution=factored has no kernels for {dtype} on {device.type} with "
+                f"param.support={self.support}; use param.support=block, or param.execution=materialize or auto"
+            )
         if self.execution in ("materialize", "factored"):
             return self.execution
-        if device.type != "cpu" or not sparse_kernels:
+        if not runs:
             return "materialize"
-        return min(("materialize", "factored"), key=lambda e: _seconds(self, e, tokens, dtype))
+        shape = [self.out_features, self.in_features, self.rank, self.support, self.block, self.nnz]
+        candidates = {e: _training_pass(self, e == "factored", tokens, dtype, device) for e in EXECUTIONS[1:]}
+        return fastest(["sltrain", *shape, tokens, str(dtype)], device, candidates)
+
+    def extra_repr(self) -> str:
+        block = f" {self.block}×{self.block}" if self.block > 1 else ""
+        return f"{super().extra_repr()}, support={self.support}{block}, nnz={self.nnz}"
 
 
-def _seconds(layer: SLTrainLinear, execution: str, tokens: int, dtype: torch.dtype) -> float:
-    """Best time of three forward and backward passes of `execution` on random tensors of this layer's shapes."""
+def _check_block(block: int, out_features: int, in_features: int) -> None:
+    if block < 2:
+        raise ConfigError(f"param.block={block} is below 2; for single entries use param.support=row_balanced")
+    if out_features % block or in_features % block:
+        wrong = out_features if out_features % block else in_features
+        near = -(-wrong // block) * block
+        raise ConfigError(
+            f"param.block={block} does not divide a layer of shape {out_features}×{in_features} (out×in); change the "
+            f"model, such as {wrong} to {near} in model.config.intermediate_size, or use param.support=row_balanced"
+        )
+
+
+def _training_pass(
+    layer: SLTrainLinear, factored: bool, tokens: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], object]:
+    """A forward and backward pass on random tensors of this layer's shapes."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, layer.in_features, dtype=dtype, generator=generator)
-    g = torch.randn(tokens, layer.out_features, dtype=dtype, generator=generator)
-    state = {name: value.to(dtype) for name, value in layer.init_parameters(generator).items()}
-    support = layer.init_buffers(generator)
+    x = torch.randn(tokens, layer.in_features, generator=generator).to(device, dtype).requires_grad_()
+    g = torch.randn(tokens, layer.out_features, generator=generator).to(device, dtype)
+    state = {k: v.to(device, dtype).requires_grad_() for k, v in layer.init_parameters(generator).items()}
+    support = {k: v.to(device) for k, v in layer.init_buffers(generator).items()}
     left, right, values = state["B.weight"], state["A.weight"], state["values"]
-    for tensor in (x, left, right, values):
-        tensor.requires_grad_()
-    best = math.inf
-    for _ in range(4):  # the first one warms up
-        start = time.perf_counter()
+
+    def run() -> None:
         y = sltrain_linear(
-            x, left, right, values, support["crow"], support["col"], layer.scale, execution == "factored"
+            x, left, right, values, support.get("crow"), support["col"], layer.block, layer.scale, factored
         )
         torch.autograd.grad(y, (x, left, right, values), g)
-        best = min(best, time.perf_counter() - start)
-    return best
+
+    return run

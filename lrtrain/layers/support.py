@@ -1,15 +1,33 @@
-"""Sparse supports: where the nonzeros of an (out, in) matrix sit, kept as compressed rows.
+"""Sparse supports: where the nonzeros of an (out, in) matrix S sit, and the products with S.
 
-`crow` (out + 1,) and `col` (nnz,) are int32: four bytes per nonzero, and the form that the CPU's sparse kernels
-read. The same arrays read as compressed columns are the transposed matrix, so nothing is stored twice.
+A support is kept by rows, and its values in the same order, row-major. Two forms:
+
+* uniform: `crow` (out + 1,) are row pointers and `col` (nnz,) the columns of each row, ascending;
+* balanced: `crow` is None, and `col` (out/b, k) are the k blocks of b columns that each block row of b rows holds.
+  With b = 1 these are k single columns in every row. Each row has k·b values, so no pointers are needed.
+
+Columns take two bytes where 65,536 columns (of blocks) suffice, and four beyond; they become int32 or int64 only
+while a kernel runs.
 """
 
 import warnings
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 warnings.filterwarnings("ignore", message="Sparse C[SR][RC] tensor support is in beta state")
+
+TILE = 512
+"""Tokens per pass of the CPU's kernels: a tile of x, transposed, stays in the cache while its rows are gathered."""
+
+
+# --- drawing -----------------------------------------------------------------------------------------------------
+
+
+def column_dtype(columns: int) -> torch.dtype:
+    """The smallest type that holds the indices of so many columns."""
+    return torch.uint16 if columns <= 2**16 else torch.int32
 
 
 def draw_uniform(total: int, count: int, generator: torch.Generator) -> Tensor:
@@ -28,58 +46,126 @@ def draw_uniform(total: int, count: int, generator: torch.Generator) -> Tensor:
     return picked[keep]
 
 
+def draw_rows(rows: int, total: int, count: int, generator: torch.Generator) -> Tensor:
+    """For each row an independent uniformly random subset of `count` of 0..total-1, ascending: (rows, count)."""
+    if 2 * count > total:
+        keep = torch.ones(rows, total, dtype=torch.bool)
+        keep.scatter_(1, draw_rows(rows, total, total - count, generator), False)
+        return keep.nonzero()[:, 1].view(rows, count)
+    picked = torch.randint(total, (rows, count), generator=generator)
+    while True:  # what a row drew twice is drawn again; no number is preferred, so neither is a subset
+        picked = picked.sort(dim=1).values
+        again = torch.zeros_like(picked, dtype=torch.bool)
+        again[:, 1:] = picked[:, 1:] == picked[:, :-1]
+        missing = int(again.sum())
+        if not missing:
+            return picked
+        picked[again] = torch.randint(total, (missing,), generator=generator)
+
+
 def compress_rows(flat: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
-    """Ascending row-major positions (nnz,) → crow (rows + 1,) and col (nnz,), both int32."""
+    """Ascending row-major positions (nnz,) → crow (rows + 1,) int32 and col (nnz,)."""
     starts = torch.arange(rows + 1) * cols
-    return torch.searchsorted(flat, starts).int(), (flat % cols).int()
+    return torch.searchsorted(flat, starts).int(), (flat % cols).to(column_dtype(cols))
 
 
-def flat_positions(crow: Tensor, col: Tensor, cols: int) -> Tensor:
-    """The row-major positions (nnz,) int64 back from compressed rows; transient, for gather and scatter."""
-    rows = torch.arange(len(crow) - 1, device=col.device)
-    return torch.repeat_interleave(rows * cols, crow.diff(), output_size=len(col)) + col
+def flat_positions(crow: Tensor | None, col: Tensor, block: int, cols: int) -> Tensor:
+    """The row-major positions (nnz,) int64 of a support in an (out, cols) matrix; transient, for gather and scatter."""
+    if crow is not None:
+        rows = torch.arange(len(crow) - 1, device=col.device)
+        return torch.repeat_interleave(rows * cols, crow.diff(), output_size=len(col)) + col.long()
+    inside = torch.arange(block, device=col.device)
+    columns = (col.long()[:, :, None] * block + inside).flatten(1)  # (out/b, k·b)
+    rows = torch.arange(len(col) * block, device=col.device).view(-1, block, 1)
+    return (rows * cols + columns[:, None, :]).flatten()  # (out/b, b, k·b) → (nnz,)
 
 
-# The three products with S (out, in) given as (values, crow, col). Custom operators, so that torch.compile keeps the
-# sparse tensors out of its graphs.
+# --- products with single entries --------------------------------------------------------------------------------
+# For S (out, in) as (values, crow, col), on the CPU. Custom operators: torch.compile need not look into them.
 
 
-def _rows(values: Tensor, crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False)
+def _as_bags(crow: Tensor | None, col: Tensor) -> tuple[Tensor, Tensor]:
+    """Row pointers (out + 1,) and columns (nnz,), both int32."""
+    if crow is None:
+        crow = torch.arange(len(col) + 1, dtype=torch.int32) * col.shape[1]
+    return crow, col.flatten().int()
+
+
+def _transposed(values: Tensor, crow: Tensor, col: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sᵀ (cols, out) in the form of S: its values, row pointers and columns, by a stable radix sort."""
+    ordered, order = col.sort(stable=True)
+    rows = torch.arange(len(crow) - 1, dtype=torch.int32).repeat_interleave(crow.diff(), output_size=len(col))
+    pointers = torch.searchsorted(ordered, torch.arange(cols + 1, dtype=torch.int32), out_int32=True)
+    return values[order], pointers, rows[order]
+
+
+def _times(values: Tensor, crow: Tensor, col: Tensor, x_t: Tensor) -> Tensor:
+    """S x_t: (in, tile) → (out, tile). Sums of weighted rows: torch's fastest sparse product on a CPU."""
+    return embedding_bag(col, x_t, crow, mode="sum", per_sample_weights=values, include_last_offset=True)
 
 
 @torch.library.custom_op("lrtrain::sparse_apply", mutates_args=())
-def sparse_apply(values: Tensor, crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
+def sparse_apply(values: Tensor, crow: Tensor | None, col: Tensor, x: Tensor) -> Tensor:
     """x Sᵀ: (tokens, in) → (tokens, out)."""
-    s = _rows(values, crow, col, (len(crow) - 1, x.shape[1]))
-    return (s @ x.T.contiguous()).T.contiguous()  # the kernel is twice as fast on a row-major right-hand side
+    pointers, columns = _as_bags(crow, col)
+    y = x.new_empty(len(x), len(pointers) - 1)
+    for x_tile, y_tile in zip(x.split(TILE), y.split(TILE), strict=True):
+        y_tile.copy_(_times(values, pointers, columns, x_tile.T.contiguous()).T)
+    return y
 
 
 @sparse_apply.register_fake
-def _(values: Tensor, crow: Tensor, col: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], len(crow) - 1)
+def _(values: Tensor, crow: Tensor | None, col: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], len(col) if crow is None else len(crow) - 1)
 
 
-@torch.library.custom_op("lrtrain::sparse_apply_transposed", mutates_args=())
-def sparse_apply_transposed(values: Tensor, crow: Tensor, col: Tensor, g: Tensor, in_features: int) -> Tensor:
-    """g S: (tokens, out) → (tokens, in)."""
-    shape = (in_features, len(crow) - 1)
-    s_t = torch.sparse_csc_tensor(crow, col, values, shape, check_invariants=False)
-    return (s_t @ g.T.contiguous()).T.contiguous()
+@torch.library.custom_op("lrtrain::sparse_gradients", mutates_args=())
+def sparse_gradients(values: Tensor, crow: Tensor | None, col: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """g (tokens, out), x (tokens, in) → g S (tokens, in), and gᵀ x on the support alone (nnz,): no (out, in) matrix."""
+    pointers, columns = _as_bags(crow, col)
+    transposed = _transposed(values, pointers, columns, x.shape[1])
+    shape = (g.shape[1], x.shape[1])
+    total = torch.sparse_csr_tensor(pointers, columns, torch.zeros_like(values), shape, check_invariants=False)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for g_tile, x_tile, dx_tile in zip(g.split(TILE), x.split(TILE), dx.split(TILE), strict=True):
+        g_t, x_t = g_tile.T.contiguous(), x_tile.T.contiguous()
+        dx_tile.copy_(_times(*transposed, g_t).T)
+        torch.sparse.sampled_addmm(total, g_t, x_t.T, out=total)
+    return dx, total.values()
 
 
-@sparse_apply_transposed.register_fake
-def _(values: Tensor, crow: Tensor, col: Tensor, g: Tensor, in_features: int) -> Tensor:
-    return g.new_empty(g.shape[0], in_features)
+@sparse_gradients.register_fake
+def _(values: Tensor, crow: Tensor | None, col: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), values.new_empty(values.shape)
 
 
-@torch.library.custom_op("lrtrain::sampled_product", mutates_args=())
-def sampled_product(crow: Tensor, col: Tensor, g: Tensor, x: Tensor) -> Tensor:
-    """(gᵀ x) on the support only: (tokens, out), (tokens, in) → (nnz,). No (out, in) matrix is formed."""
-    zeros = _rows(x.new_zeros(len(col)), crow, col, (g.shape[1], x.shape[1]))
-    return torch.sparse.sampled_addmm(zeros, g.T.contiguous(), x, beta=0.0).values()
+# --- products with blocks ----------------------------------------------------------------------------------------
+# For S of b×b blocks: batched matrix products over gathered blocks of x. Plain torch: any device and dtype.
 
 
-@sampled_product.register_fake
-def _(crow: Tensor, col: Tensor, g: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(len(col))
+def _gathered(x: Tensor, col: Tensor, block: int) -> Tensor:
+    """The columns of x (tokens, in) that each block row of S meets: a view (out/b, tokens, k·b) of a copy."""
+    blocks = x.unflatten(1, (-1, block)).index_select(1, col.flatten().int())  # (tokens, out/b · k, b)
+    return blocks.view(len(x), len(col), -1).transpose(0, 1)
+
+
+def _by_block_rows(y: Tensor, block: int) -> Tensor:
+    """(tokens, out) → a view (out/b, tokens, b)."""
+    return y.unflatten(1, (-1, block)).transpose(0, 1)
+
+
+def block_add_(y: Tensor, values: Tensor, col: Tensor, block: int, x: Tensor) -> Tensor:
+    """y (tokens, out) += x Sᵀ, x (tokens, in)."""
+    weights = values.view(len(col), block, -1)  # (out/b, b, k·b)
+    _by_block_rows(y, block).add_(torch.bmm(_gathered(x, col, block), weights.mT))
+    return y
+
+
+def block_gradients(values: Tensor, col: Tensor, block: int, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """g (tokens, out), x (tokens, in) → g S (tokens, in), and gᵀ x on the support alone (nnz,)."""
+    weights = values.view(len(col), block, -1)
+    g_t = _by_block_rows(g, block).mT  # (out/b, b, tokens)
+    parts = torch.bmm(weights.mT, g_t)  # (out/b, k·b, tokens)
+    dx_t = x.new_zeros(x.shape[1] // block, block, len(x))
+    dx_t.index_add_(0, col.flatten().int(), parts.view(-1, block, len(x)))
+    return dx_t.flatten(0, 1).T.contiguous(), torch.bmm(g_t, _gathered(x, col, block)).flatten()

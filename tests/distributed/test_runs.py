@@ -52,6 +52,8 @@ VARIANTS = {
     "relora": [*REVISED["relora"], "schedule=cosine_restarts", "schedule.restart_warmup=1"],
     "nested-lasso": ["param=nested", "param.lasso=1e-3"],
     "nested-shrinking": ["param=nested", "param.shrink_every=2", "param.shrink_threshold=0.2"],
+    "sltrain-row-balanced": ["param=sltrain", "param.support=row_balanced", "param.execution=factored"],
+    "sltrain-block": ["param=sltrain", "param.support=block", "param.block=16", "param.execution=factored"],
     "bf16": ["param=lowrank", "train.dtype=bf16"],
     "opt-tied": ["param=lowrank", "model.config.dropout=0.0"],
     "lost": ["param=lost", "param.density=0.1"],

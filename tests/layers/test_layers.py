@@ -16,10 +16,19 @@ from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.layers.nested import NestedLinear
 from lrtrain.layers.relora import ReLoRALinear
-from lrtrain.layers.sltrain import SLTrainLinear, compose, low_rank_scale
+from lrtrain.layers.sltrain import SLTrainLinear
 from lrtrain.layers.sst import SSTLinear
 
-SLTRAIN = partial(SLTrainLinear, density=0.2, alpha=4.0, scale="alpha_over_r")
+SLTRAIN = partial(
+    SLTrainLinear,
+    density=0.2,
+    support="uniform",
+    block=2,
+    alpha=4.0,
+    scale="alpha_over_r",
+    init="published",
+    init_std=0.02,
+)
 LOST = partial(LOSTLinear, density=0.2, gamma=0.7, select="svd_l2", complement_rank=None, init_std=0.02)
 COLA = partial(CoLALinear, init="cola", init_std=0.02, residual_alpha=1.0)
 NESTED = partial(
@@ -31,10 +40,11 @@ NESTED = partial(
     shrink_every=0,
     shrink_threshold=0.0,
 )
+LOWRANK = partial(LowRankLinear, init_std=0.02, residual=False, residual_alpha=0.5)
 METHODS = {
-    "lowrank": partial(LowRankLinear, init="spectral", init_std=0.02),
-    "lowrank-lora": partial(LowRankLinear, init="lora", init_std=0.02),
-    "lowrank-xavier": partial(LowRankLinear, init="xavier", init_std=0.02),
+    "lowrank": partial(LOWRANK, init="spectral"),
+    "lowrank-lora": partial(LOWRANK, init="lora"),
+    "lowrank-xavier": partial(LOWRANK, init="xavier"),
     "sltrain-materialize": partial(SLTRAIN, execution="materialize"),
     "sltrain-factored": partial(SLTRAIN, execution="factored"),
     "sltrain-spectral": partial(SLTRAIN, execution="materialize", init="spectral"),
@@ -49,13 +59,17 @@ METHODS = {
         init_std=0.3,
     ),  # fmt: skip
     "sst": partial(SSTLinear, iteration=4, round=2, warmup=2, enhanced=False, init_std=0.3),
-    "lowrank-residual": partial(LowRankLinear, init="cola", init_std=0.02, residual=True, residual_alpha=0.5),
+    "lowrank-residual": partial(LOWRANK, init="cola", residual=True),
     "lost-silu": partial(LOST, activation="silu"),
     "lost-none": partial(LOST, activation="none"),
     "cola": partial(COLA, activation="silu", residual=False),
     "dlr": partial(COLA, activation="silu", residual=True),
     "nested": partial(NESTED, scale="none"),
     "nested-sqrt": partial(NESTED, scale="sqrt"),
+    "sltrain-row-balanced-materialize": partial(SLTRAIN, support="row_balanced", execution="materialize"),
+    "sltrain-row-balanced": partial(SLTRAIN, support="row_balanced", execution="factored"),
+    "sltrain-block-materialize": partial(SLTRAIN, support="block", execution="materialize"),
+    "sltrain-block": partial(SLTRAIN, support="block", execution="factored"),
 }
 NONLINEAR = ("lost-silu", "cola", "dlr")
 linear_methods = pytest.mark.parametrize("method", [name for name in METHODS if name not in NONLINEAR])
@@ -197,119 +211,6 @@ def test_spectral_init_has_the_spectrum_of_a_gaussian(m: int, n: int):
     torch.testing.assert_close(gaussian_spectrum(m, n, 0.02), expected, rtol=0.02, atol=0.01 * expected[0].item())
     balance = left.T.double() @ left.double() - right.double() @ right.T.double()
     assert balance.abs().max() < 1e-6  # BᵀB = AAᵀ: the split is even
-
-
-# --- sltrain -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("execution", ["materialize", "factored"])
-def test_sltrain_backward_equals_autograd_of_the_composed_expression(execution: str):
-    layer = make(f"sltrain-{execution}", in_features=20, out_features=16, bias=False)
-    x = torch.randn(9, 20, dtype=torch.float64, requires_grad=True)
-    g = torch.randn(9, 16, dtype=torch.float64)
-    inputs = (x, *layer.parameters())
-    found = torch.autograd.grad(layer(x), inputs, g)
-    rows = torch.repeat_interleave(torch.arange(16), layer.crow.diff())
-    sparse = torch.zeros(16, 20, dtype=torch.float64).index_put((rows, layer.col.long()), layer.values)
-    weight = layer.scale * layer.B.weight @ layer.A.weight + sparse
-    expected = torch.autograd.grad(x @ weight.T, inputs, g)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("execution", ["materialize", "factored"])
-def test_sltrain_saves_no_matrix_of_the_dense_shape(execution: str):
-    layer = make(f"sltrain-{execution}", in_features=64, out_features=64, rank=2, bias=False)
-    saved = []
-
-    def note(tensor: Tensor) -> Tensor:
-        saved.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        layer(torch.randn(3, 64, dtype=torch.float64))
-    assert saved and max(saved) < 64 * 64
-
-
-def test_sltrain_without_values_at_full_rank_is_any_dense_layer():
-    weight = torch.randn(6, 9, dtype=torch.float64)
-    layer = SLTrainLinear(9, 6, False, 6, density=0.0, alpha=6.0, scale="alpha_over_r", execution="factored").double()
-    dense = LowRankLinear.from_dense(weight, 6)
-    layer.load_state_dict(dense.state_dict() | {"values": torch.empty(0)})
-    layer.crow.zero_()
-    x = torch.randn(4, 9, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), x @ weight.T, rtol=1e-12, atol=1e-12)
-
-
-def test_sltrain_with_every_value_is_any_dense_layer():
-    weight = torch.randn(6, 9)
-    layer = SLTrainLinear(9, 6, False, 2, density=1.0, alpha=1.0, scale="const", execution="factored")
-    with torch.no_grad():
-        for name, value in layer.init_parameters(torch.Generator()).items():
-            layer.get_parameter(name).copy_(value)  # B = 0
-        for name, value in layer.init_buffers(torch.Generator()).items():
-            layer.get_buffer(name).copy_(value)
-        layer.values.copy_(weight.flatten())
-    torch.testing.assert_close(layer.dense_weight(), weight)
-
-
-def test_sltrain_starts_as_published():
-    layer = SLTrainLinear(512, 256, True, 128, 0.03, 32.0, "alpha_over_r", "materialize")
-    state = layer.init_parameters(torch.Generator().manual_seed(0))
-    bound = 1 / math.sqrt(512)
-    assert layer.scale == 0.25 and layer.nnz == math.floor(0.03 * 256 * 512) == len(state["values"])
-    assert not state["B.weight"].any()
-    for name in ("A.weight", "values"):
-        assert state[name].abs().max() <= bound
-        assert state[name].std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
-    # composed, a unit-variance input gives an output of std √(δ/3) = 0.10
-    crow, col = layer.init_buffers(torch.Generator().manual_seed(0)).values()
-    weight = compose(state["B.weight"], state["A.weight"], state["values"], crow, col, layer.scale)
-    assert (torch.randn(4096, 512) @ weight.T).std().item() == pytest.approx(0.1, rel=0.05)
-
-
-def test_a_spectral_start_changes_the_low_rank_part_alone():
-    published, spectral = (
-        SLTrainLinear(96, 64, True, 16, 0.1, 4.0, "alpha_over_r", "materialize", init=init, init_std=0.05)
-        for init in ("published", "spectral")
-    )
-    before, after = (layer.init_parameters(torch.Generator().manual_seed(0)) for layer in (published, spectral))
-    assert torch.equal(before["values"], after["values"])
-    sigma = torch.linalg.svdvals(spectral.scale * (after["B.weight"] @ after["A.weight"]).double())
-    torch.testing.assert_close(sigma[:16], gaussian_spectrum(64, 96, 0.05)[:16], rtol=1e-5, atol=0)
-    assert sigma[16:].max() < 1e-6
-    torch.testing.assert_close(after["B.weight"].norm(), after["A.weight"].norm())
-
-
-def test_scale_rules():
-    assert low_rank_scale(32, 128, "alpha_over_r") == 0.25
-    assert low_rank_scale(32, 256, "alpha_over_sqrt_r") == 2.0
-    assert low_rank_scale(0.25, 64, "const") == low_rank_scale(0.25, 512, "const") == 0.25
-
-
-def test_auto_settles_on_a_measured_execution_and_refuses_what_cannot_run():
-    cpu = torch.device("cpu")
-    auto = SLTrainLinear(64, 64, False, 4, 0.05, 1.0, "const", "auto")
-    assert auto.settle(128, torch.float32, cpu) in ("materialize", "factored")
-    assert auto.settle(128, torch.bfloat16, cpu) == "materialize"
-    factored = SLTrainLinear(64, 64, False, 4, 0.05, 1.0, "const", "factored")
-    with pytest.raises(ConfigError, match="param.execution=factored"):
-        factored.settle(128, torch.bfloat16, cpu)
-
-
-@pytest.mark.parametrize(
-    "change,key",
-    [
-        ({"density": 1.5}, "param.density=1.5"),
-        ({"scale": "alpha"}, "param.scale=alpha"),
-        ({"execution": "fast"}, "param.execution=fast"),
-        ({"init": "zero"}, "param.init=zero"),
-    ],
-)
-def test_sltrain_names_what_is_wrong(change: dict, key: str):
-    good = {"density": 0.1, "alpha": 1.0, "scale": "const", "execution": "auto"}
-    with pytest.raises(ConfigError, match=key):
-        SLTrainLinear(8, 8, False, 2, **{**good, **change})
 
 
 # --- lost --------------------------------------------------------------------------------------------------------
