@@ -61,14 +61,12 @@ def make_model(config: Config) -> PreTrainedModel:
         architecture(config.model.path, config.model.config), make_layer, param["pattern"], param["rank"]
     )
     if zeros := param.get("zero_init"):
-        for name, linear in linears(model, zeros, key="param.zero_init").items():
-            zero = ZeroLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-            model.set_submodule(name, zero)
+        found = [layer for name, layer in matrices(model, r"\.\d+\.").items() if re.search(zeros, name)]
+        if not found:
+            raise ConfigError(f"param.zero_init={zeros} matches none of the layers")
+        for layer in found:
+            layer.starts_at_zero = True  # `materialize` reads it
     return model
-
-
-class ZeroLinear(nn.Linear):
-    """A plain linear that starts at zero."""
 
 
 def build_model(
@@ -104,8 +102,8 @@ def build_model(
     return model
 
 
-def linears(model: nn.Module, pattern: str, key: str = "param.pattern") -> dict[str, nn.Linear]:
-    """The plain linears whose qualified name `pattern`, given as `key`, is found in, by name.
+def linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
+    """The plain linears whose qualified name `pattern` is found in, by name.
 
     Raises:
         ConfigError: if there is none, or the pattern is not a regular expression.
@@ -114,9 +112,11 @@ def linears(model: nn.Module, pattern: str, key: str = "param.pattern") -> dict[
     try:
         found = {name: module for name, module in names.items() if re.search(pattern, name)}
     except re.error as error:
-        raise ConfigError(f"{key}={pattern} is not a regular expression: {error}") from error
+        raise ConfigError(f"param.pattern={pattern} is not a regular expression: {error}") from error
     if not found:
-        raise ConfigError(f"{key}={pattern} matches none of the linear layers, such as {', '.join([*names][:7])}")
+        raise ConfigError(
+            f"param.pattern={pattern} matches none of the linear layers, such as {', '.join([*names][:7])}"
+        )
     return found
 
 
@@ -230,6 +230,8 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None
                 buffers = module.init_buffers(generator_for(seed, f"{name}/buffers"))
             else:
                 values, buffers = dense_values(model, module, seed, name)
+            if getattr(module, "starts_at_zero", False):
+                values = zero_start(module, values)
             for key, value in values.items():
                 parameter = module.get_parameter(key)
                 if id(parameter) not in filled:  # a tied one has the value of the module that comes first
@@ -239,14 +241,20 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None
                 module.get_buffer(key).copy_(value)
 
 
+def zero_start(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The initial values with the least of them at zero that makes the layer's W zero and lets it learn: of a plain
+    linear its weight, of BA the left factor."""
+    zero = "factor_left" if isinstance(module, FactorizedLinear) else "weight"
+    roles = module.roles if isinstance(module, FactorizedLinear) else {key: key for key in values}
+    return {key: torch.zeros_like(value) if roles[key] == zero else value for key, value in values.items()}
+
+
 def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str) -> tuple[dict, dict]:
     """The module's own parameters and buffers as transformers initializes them, on the CPU, by name."""
     own = dict(module.named_parameters(recurse=False))
     buffers = dict(module.named_buffers(recurse=False))
     if not own and not buffers:
         return {}, {}
-    if isinstance(module, ZeroLinear):
-        return {key: torch.zeros(p.shape) for key, p in own.items()}, {}
     twin = copy.copy(module)
     twin._parameters = {key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()}  # type: ignore
     twin._parameters |= {key: None for key, p in module._parameters.items() if p is None}
