@@ -104,7 +104,8 @@ def read_results(study: Study, arm: str) -> dict[tuple[float, int], float]:
             results[float(lr), int(seed)] = math.inf
         elif (summary := folder / "summary.json").exists():
             found = json.loads(summary.read_text())["eval_perplexity"]
-            results[float(lr), int(seed)] = found if found is not None and math.isfinite(found) else math.inf
+            if found is not None:  # a signal may have cut its evaluation short
+                results[float(lr), int(seed)] = found if math.isfinite(found) else math.inf
     return results
 
 

@@ -148,7 +148,7 @@ def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from keys(child, f"{prefix}{key}.")
 
 
-NOT_ARGUMENTS = {"name", "_target_", "_partial_", "pattern", "rank"}
+NOT_ARGUMENTS = {"name", "_target_", "_partial_", "pattern", "rank", "zero_init"}
 
 
 def check_choice(section: str, node: dict[str, Any], composed: DictConfig) -> None:

@@ -71,14 +71,12 @@ def make_model(config: Config, ranks: Mapping[str, int] | None = None) -> PreTra
         architecture(config.model.path, config.model.config), make_layer, param["pattern"], param["rank"], ranks or {}
     )
     if zeros := param.get("zero_init"):
-        for name, linear in linears(model, zeros, key="param.zero_init").items():
-            zero = ZeroLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-            model.set_submodule(name, zero)
+        found = [layer for name, layer in matrices(model, r"\.\d+\.").items() if re.search(zeros, name)]
+        if not found:
+            raise ConfigError(f"param.zero_init={zeros} matches none of the layers")
+        for layer in found:
+            layer.starts_at_zero = True  # pyright: ignore[reportArgumentType]  (`materialize` reads it)
     return model
-
-
-class ZeroLinear(nn.Linear):
-    """A plain linear that starts at zero."""
 
 
 def build_model(
@@ -116,8 +114,8 @@ def build_model(
     return model
 
 
-def linears(model: nn.Module, pattern: str, key: str = "param.pattern") -> dict[str, nn.Linear]:
-    """The plain linears whose qualified name `pattern`, given as `key`, is found in, by name.
+def linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
+    """The plain linears whose qualified name `pattern` is found in, by name.
 
     Raises:
         ConfigError: if there is none, or the pattern is not a regular expression.
@@ -126,9 +124,11 @@ def linears(model: nn.Module, pattern: str, key: str = "param.pattern") -> dict[
     try:
         found = {name: module for name, module in names.items() if re.search(pattern, name)}
     except re.error as error:
-        raise ConfigError(f"{key}={pattern} is not a regular expression: {error}") from error
+        raise ConfigError(f"param.pattern={pattern} is not a regular expression: {error}") from error
     if not found:
-        raise ConfigError(f"{key}={pattern} matches none of the linear layers, such as {', '.join([*names][:7])}")
+        raise ConfigError(
+            f"param.pattern={pattern} matches none of the linear layers, such as {', '.join([*names][:7])}"
+        )
     return found
 
 
@@ -239,6 +239,7 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None
     filled: set[int] = set()
     for name, module in model.named_modules():
         if id(module) not in inside and (values := dense_values(model, module, seed, name)):
+            values = zero_start(values, {"weight"}) if hasattr(module, "starts_at_zero") else values
             tied = {key for key in values if id(getattr(module, key)) in filled}  # valued by the module that came first
             take_over(module, {key: value for key, value in values.items() if key not in tied})
             filled.update(id(getattr(module, key)) for key in values)
@@ -251,7 +252,15 @@ def initial_values(layer: FactorizedLinear, seed: int, name: str) -> dict[str, T
         return layer.init_parameters(generator_for(seed, name))
 
     values = kept_on_disk(initial_values_path(layer, seed, name), compute) if layer.costly_init else compute()
+    if hasattr(layer, "starts_at_zero"):
+        values = zero_start(values, {key for key, role in layer.roles.items() if role == "factor_left"})
     return values | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+
+
+def zero_start(values: dict[str, Tensor], zero: set[str]) -> dict[str, Tensor]:
+    """The initial values with those at zero that make the layer's W zero and let it learn: of a plain linear its
+    weight, of BA the left factor."""
+    return {key: torch.zeros_like(value) if key in zero else value for key, value in values.items()}
 
 
 def initial_values_path(layer: FactorizedLinear, seed: int, name: str) -> Path:
@@ -296,8 +305,6 @@ def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str
     buffers = dict(module.named_buffers(recurse=False))
     if not own and not buffers:
         return {}
-    if isinstance(module, ZeroLinear):
-        return {key: torch.zeros(p.shape) for key, p in own.items()}
     twin = copy.copy(module)
     twin._parameters = {key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()}  # type: ignore
     twin._parameters |= {key: None for key, p in module._parameters.items() if p is None}

@@ -189,7 +189,7 @@ def conclude(study: Study, trial: Trial, code: int) -> str | None:
     last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
     if code == 1 and "train.max_skipped" in last:
         diverged_file(run_dir).write_text(last + "\n")
-    elif not (run_dir / "summary.json").exists():
+    elif (trial.lr, trial.seed) not in read_results(study, trial.arm):
         return f"{last} (exit code {code}, {log})"
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     return None

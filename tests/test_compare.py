@@ -100,6 +100,7 @@ def test_the_outcome_is_of_the_best_learning_rate(tmp_path: Path):
     diverge(tmp_path, Trial("a", 4e-3, 0))
     finish(tmp_path, Trial("a", 2e-3, 1), 26.0, tokens_per_second=300.0, parameters_trainable=500_000)
     finish(tmp_path, Trial("a+b", 4e-3, 0), math.nan)
+    finish(tmp_path, Trial("a", 2e-3, 2), 1.0, eval_perplexity=None)  # a signal cut its evaluation short
     assert read_results(study, "a") == {(1e-3, 0): 30, (2e-3, 0): 20, (4e-3, 0): math.inf, (2e-3, 1): 26}
     a, b = outcomes = [read_outcome(study, arm) for arm in study.arms]
     assert (a.lr, a.perplexities, a.complete, a.at_edge) == (2e-3, [20, 26], False, False)

@@ -171,17 +171,29 @@ def test_dense_starts_as_transformers_does_and_buffers_are_whole():
             assert torch.equal(ours, parameter)
 
 
-def test_linears_of_a_dense_model_can_start_at_zero_and_the_others_start_as_ever():
-    plain, model = small("param=dense"), small("param=dense", "param.zero_init='o_proj|down_proj'")
+@pytest.mark.parametrize("param,zero", [("dense", "weight"), ("lowrank", "B.weight")])
+def test_layers_can_start_at_zero_while_the_others_start_as_ever(param: str, zero: str):
+    plain, model = small(f"param={param}"), small(f"param={param}", "param.zero_init='o_proj|down_proj'")
     for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith((f"o_proj.{zero}", f"down_proj.{zero}")):
             assert not parameter.any()
         else:
             assert torch.equal(parameter, plain.get_parameter(name))
     embedded = model.model.embed_tokens(ids := torch.randint(128, (2, 8)))
     assert torch.equal(model.model(ids).last_hidden_state, model.model.norm(embedded))  # each block is the identity
+    model(ids).logits.square().sum().backward()
+    assert all(
+        p.grad.any() for name, p in model.named_parameters() if name.endswith((f"o_proj.{zero}", f"down_proj.{zero}"))
+    )
     with pytest.raises(ConfigError, match="param.zero_init=nothing matches none"):
-        small("param=dense", "param.zero_init=nothing")
+        small(f"param={param}", "param.zero_init=nothing")
+
+
+def test_where_every_left_factor_starts_at_zero_no_block_ever_learns():
+    model = small("param=lowrank", "param.init=lora")
+    model(torch.randint(128, (2, 8))).logits.square().sum().backward()
+    factors = [p for m in model.modules() if isinstance(m, LowRankLinear) for p in m.parameters()]
+    assert factors and not any(p.grad.any() for p in factors)
 
 
 @pytest.fixture
