@@ -65,7 +65,7 @@ def make_model(config: Config) -> PreTrainedModel:
         if not found:
             raise ConfigError(f"param.zero_init={zeros} matches none of the layers")
         for layer in found:
-            layer.starts_at_zero = True  # `materialize` reads it
+            layer.starts_at_zero = True  # pyright: ignore[reportArgumentType]  (`materialize` reads it)
     return model
 
 
