@@ -18,7 +18,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from lrtrain.plots import HEADLINE, RUN_COLORS, STYLE, load_run
 
@@ -239,14 +239,14 @@ def plot_outcomes(outcomes: list[Outcome], title: str, out: Path) -> Path:
         for outcome in outcomes:
             _draw_losses(losses, outcome, styles[outcome.arm])
             _draw_sweep(sweeps, outcome, styles[outcome.arm])
-        losses.set_title("Evaluation loss at each arm's best learning rate, mean and range over the seeds")
+        losses.set_title("Evaluation loss at the best learning rate: mean and range over seeds")
         losses.set_xlabel("tokens")
         losses.set_ylabel("loss (nats per token)")
         losses.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1e6:g}M"))
         losses.legend(loc="upper right")
-        sweeps.set_title("Perplexity of the sweep's runs; a dot marks the best, a cross a run that diverged")
+        sweeps.set_title("Sweep: perplexity at the end (dot: the best, cross: diverged)")
         sweeps.set_xlabel("learning rate")
-        sweeps.set_ylabel("evaluation perplexity at the end")
+        sweeps.set_ylabel("evaluation perplexity")
         sweeps.set_xscale("log")
         sweeps.set_yscale("log")
         _plain_ticks(sweeps, sorted({lr for outcome in outcomes for lr in outcome.sweep}))
@@ -282,6 +282,6 @@ def _draw_sweep(axes: Axes, outcome: Outcome, style: dict[str, Any]) -> None:
 
 def _plain_ticks(axes: Axes, lrs: list[float]) -> None:
     axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    for form in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        form(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()

@@ -313,7 +313,8 @@ def _draw_range(axes: Axes, sigma: np.ndarray, color: str) -> None:
 
 
 def _same_log_axis(panels: list[Axes]) -> None:
-    panels[0].set_yscale("log")
+    if any(axes.lines for axes in panels):  # a logarithmic axis without a point above zero is an error
+        panels[0].set_yscale("log")
     panels[0].set_ylabel("singular value σ")
     for axes in panels:
         axes.set_xlabel("index")

@@ -57,6 +57,16 @@ def test_a_run_of_zero_matrices_has_a_picture(tmp_path: Path):
     assert is_a_picture(plot_run(train(tmp_path, steps=0)))
 
 
+def test_a_run_whose_matrices_all_stay_zero_has_a_picture(tmp_path: Path):
+    tracker = JsonlTracker(tmp_path, "id")
+    for step in (0, 1):
+        sigma = {f"model.layers.{depth}.{kind}_proj": torch.zeros(4) for depth in range(2) for kind in "qkvo"}
+        tracker.log(step, 1000 * step, {"train/loss": 1.0} | spectra_metrics(sigma))
+        tracker.log_spectra(step, {name: values.numpy() for name, values in sigma.items()})
+    tracker.finish({}, 0)
+    assert is_a_picture(plot_run(tmp_path))
+
+
 def test_runs_of_different_ranks_are_compared_in_one_picture(tmp_path: Path):
     runs = [train(tmp_path / "a"), train(tmp_path / "b", rank=30), train(tmp_path / "c", spectra=False)]
     assert is_a_picture(plot_runs(runs, tmp_path / "out" / "comparison.png"))
