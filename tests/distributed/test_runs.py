@@ -47,6 +47,8 @@ VARIANTS = {
     "opt-tied": ["param=lowrank", "model.config.dropout=0.0"],
     "lost": ["param=lost", "param.density=0.1"],
     "dlr": ["param=dlr"],
+    "cola": ["param=cola"],
+    "cola-bottleneck": ["param=cola", "train.recompute_every=1", "train.recompute_keep=bottleneck"],
     "recompute-compile": ["param=sltrain", "param.execution=factored", "train.recompute_every=2", "train.compile=true"],
 }
 
