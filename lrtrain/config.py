@@ -66,6 +66,7 @@ class TrainConfig:
     compile: bool
     clip: float | None
     recompute_every: int
+    recompute_keep: str
     max_skipped: int
     log_every: int
 
@@ -204,6 +205,12 @@ def check(config: Config, world_size: int) -> None:
             raise ConfigError(f"{section}.{key}={value} must be at least {least}")
     if train.dtype not in (*DTYPES, "auto"):
         raise ConfigError(f"train.dtype={train.dtype} is not one of {', '.join(DTYPES)}, auto")
+    if train.recompute_keep not in ("inputs", "bottleneck"):
+        raise ConfigError(f"train.recompute_keep={train.recompute_keep} is not inputs or bottleneck")
+    if train.recompute_keep == "bottleneck" and not train.recompute_every:
+        raise ConfigError(
+            "train.recompute_keep=bottleneck has no effect without recomputation: add train.recompute_every=1"
+        )
     if config.eval.compat not in (None, "galore"):
         raise ConfigError(f"eval.compat={config.eval.compat} is not galore or null")
     if train.batch_size % (world_size * train.micro_batch_size):

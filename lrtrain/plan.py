@@ -1,6 +1,7 @@
 """What a run would need, told without allocating anything: parameters, memory per process, FLOPs, tokens."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 
 from lrtrain.config import Config, check, choice, compute_dtype
@@ -144,23 +147,38 @@ def optimizer_bytes(config: Config, model: PreTrainedModel) -> int:
 def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Bytes that one micro-batch's forward pass keeps for its backward pass, and the logits' gradient.
 
-    The forward pass really runs, on the meta device; what autograd saves is counted, each storage once.
+    The forward pass really runs, on the meta device.
     """
     nn.Module.to(model, dtype)
     model.set_attn_implementation(FLASH)
-    recompute(model, config.train.recompute_every)
-    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
+    recompute(model, config.train.recompute_every, config.train.recompute_keep)
     shape = (config.train.micro_batch_size, config.data.seq_len + 1)
     rows = torch.empty(shape, dtype=torch.int64, device="meta")
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        next_token_loss(model.train(), rows)
+    kept = kept_bytes(lambda: next_token_loss(model.train(), rows))
     logits = shape[0] * config.data.seq_len * model.config.get_text_config().vocab_size
-    return sum(storage.nbytes() for storage in kept.values()) + FP32 * logits
+    return kept + FP32 * logits
+
+
+def kept_bytes(forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes of the storages that `forward` makes and that live as long as its result: what waits for the backward pass,
+    whoever holds it (autograd, checkpointing)."""
+    with _Storages() as storages:
+        result = forward()
+    own = result.untyped_storage().nbytes()
+    return sum(size for storage, size in storages.made.values() if not storage.expired()) - own
+
+
+class _Storages(TorchDispatchMode):
+    """Notes the storages that operators make, without keeping them alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
+                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return out

@@ -113,7 +113,11 @@ class Trainer:
 
         train = config.train
         self.engine: Engine = choice(config.engine)(
-            world=world, dtype=dtype, compile=train.compile, recompute_every=train.recompute_every
+            world=world,
+            dtype=dtype,
+            compile=train.compile,
+            recompute_every=train.recompute_every,
+            recompute_keep=train.recompute_keep,
         )
         self.engine.prepare(model, train.seed, choice(config.optim))
         self.support_hash = support_hash(self.engine.model)

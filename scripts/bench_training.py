@@ -95,7 +95,11 @@ def ours(overrides: list[str], rows: torch.Tensor, world: World):
         layer.execution = executions.get(name)
     train = config.train
     engine = choice(config.engine)(
-        world=world, dtype=dtype, compile=train.compile, recompute_every=train.recompute_every
+        world=world,
+        dtype=dtype,
+        compile=train.compile,
+        recompute_every=train.recompute_every,
+        recompute_keep=train.recompute_keep,
     )
     engine.prepare(model, 0, choice(config.optim))
 

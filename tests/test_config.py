@@ -49,6 +49,12 @@ def test_what_hydra_itself_refuses_is_one_sentence(override: str, message: str):
         ("train.dtype=fp8", 1, "train.dtype=fp8 is not one of fp32, bf16, auto"),
         ("train.batch_size=20", 3, "train.batch_size=20 is not a multiple of 12.*4 × 3 processes"),
         ("eval.compat=lingua", 1, "eval.compat=lingua is not galore or null"),
+        ("train.recompute_keep=all", 1, "train.recompute_keep=all is not inputs or bottleneck"),
+        (
+            "train.recompute_keep=bottleneck",
+            1,
+            "train.recompute_keep=bottleneck has no effect .* train.recompute_every=1",
+        ),
         ("optim.lr=0.0", 1, "optim.lr=0.0 must be above 0"),
         ("resume=/nowhere", 1, "resume=/nowhere is not never, auto, or the path"),
         ("run.dir=/", 1, "run.dir=/ exists; go on with resume=auto"),

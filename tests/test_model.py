@@ -102,8 +102,9 @@ def test_a_pattern_selects_layers():
     assert names == {"gate_proj", "up_proj", "down_proj"}
 
 
-def test_ranks_by_pattern_share_and_number():
-    model = small("param.rank={q_proj: 2, mlp: 0.5, proj: 3}")
+@pytest.mark.parametrize("param", ["sltrain", "lost", "cola"])
+def test_ranks_by_pattern_share_and_number(param: str):
+    model = small(f"param={param}", "param.rank={q_proj: 2, mlp: 0.5, proj: 3}")
     ranks = {n.rsplit(".", 1)[-1]: m.rank for n, m in model.named_modules() if isinstance(m, FactorizedLinear)}
     assert ranks == {
         "q_proj": 2,

@@ -50,7 +50,7 @@ def test_bytes_of_activations_are_what_autograd_saves(param: str, every: int):
     config, memory = plan(f"param={param}", f"train.recompute_every={every}")
     model = make_model(config)
     materialize(model, 0, CPU)
-    recompute(model, every)
+    recompute(model, every, "inputs")
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
     alive = []
@@ -65,6 +65,13 @@ def test_bytes_of_activations_are_what_autograd_saves(param: str, every: int):
         next_token_loss(model.train(), torch.randint(512, (4, 65)))
     logits_gradient = 4 * 4 * 64 * 512
     assert memory.activations == pytest.approx(sum(kept.values()) + logits_gradient, rel=0.02)
+
+
+@pytest.mark.parametrize("param", ["lowrank", "cola", "lost"])
+def test_bottlenecks_that_are_kept_are_planned_for(param: str):
+    overrides = (f"param={param}", "train.recompute_every=2")  # blocks 0 and 2 of three
+    (_, without), (_, memory) = plan(*overrides), plan(*overrides, "train.recompute_keep=bottleneck")
+    assert memory.activations - without.activations == 4 * (4 * 64) * 2 * 7 * 8  # bytes · tokens · blocks · 7r
 
 
 def test_shards_divide_what_is_sharded():

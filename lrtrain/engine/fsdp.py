@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
 from lrtrain.distributed import World
@@ -33,18 +33,27 @@ class FSDPEngine(Engine):
     Args:
         dtype: of activations and of the gathered parameters; parameters, gradients and states stay float32.
         compile: compile each block.
-        recompute_every: recompute the activations of every k-th block in the backward pass (0: of none).
+        recompute_every, recompute_keep: what the backward pass recomputes; see `recompute`.
         replicas: groups of processes that each hold the whole model; shards lie within a group.
 
     Raises:
         ConfigError: if the processes do not divide into `replicas` groups.
     """
 
-    def __init__(self, world: World, dtype: torch.dtype, compile: bool, recompute_every: int, replicas: int):
+    def __init__(
+        self,
+        world: World,
+        dtype: torch.dtype,
+        compile: bool,
+        recompute_every: int,
+        recompute_keep: str,
+        replicas: int,
+    ):
         self.world = world
         self.dtype = dtype
         self.compile = compile
         self.recompute_every = recompute_every
+        self.recompute_keep = recompute_keep
         self.mesh = device_mesh(world, replicas)
 
     def prepare(
@@ -53,7 +62,7 @@ class FSDPEngine(Engine):
         seed: int,
         make_optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer],
     ) -> None:
-        recompute(model, self.recompute_every)
+        recompute(model, self.recompute_every, self.recompute_keep)
         if self.compile:
             # All blocks share one function: each may need graphs of its own, for its ranks and in its modes.
             torch._dynamo.config.recompile_limit = GRAPHS_PER_BLOCK * len(blocks(model))
@@ -136,8 +145,23 @@ def device_mesh(world: World, replicas: int) -> DeviceMesh:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def recompute(model: PreTrainedModel, every: int) -> None:
-    """Keep only the inputs of every `every`-th block and run it again in the backward pass (0: none)."""
+def recompute(model: PreTrainedModel, every: int, keep: str) -> None:
+    """Run every `every`-th block again in the backward pass (0: none) and keep only the block's inputs (`inputs`) or
+    also the products A x of its factorized layers (`bottleneck`), which then are not computed a second time."""
+    contexts = {}
+    if keep == "bottleneck":
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, keep_latents(model))
     if every:
         for block in list(blocks(model))[::every]:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+
+
+def keep_latents(model: PreTrainedModel) -> Callable[..., CheckpointPolicy]:
+    """The policy that keeps the products of activations and a transposed A (in, rank), told by its shape."""
+    shapes = {(layer.in_features, layer.rank) for layer in factorized_layers(model).values()}
+
+    def policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        latent = operator == torch.ops.aten.mm.default and tuple(args[1].shape) in shapes
+        return CheckpointPolicy.MUST_SAVE if latent else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy

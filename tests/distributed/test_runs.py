@@ -58,6 +58,13 @@ VARIANTS = {
     "opt-tied": ["param=lowrank", "model.config.dropout=0.0"],
     "lost": ["param=lost", "param.density=0.1"],
     "dlr": ["param=dlr"],
+    "cola": ["param=cola"],
+    "cola-bottleneck-compile": [
+        "param=cola",
+        "train.recompute_every=1",
+        "train.recompute_keep=bottleneck",
+        "train.compile=true",
+    ],
     "recompute-compile": ["param=sltrain", "param.execution=factored", "train.recompute_every=2", "train.compile=true"],
 }
 
@@ -117,6 +124,7 @@ def test_executions_recomputation_and_compilation_do_not_change_the_losses(varia
     reference = losses(variants / "one-sltrain-materialize")
     assert gap(reference, losses(variants / "one-sltrain-factored")) < 2e-5
     assert gap(reference, losses(variants / "one-recompute-compile")) < 2e-5
+    assert gap(losses(variants / "one-cola"), losses(variants / "one-cola-bottleneck-compile")) < 2e-5
 
 
 def test_a_run_directory_holds_what_it_should(variants: Path):
@@ -162,13 +170,15 @@ def streamed(tmp_path_factory, corpus) -> list[str]:
 
 
 @pytest.mark.parametrize("source", ["packed", "streamed", "opt-with-dropout", "shrinking"])
+@pytest.mark.parametrize("source", ["packed", "streamed", "opt-with-dropout", "lost"])
 def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(
     tmp_path: Path, tiny: list[str], streamed: list[str], source: str
 ):
     """4 + 4 + 4 steps, an epoch ending in between, on the same world size bit for bit; then also on another one."""
     base = [*tiny, "train.batch_size=160", "train.micro_batch_size=80", "optim.weight_decay=0.1"]
     # a constant learning rate does not depend on train.steps, which the pieces set
-    base += ["schedule=constant", "schedule.warmup=0.0", "param.execution=factored"]
+    base += ["schedule=constant", "schedule.warmup=0.0"]
+    base.append("param=lost" if source == "lost" else "param.execution=factored")
     base = base_of(source, base)
     if source == "opt-with-dropout":
         base.append("model.config.dropout=0.1")

@@ -1,10 +1,12 @@
 """The engine's step against plain PyTorch, and what a non-finite gradient must not touch."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 from launching import SMALL
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrtrain import distributed
 from lrtrain.config import choice, compose
@@ -12,6 +14,7 @@ from lrtrain.engine.fsdp import FSDPEngine
 from lrtrain.layers.base import whole
 from lrtrain.loss import next_token_loss
 from lrtrain.model import make_model, materialize
+from lrtrain.plan import kept_bytes
 
 FACTORED = (*SMALL, "param.execution=factored")
 ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
@@ -23,9 +26,9 @@ def world():
     distributed.stop()
 
 
-def engine(world, dtype=torch.float32, recompute_every=0) -> FSDPEngine:
-    config = compose(*FACTORED)
-    made = FSDPEngine(world, dtype, compile=False, recompute_every=recompute_every, replicas=1)
+def engine(world, dtype=torch.float32, recompute_every=0, recompute_keep="inputs", overrides=FACTORED) -> FSDPEngine:
+    config = compose(*overrides)
+    made = FSDPEngine(world, dtype, False, recompute_every, recompute_keep, replicas=1)
     made.prepare(make_model(config), 0, choice(config.optim))
     return made
 
@@ -94,9 +97,53 @@ def test_bf16_computes_in_bf16_and_keeps_float32(world):
 
 def test_recomputation_keeps_fewer_activations(world):
     def kept(recompute_every: int) -> int:
-        made, sizes = engine(world, recompute_every=recompute_every), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
-            next_token_loss(made.model, ROWS)
-        return sum(sizes)
+        made = engine(world, recompute_every=recompute_every)
+        return kept_bytes(lambda: next_token_loss(made.model, ROWS))
 
     assert kept(1) < kept(2) < kept(0)
+
+
+class CountedProducts(TorchDispatchMode):
+    """Counts the matrix products by the shapes of their factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.counts[(tuple(args[0].shape), tuple(args[1].shape))] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("param,dtype", [("lowrank", torch.float32), ("lost", torch.float32), ("dlr", torch.bfloat16)])
+def test_keeping_bottlenecks_is_exact_and_repeats_no_product_with_a(world, param: str, dtype: torch.dtype):
+    def run(every: int, keep: str):
+        made = engine(world, dtype, every, keep, (*SMALL, f"param={param}", "param.rank=5"))
+        losses = []
+        with CountedProducts() as products:
+            for step in range(2):
+                losses.append(made.forward_backward(ROWS, 64).item())
+                made.clip_and_step(step, 1e-2, 1.0, losses[-1])
+        by_a = sum(n for (_, shape), n in products.counts.items() if shape in ((32, 5), (48, 5)))
+        return losses, by_a
+
+    losses, products = run(0, "inputs")
+    full, repeated = run(1, "inputs")
+    kept, once = run(1, "bottleneck")
+    assert losses == full == kept
+    assert once == products < repeated
+
+
+@pytest.mark.parametrize("param", ["lowrank", "cola", "lost"])
+def test_a_block_keeps_its_input_and_seven_bottlenecks(world, param: str):
+    """Per token 4·(7r + d) bytes in float32, against those of the block's whole inside."""
+    tokens, d, r, layers = 4 * 16, 32, 5, 4
+
+    def kept(every: int, keep: str) -> int:
+        made = engine(world, torch.float32, every, keep, (*SMALL, f"param={param}", f"param.rank={r}"))
+        return kept_bytes(lambda: next_token_loss(made.model, ROWS))
+
+    nothing, inputs, bottleneck = kept(0, "inputs"), kept(1, "inputs"), kept(1, "bottleneck")
+    assert bottleneck - inputs == 4 * tokens * 7 * r * layers
+    assert nothing - inputs > 4 * tokens * layers * (7 * r + 9 * d)
