@@ -195,7 +195,10 @@ def tail_weights(energies: Tensor) -> Tensor:
 def _add_scaled(parameter: Tensor, factors: Tensor) -> None:
     """Add parameter·factors (broadcast; whole on every process) to its gradient, shard by shard."""
     assert parameter.grad is not None
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        factors = DTensor.from_local(factors, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    parameter.grad.add_(parameter * factors)
+    if not isinstance(parameter, DTensor):
+        parameter.grad.add_(parameter * factors)
+        return
+    mesh = parameter.device_mesh
+    product = parameter * DTensor.from_local(factors, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    product = product.redistribute(mesh, parameter.placements)  # torch gathers a dimension with fewer rows than shards
+    parameter.grad.add_(product)

@@ -51,6 +51,8 @@ VARIANTS = {
     "sst": REVISED["sst"],
     "relora": [*REVISED["relora"], "schedule=cosine_restarts", "schedule.restart_warmup=1"],
     "nested-lasso": ["param=nested", "param.lasso=1e-3"],
+    "nested-lasso": ["param=nested", "param.lasso=1e-2"],
+    "nested-rank-1": ["param=nested", "param.rank=1", "param.lasso=1e-2"],  # fewer rows than processes
     "nested-shrinking": ["param=nested", "param.shrink_every=2", "param.shrink_threshold=0.2"],
     "sltrain-row-balanced": ["param=sltrain", "param.support=row_balanced", "param.execution=factored"],
     "sltrain-block": ["param=sltrain", "param.support=block", "param.block=16", "param.execution=factored"],
@@ -197,6 +199,8 @@ def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(
         return  # dropout draws from (seed, step, process): another number of processes is another run
     first, last = whole_checkpoints(tmp_path / "pieces" / "checkpoints")
     assert (first.name, last.name) == ("step-00000008", "step-00000012")
+    if source == "shrinking":
+        assert max(read_meta(last)["ranks"].values()) < max(read_meta(first)["ranks"].values()) < 8
     alone = [*base, f"run.dir={tmp_path}/alone", f"resume={first}", "train.steps=12"]
     run_jobs([[*alone, "train.micro_batch_size=160"]], 1, tmp_path)
     found, expected = losses(tmp_path / "alone"), losses(tmp_path / "whole")
