@@ -48,7 +48,12 @@ def _values(layer: FactorizedLinear) -> dict[str, Tensor]:
 
 
 def reset_state(state: Mapping[str, Tensor], reset: Reset, generator: torch.Generator) -> None:
-    """Prune a parameter's moments, and set its step counter to zero if `reset` says so; in place."""
+    """Prune a parameter's moments, and set its step counter to zero if `reset` says so; in place.
+
+    All moments lose the same entries, chosen by the first moment: where Adam's first one outlived the second, it would
+    be divided by eps alone.
+    """
+    kept = None
     for value in state.values():
         if value.ndim == 0:
             if reset.restart:
@@ -57,7 +62,8 @@ def reset_state(state: Mapping[str, Tensor], reset: Reset, generator: torch.Gene
             value.zero_()
         else:
             moment = whole(value)
-            keep_shard(value, torch.where(_kept(moment, reset, generator), moment, 0))
+            kept = _kept(moment, reset, generator) if kept is None else kept
+            keep_shard(value, torch.where(kept, moment, 0))
 
 
 def _kept(moment: Tensor, reset: Reset, generator: torch.Generator) -> Tensor:

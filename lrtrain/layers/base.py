@@ -27,9 +27,9 @@ class Reset:
     """What becomes of a parameter's optimizer state when its layer was revised."""
 
     pruned: float = 1.0
-    """Share of the entries of each moment that is set to zero."""
+    """Share of the entries that is set to zero, the same ones in all moments."""
     by: Literal["magnitude", "random"] = "magnitude"
-    """Which entries these are: the smallest, or random ones."""
+    """Which entries these are: those of the smallest first moment, or random ones."""
     restart: bool = True
     """Whether the optimizer's step counter for this parameter goes back to zero (its bias correction begins anew)."""
 

@@ -4,8 +4,11 @@ Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024,
 r at the most, their sum is not. After a merge A is drawn anew, B is zero and most of their optimizer states are pruned;
 the published learning rate restarts with each merge (`schedule=cosine_restarts`).
 
-Two things differ from the public code. It starts with A = 0 beside B = 0, where both gradients are zero until the first
-merge draws A; here A is drawn from the start. And its dropout of 0.1 on the branch's input is left out.
+Two things differ from the public code. It starts with A = 0 beside B = 0, where both gradients are zero until the
+first merge draws A; here A is drawn from the start. And its dropout of 0.1 on the branch's input is left out.
+
+Pruning takes the same entries of both of Adam's moments. The gradient of A is zero in the step after a merge, so a
+first moment that is left without its second would move A by lr·m/eps.
 """
 
 import math
