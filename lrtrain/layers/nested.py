@@ -6,6 +6,7 @@ keeping: ordered dropout on a linear map recovers its singular vectors in their 
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -200,5 +201,5 @@ def _add_scaled(parameter: Tensor, factors: Tensor) -> None:
         return
     mesh = parameter.device_mesh
     product = parameter * DTensor.from_local(factors, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    product = product.redistribute(mesh, parameter.placements)  # torch gathers a dimension with fewer rows than shards
-    parameter.grad.add_(product)
+    # torch has gathered it if there are fewer rows than shards
+    parameter.grad.add_(cast(DTensor, product).redistribute(mesh, parameter.placements))
