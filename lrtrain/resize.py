@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lrtrain.initialize import keep_shard
 from lrtrain.layers.base import FactorizedLinear, gathered_in_turn, whole
-from lrtrain.model import keep_shard
 
 
 @torch.no_grad()

@@ -23,11 +23,10 @@ from lrtrain.distributed import World, agree, largest, on_main, total
 from lrtrain.engine.base import Engine, StepResult
 from lrtrain.errors import ConfigError
 from lrtrain.evaluate import Evaluation, evaluate, perplexity
+from lrtrain.initialize import generator_for, integer_seed
 from lrtrain.model import (
     dense_parameter_count,
     factorized_layers,
-    generator_for,
-    integer_seed,
     make_model,
     matrices,
     parameter_count,

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lrtrain.config import compose
 from lrtrain.errors import ConfigError
+from lrtrain.initialize import materialize
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
@@ -19,7 +20,6 @@ from lrtrain.model import (
     dense_parameter_count,
     ledger,
     make_model,
-    materialize,
     parameter_count,
     settle,
     support_hash,

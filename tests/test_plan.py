@@ -7,8 +7,9 @@ import torch
 
 from lrtrain.config import choice, compose
 from lrtrain.engine.fsdp import recompute
+from lrtrain.initialize import materialize
 from lrtrain.loss import next_token_loss
-from lrtrain.model import make_model, materialize
+from lrtrain.model import make_model
 from lrtrain.plan import memory_per_process, parameters_by_kind
 
 SMALL = (

@@ -7,7 +7,8 @@ from launching import SMALL
 from lrtrain import distributed
 from lrtrain.config import compose
 from lrtrain.evaluate import evaluate
-from lrtrain.model import factorized_layers, make_model, materialize, parameter_count
+from lrtrain.initialize import materialize
+from lrtrain.model import factorized_layers, make_model, parameter_count
 from lrtrain.resize import carry_over
 from lrtrain.truncation import evaluate_truncated, truncation_rows
 

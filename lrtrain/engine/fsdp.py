@@ -19,8 +19,9 @@ from lrtrain.distributed import World
 from lrtrain.engine.base import Engine, StepResult
 from lrtrain.engine.revision import revise_layers
 from lrtrain.errors import ConfigError
+from lrtrain.initialize import materialize
 from lrtrain.loss import next_token_loss
-from lrtrain.model import blocks, factorized_layers, materialize
+from lrtrain.model import blocks, factorized_layers
 from lrtrain.resize import carry_over
 
 GRAPHS_PER_BLOCK = 16

@@ -7,8 +7,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lrtrain.distributed import from_owner
+from lrtrain.initialize import generator_for, keep_shard, take_over
 from lrtrain.layers.base import FactorizedLinear, Reset, gathered_in_turn, whole
-from lrtrain.model import factorized_layers, generator_for, keep_shard, take_over
+from lrtrain.model import factorized_layers
 
 
 @torch.no_grad()

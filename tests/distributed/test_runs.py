@@ -50,7 +50,6 @@ VARIANTS = {
     "sltrain-factored": ["param=sltrain", "param.execution=factored"],
     "sst": REVISED["sst"],
     "relora": [*REVISED["relora"], "schedule=cosine_restarts", "schedule.restart_warmup=1"],
-    "nested-lasso": ["param=nested", "param.lasso=1e-3"],
     "nested-lasso": ["param=nested", "param.lasso=1e-2"],
     "nested-rank-1": ["param=nested", "param.rank=1", "param.lasso=1e-2"],  # fewer rows than processes
     "nested-shrinking": ["param=nested", "param.shrink_every=2", "param.shrink_threshold=0.2"],

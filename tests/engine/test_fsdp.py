@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lrtrain import distributed
 from lrtrain.config import choice, compose
 from lrtrain.engine.fsdp import FSDPEngine
+from lrtrain.initialize import materialize
 from lrtrain.layers.base import whole
 from lrtrain.loss import next_token_loss
-from lrtrain.model import make_model, materialize
+from lrtrain.model import make_model
 from lrtrain.plan import kept_bytes
 
 FACTORED = (*SMALL, "param.execution=factored")

@@ -1,0 +1,138 @@
+"""Initial values: a function of (seed, parameter name) alone.
+
+So a model is the same at every world size and under every engine.
+"""
+
+import copy
+import hashlib
+import inspect
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from transformers import PreTrainedModel
+
+from lrtrain.data.cache import fingerprint
+from lrtrain.distributed import dealt
+from lrtrain.layers import initial
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.model import factorized_layers
+
+
+@torch.no_grad()
+def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None:
+    """Give every parameter and buffer its storage on `device` and its initial value; a collective.
+
+    Parameters may be sharded already (DTensors on meta). Dense modules are drawn by every process, factorized layers,
+    whose values can cost an SVD, by one process for all; each keeps its shards and drops the rest, so no process
+    holds more than two whole modules.
+    """
+    model.to_empty(device=device)
+    model.tie_weights()  # getting storage may have parted them
+    layers = factorized_layers(model)
+    for name, values in dealt([*layers], lambda name: initial_values(layers[name], seed, name)):
+        take_over(layers[name], values)
+    inside = {id(child) for layer in layers.values() for child in layer.modules()}
+    filled: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) not in inside and (values := dense_values(model, module, seed, name)):
+            values = zero_start(values, {"weight"}) if hasattr(module, "starts_at_zero") else values
+            tied = {key for key in values if id(getattr(module, key)) in filled}  # valued by the module that came first
+            take_over(module, {key: value for key, value in values.items() if key not in tied})
+            filled.update(id(getattr(module, key)) for key in values)
+
+
+def initial_values(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
+    """All parameters and buffers of a factorized layer: a function of (seed, name) alone."""
+
+    def compute() -> dict[str, Tensor]:
+        return layer.init_parameters(generator_for(seed, name))
+
+    values = kept_on_disk(initial_values_path(layer, seed, name), compute) if layer.costly_init else compute()
+    if hasattr(layer, "starts_at_zero"):
+        values = zero_start(values, {key for key, role in layer.roles.items() if role == "factor_left"})
+    return values | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+
+
+def zero_start(values: dict[str, Tensor], zero: set[str]) -> dict[str, Tensor]:
+    """The initial values with those at zero that make the layer's W zero and let it learn: of a plain linear its
+    weight, of BA the left factor."""
+    return {key: torch.zeros_like(value) if key in zero else value for key, value in values.items()}
+
+
+def initial_values_path(layer: FactorizedLinear, seed: int, name: str) -> Path:
+    """Where a layer's costly values are kept: named by all that they depend on, the code that computes them too."""
+    code = [inspect.getsource(inspect.getmodule(type(layer)) or type(layer)), inspect.getsource(initial)]
+    shapes = {key: [*value.shape] for key, value in layer.state_dict().items()}
+    other = {key for key in vars(layer) if key[0] == "_"} | {"training", "execution"}
+    settings = {key: value for key, value in vars(layer).items() if key not in other}
+    key = fingerprint(type(layer).__qualname__, settings, shapes, integer_seed(seed, name), code, torch.__version__)
+    cache = os.environ.get("LRTRAIN_CACHE") or Path.home() / ".cache" / "lrtrain"
+    return Path(cache) / "init" / f"{key}.pt"
+
+
+def kept_on_disk(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in the file; where it is missing or damaged they are computed and it is written anew.
+
+    Any number of processes may do so at once: the file appears whole, by a rename. Without room for it there is none.
+    """
+    with suppress(Exception):  # what torch.load raises on a damaged file is not specified
+        return torch.load(path, weights_only=True)
+    values = compute()
+    unfinished = path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex}")
+    with suppress(OSError, RuntimeError):  # torch's writer raises the second on a full disk
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({key: value.contiguous() for key, value in values.items()}, unfinished)
+        unfinished.rename(path)
+    with suppress(OSError):
+        unfinished.unlink()
+    return values
+
+
+def take_over(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy whole values into the module's parameters, of which each process keeps its shards, and buffers, by name."""
+    state = dict(module.named_parameters()) | dict(module.named_buffers())
+    for key, value in values.items():
+        keep_shard(state[key], value)
+
+
+def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str) -> dict[str, Tensor]:
+    """The module's own parameters and buffers as transformers initializes them, on the CPU, by name."""
+    own = dict(module.named_parameters(recurse=False))
+    buffers = dict(module.named_buffers(recurse=False))
+    if not own and not buffers:
+        return {}
+    twin = copy.copy(module)
+    twin._parameters = {key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()}  # type: ignore
+    twin._parameters |= {key: None for key, p in module._parameters.items() if p is None}
+    twin._buffers = {key: torch.empty(b.shape, dtype=b.dtype) for key, b in buffers.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(integer_seed(seed, name))
+        model._init_weights(twin)
+    return {key: getattr(twin, key) for key in (*own, *buffers)}
+
+
+def keep_shard(parameter: Tensor, value: Tensor) -> None:
+    """Copy into the parameter (or moment, or buffer) its part of the whole `value`; no communication."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        value = value.detach().to(parameter.device)
+        whole = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        parameter.to_local().copy_(whole.redistribute(mesh, parameter.placements).to_local())
+    else:
+        parameter.copy_(value)
+
+
+def integer_seed(seed: int, name: str) -> int:
+    """A 63-bit seed that is a function of (seed, name) alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that is a function of (seed, name) alone."""
+    return torch.Generator().manual_seed(integer_seed(seed, name))
