@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler is chatty
 import torch
@@ -302,8 +303,8 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    results = recorded.profiler.kineto_results  # type: ignore
-    changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    events: Any = recorded.profiler.kineto_results.events()  # type: ignore
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(accumulate(size for _, size in changes), default=0)
 
 
@@ -339,11 +340,12 @@ def print_rows(rows: list[Row], choices: list[Choice]) -> None:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Time and peak memory of a block's linears relative to dense, over the number of tokens; a row per dtype."""
+    """Time and peak memory of a block's linears, forward and backward, relative to dense; a row per dtype."""
     rows = [row for row in rows if row.shape == "block"]
+    executions = tuple(f", {e}" for several in EXECUTIONS.values() for e in several)
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
-    names = [name for name in dict.fromkeys(row.contender for row in rows) if name != "dense"]
-    figure = Figure(figsize=(10, 4.2 * len(dtypes)), layout="constrained")
+    names = [n for n in dict.fromkeys(row.contender for row in rows) if n != "dense" and not n.endswith(executions)]
+    figure = Figure(figsize=(11, 3.8 * len(dtypes)), layout="constrained")
     axes = figure.subplots(len(dtypes), 2, squeeze=False)
     for (left, right), dtype in zip(axes, dtypes, strict=True):
         dense = {row.tokens: row for row in rows if row.dtype == dtype and row.contender == "dense"}
@@ -359,8 +361,8 @@ def draw(rows: list[Row], path: Path) -> None:
             axis.set_xticks(list(dense), [f"{tokens:,}" for tokens in dense])
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-            axis.set(xlabel="tokens", title=f"{rows[0].model}, {dtype}: {what} of forward + backward / dense")
-        right.legend(fontsize=8, frameon=False)
+            axis.set(xlabel="tokens", title=f"{rows[0].model}, {dtype}: {what} / dense")
+        right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     figure.savefig(path, dpi=130)
 
 
