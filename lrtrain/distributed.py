@@ -122,7 +122,8 @@ def from_owner(tensors: dict[str, Tensor] | None, owner: int) -> dict[str, Tenso
     received = {}
     for name, (shape, dtype, device) in box[0].items():
         received[name] = tensors[name].contiguous() if tensors else torch.empty(shape, dtype=dtype, device=device)
-        dist.broadcast(received[name], src=owner)
+        wire = received[name]
+        dist.broadcast(wire.view(torch.uint8) if wire.dtype == torch.uint16 else wire, src=owner)  # gloo has no uint16
     return received
 
 

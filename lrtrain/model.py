@@ -212,8 +212,9 @@ def support_hash(model: nn.Module) -> str:
     """A hash over all buffers that a seed gives back: a checkpoint keeps it to notice if a seed ever did not."""
     digest = hashlib.blake2b(digest_size=16)
     for name, layer in factorized_layers(model).items():
-        for key in sorted(layer._non_persistent_buffers_set):
-            buffer = layer.get_buffer(key)
+        for key, buffer in sorted(layer.named_buffers(recurse=False)):
+            if key not in layer._non_persistent_buffers_set:
+                continue
             digest.update(f"{name}.{key}".encode())
             digest.update(buffer.cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""The same run on one process and on two, for every parameterization."""
+
+import json
+from pathlib import Path
+
+import pytest
+from launching import TINY
+from runs import REVISED, base_of, gap, losses, run_jobs
+
+from lrtrain.checkpoint import read_meta, whole_checkpoints
+from lrtrain.tracking.jsonl import read_metrics, series
+
+VARIANTS = {
+    "dense": ["param=dense", "param.rank=null"],
+    "lowrank": ["param=lowrank"],
+    "sltrain-materialize": ["param=sltrain", "param.execution=materialize"],
+    "sltrain-factored": ["param=sltrain", "param.execution=factored"],
+    "sst": REVISED["sst"],
+    "relora": [*REVISED["relora"], "schedule=cosine_restarts", "schedule.restart_warmup=1"],
+    "nested-lasso": ["param=nested", "param.lasso=1e-2"],
+    "nested-rank-1": ["param=nested", "param.rank=1", "param.lasso=1e-2"],  # fewer rows than processes
+    "nested-shrinking": ["param=nested", "param.shrink_every=2", "param.shrink_threshold=0.2"],
+    "sltrain-row-balanced": ["param=sltrain", "param.support=row_balanced", "param.execution=factored"],
+    "sltrain-block": ["param=sltrain", "param.support=block", "param.block=16", "param.execution=factored"],
+    "bf16": ["param=lowrank", "train.dtype=bf16"],
+    "opt-tied": ["param=lowrank", "model.config.dropout=0.0"],
+    "lost": ["param=lost", "param.density=0.1"],
+    "dlr": ["param=dlr"],
+    "cola": ["param=cola"],
+    "cola-bottleneck-compile": [
+        "param=cola",
+        "train.recompute_every=1",
+        "train.recompute_keep=bottleneck",
+        "train.compile=true",
+    ],
+    "recompute-compile": ["param=sltrain", "param.execution=factored", "train.recompute_every=2", "train.compile=true"],
+}
+
+
+TOLERANCE = {"bf16": 0.02}
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory, cache, corpus) -> Path:
+    """Every variant for 6 steps on one process, on two, and on two with two replicas of the model."""
+    folder = tmp_path_factory.mktemp("variants")
+    base = [*TINY, f"data.path={corpus}", "train.steps=6", "spectra.every=3", "optim.weight_decay=0.1"]
+
+    def jobs(where: str, *more: str) -> list[list[str]]:
+        return [
+            [*base_of(name, base), *change, *more, f"run.dir={folder}/{where}-{name}"]
+            for name, change in VARIANTS.items()
+        ]
+
+    run_jobs(jobs("one"), 1, folder)
+    run_jobs(jobs("two") + jobs("hsdp", "engine.replicas=2")[:2], 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_processes_give_the_losses_of_one(variants: Path, name: str):
+    assert gap(losses(variants / f"one-{name}"), losses(variants / f"two-{name}")) < TOLERANCE.get(name, 2e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "lowrank"])
+def test_replicated_shards_give_the_losses_of_one(variants: Path, name: str):
+    assert gap(losses(variants / f"one-{name}"), losses(variants / f"hsdp-{name}")) < 2e-5
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_processes_evaluate_and_measure_as_one(variants: Path, name: str):
+    for key in ("eval/loss", "train/grad_norm", "spectra/summary/all/erank_mean"):
+        (_, one), (_, two) = (series(variants / f"{n}-{name}" / "metrics.jsonl", key) for n in ("one", "two"))
+        assert one == pytest.approx(two, rel=TOLERANCE.get(name, 1e-4)), key
+
+
+def test_executions_recomputation_and_compilation_do_not_change_the_losses(variants: Path):
+    reference = losses(variants / "one-sltrain-materialize")
+    assert gap(reference, losses(variants / "one-sltrain-factored")) < 2e-5
+    assert gap(reference, losses(variants / "one-recompute-compile")) < 2e-5
+    assert gap(losses(variants / "one-cola"), losses(variants / "one-cola-bottleneck-compile")) < 2e-5
+
+
+def test_a_run_directory_holds_what_it_should(variants: Path):
+    run = variants / "hsdp-lowrank"  # the last job, which draws a picture
+    names = {p.name for p in run.iterdir()}
+    assert {
+        "tokenizer",
+        "config.yaml",
+        "metrics.jsonl",
+        "checkpoints",
+        "summary.json",
+        "plots",
+        "run.json",
+        "spectra",
+    } <= names
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["step"] == 6 and summary["tokens"] == 6 * 8 * 32 and summary["world_size"] == 2
+    assert 0 < summary["parameters"] < summary["parameters_dense"]
+    assert list((run / "plots").glob("*.png"))
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    assert row["tokens"] == 6 * 8 * 32
+
+
+def test_a_shrunken_run_ends_with_fewer_parameters_and_a_loss_for_each_rank(variants: Path):
+    kept, shrunken = (json.loads((variants / f"two-{name}" / "summary.json").read_text())
+                      for name in ("nested-lasso", "nested-shrinking"))  # fmt: skip
+    assert shrunken["parameters"] < kept["parameters"] and shrunken["parameters_dense"] == kept["parameters_dense"]
+    for summary in (kept, shrunken):
+        assert summary["eval_loss_at_rank_share_1"] == summary["eval_loss"]
+        assert summary["parameters_at_rank_share_1"] == summary["parameters"]
+        assert summary["parameters_at_rank_share_0.5"] < summary["parameters"]
+        assert summary["eval_loss_at_rank_share_0.5"] != summary["eval_loss"]
+    (newest,) = whole_checkpoints(variants / "two-nested-shrinking" / "checkpoints")
+    assert set(read_meta(newest)["ranks"].values()) <= set(range(1, 8))

@@ -1,0 +1,169 @@
+"""Exact resumption: on the same number of processes bit for bit, wherever a run was stopped or killed."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launching import command
+from runs import REVISED, base_of, losses, run_jobs
+
+from lrtrain.checkpoint import read_meta, whole_checkpoints
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory, corpus) -> list[str]:
+    """Overrides that read the corpus as `data=c4` reads C4: files of JSON lines, streamed."""
+    folder = tmp_path_factory.mktemp("c4")
+    texts = [path.read_text() for path in sorted(corpus.iterdir())]
+    for name, part in {"train": texts[:100], "validation": texts[100:]}.items():
+        for i in range(4):
+            with gzip.open(folder / f"c4-{name}.{i:05d}-of-00004.json.gz", "wt") as file:
+                file.writelines(json.dumps({"text": text}) + "\n" for text in part[i::4])
+    return [
+        "data=c4",
+        f"data.path={folder}/c4-train.*.json.gz",
+        f"data.source.validation={folder}/c4-validation.*.json.gz",
+        "data.validation_fraction=0.0",
+        "data.streams=4",
+    ]
+
+
+RESUMED = {
+    "sltrain": ["param.execution=factored"],
+    "streamed": ["param.execution=factored"],
+    "opt-with-dropout": ["param.execution=factored", "model.config.dropout=0.1"],
+    "lost": ["param=lost"],
+    # At steps 3, 6, 9 and 12: each piece but the first starts with ranks of its own.
+    "shrinking": ["param=nested", "param.shrink_every=3", "param.shrink_threshold=0.2"],
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(
+    tmp_path: Path, tiny: list[str], streamed: list[str], name: str
+):
+    """4 + 4 + 4 steps, an epoch ending in between, on the same world size bit for bit; then also on another one."""
+    base = [*tiny, "train.batch_size=160", "train.micro_batch_size=80", "optim.weight_decay=0.1", *RESUMED[name]]
+    # a constant learning rate does not depend on train.steps, which the pieces set
+    base = base_of(name, [*base, "schedule=constant", "schedule.warmup=0.0"])
+    if name == "streamed":
+        base = [override for override in base if override != "data=local"] + streamed
+    pieces = [[*base, f"run.dir={tmp_path}/pieces", "resume=auto", f"train.steps={steps}"] for steps in (4, 8, 12)]
+    whole = [*base, f"run.dir={tmp_path}/whole", "train.steps=12"]
+    run_jobs([*pieces, whole], 2, tmp_path)
+    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 12
+
+    if name == "opt-with-dropout":
+        return  # dropout draws from (seed, step, process): another number of processes is another run
+    first, last = whole_checkpoints(tmp_path / "pieces" / "checkpoints")
+    assert (first.name, last.name) == ("step-00000008", "step-00000012")
+    if name == "shrinking":
+        assert max(read_meta(last)["ranks"].values()) < max(read_meta(first)["ranks"].values()) < 8
+    alone = [*base, f"run.dir={tmp_path}/alone", f"resume={first}", "train.steps=12"]
+    run_jobs([[*alone, "train.micro_batch_size=160"]], 1, tmp_path)
+    found, expected = losses(tmp_path / "alone"), losses(tmp_path / "whole")
+    assert found.keys() == {9, 10, 11, 12}
+    assert max(abs(found[step] - expected[step]) for step in found) < 2e-5
+
+
+@pytest.mark.parametrize("name", REVISED)
+def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[str], name: str):
+    """Stopped in the middle of an iteration, where a draw is due and where an SVD or merge is; on two processes."""
+    base = [*tiny, *REVISED[name], "schedule=constant", "schedule.warmup=0.0", "spectra.every=1"]
+    pieces = [[*base, f"run.dir={tmp_path}/pieces", "resume=auto", f"train.steps={n}"] for n in (3, 4, 6, 9)]
+    run_jobs([*pieces, [*base, f"run.dir={tmp_path}/whole", "train.steps=9"]], 2, tmp_path)
+    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 9
+
+
+def start(overrides: list[str], processes: int, folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(overrides, processes), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def logged_steps(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("train/loss") if path.exists() else 0
+
+
+def test_killed_at_ten_random_moments_it_loses_nothing_but_the_steps_since_the_last_checkpoint(
+    tmp_path: Path, tiny: list[str]
+):
+    """SIGKILL while training or in the middle of a save; the resumed trace is the uninterrupted one bit for bit."""
+    base = [*tiny, "train.steps=150", "checkpoint.every=4", "train.batch_size=2", "data.seq_len=16"]
+    base.append("param.execution=factored")  # what `auto` measures may differ between the two runs
+    run_jobs([[*base, f"run.dir={tmp_path}/whole"]], 1, tmp_path)
+    run, dice = tmp_path / "killed", random.Random(0)
+    job = [*base, f"run.dir={run}", "resume=auto"]
+    for _ in range(10):
+        before = whole_checkpoints(run / "checkpoints")
+        steps = logged_steps(run)
+        process = start(job, 1, tmp_path)
+        wait_for(lambda: logged_steps(run) > steps, process)  # noqa: B023
+        time.sleep(dice.uniform(0, 1.0))
+        process.kill()
+        process.wait()
+        after = whole_checkpoints(run / "checkpoints")
+        assert not before or after[-1].name >= before[-1].name
+    done = subprocess.run(command(job, 1), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(tmp_path / "whole")
+    assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_signal_to_one_process_saves_on_all_and_says_how_to_go_on(tmp_path: Path, tiny: list[str]):
+    run = tmp_path / "run"
+    job = [*tiny, "train.steps=100000", f"run.dir={run}", "resume=auto", "schedule=constant"]
+    process = start(job, 2, tmp_path)
+    wait_for(lambda: logged_steps(run) > 3, process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    workers = [pid for pid in map(int, children) if b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    rank = {int(dict(e.split(b"=", 1) for e in Path(f"/proc/{p}/environ").read_bytes().split(b"\0") if e)[b"RANK"]): p
+            for p in workers}  # fmt: skip
+    os.kill(rank[1], signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    saved = whole_checkpoints(run / "checkpoints")[-1]
+    step = int(saved.name.removeprefix("step-"))
+    assert f"at step {step} of 100000" in output and "resume=auto" in output and output.count("stopped by") == 1
+    assert max(losses(run)) == step
+
+
+def test_a_run_directory_is_never_overwritten(tmp_path: Path, tiny: list[str], launch):
+    (tmp_path / "there").mkdir()
+    done = launch([*tiny, f"run.dir={tmp_path}/there"])
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"run.dir={tmp_path}/there exists; go on with resume=auto, or choose another run.name or run.dir"
+    )
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_a_loss_that_stays_infinite_ends_the_run_with_the_last_checkpoint_intact(
+    tmp_path: Path, tiny: list[str], launch
+):
+    run = tmp_path / "run"
+    good = [*tiny, f"run.dir={run}", "schedule=constant", "train.steps=4"]
+    assert launch(good).returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in (run / "checkpoints").rglob("*")}
+    bad = [*good, "resume=auto", "train.steps=50", "optim.lr=1e38", "train.clip=null", "train.max_skipped=3"]
+    done = launch(bad)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "train.max_skipped=3" in done.stderr and "step-00000004" in done.stderr
+    assert {p: p.stat().st_mtime_ns for p in (run / "checkpoints").rglob("*")} == before
