@@ -29,17 +29,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.config import DTYPES, compose
 from lrtrain.errors import ConfigError
+from lrtrain.initialize import take_over
 from lrtrain.layers.base import FactorizedLinear
+from lrtrain.layers.cola import CoLALinear
 from lrtrain.layers.fastest import device_name, seconds
+from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
+from lrtrain.layers.relora import ReLoRALinear
 from lrtrain.layers.sltrain import SLTrainLinear
+from lrtrain.layers.sst import SSTLinear
 from lrtrain.layers.support import flat_positions
 from lrtrain.model import blocks, make_model
 
@@ -98,8 +103,51 @@ def plain_sltrain(layer: SLTrainLinear) -> Contender:
     return Contender(forward, parameters, flops, stored)
 
 
-def lowrank_bytes(layer: LowRankLinear, itemsize: int) -> int:
+def plain_cola(layer: CoLALinear) -> Contender:
+    def forward(x: Tensor) -> Tensor:
+        return silu(x @ layer.A.weight.T) @ layer.B.weight.T
+
+    return Contender(forward, *costs(layer))
+
+
+def plain_lost(layer: LOSTLinear) -> Contender:
+    def forward(x: Tensor) -> Tensor:
+        low_rank = linear(silu(linear(x, layer.A.weight)), layer.B.weight)
+        return layer.gamma * low_rank + (1 - layer.gamma) * (x[:, layer.columns] @ layer.sparse.T)
+
+    return Contender(forward, *costs(layer))
+
+
+def plain_sst(layer: SSTLinear) -> Contender:
+    """U(σ∘(Vᵀx)) with the gradients of all vectors, of which those of the active ones are used."""
+    left, right = torch.cat([layer.left, layer.left_frozen]), torch.cat([layer.right, layer.right_frozen])
+    left, right = left.detach().requires_grad_(), right.detach().requires_grad_()
+    _, flops, stored = costs(layer)
+    return Contender(lambda x: (x @ right.T * layer.sigma) @ left, [left, right, layer.sigma], flops, stored)
+
+
+def plain_relora(layer: ReLoRALinear) -> Contender:
+    def forward(x: Tensor) -> Tensor:
+        return linear(x, layer.weight) + layer.scale * linear(linear(x, layer.A.weight), layer.B.weight)
+
+    return Contender(forward, *costs(layer))
+
+
+def lowrank_bytes(layer: FactorizedLinear, itemsize: int) -> int:
     return itemsize * layer.rank * (layer.in_features + layer.out_features)
+
+
+def lost_bytes(layer: LOSTLinear, itemsize: int) -> int:
+    return lowrank_bytes(layer, itemsize) + (itemsize * layer.out_features + 8) * layer.count
+
+
+def sst_bytes(layer: SSTLinear, itemsize: int) -> int:
+    m, n = layer.out_features, layer.in_features
+    return min(m, n) * (itemsize * (m + n + 1) + 8)
+
+
+def relora_bytes(layer: ReLoRALinear, itemsize: int) -> int:
+    return lowrank_bytes(layer, itemsize) + itemsize * layer.in_features * layer.out_features
 
 
 def sltrain_bytes(layer: SLTrainLinear, itemsize: int) -> int:
@@ -110,8 +158,25 @@ def sltrain_bytes(layer: SLTrainLinear, itemsize: int) -> int:
 
 
 # By name in conf/param; a method needs none of these to be measured.
-PLAIN: dict[str, Callable[..., Contender]] = {"lowrank": plain_lowrank, "sltrain": plain_sltrain}
-FORMULAS: dict[str, Callable[..., int]] = {"lowrank": lowrank_bytes, "sltrain": sltrain_bytes}
+PLAIN: dict[str, Callable[..., Contender]] = {
+    "lowrank": plain_lowrank,
+    "sltrain": plain_sltrain,
+    "lost": plain_lost,
+    "sst": plain_sst,
+    "cola": plain_cola,
+    "nested": plain_lowrank,
+    "relora": plain_relora,
+}
+FORMULAS: dict[str, Callable[..., int]] = {
+    "lowrank": lowrank_bytes,
+    "sltrain": sltrain_bytes,
+    "lost": lost_bytes,
+    "sst": sst_bytes,
+    "cola": lowrank_bytes,
+    "dlr": lowrank_bytes,
+    "nested": lowrank_bytes,
+    "relora": relora_bytes,
+}
 EXECUTIONS = {"sltrain": ("materialize", "factored")}  # what `auto` chooses from
 
 
@@ -119,10 +184,16 @@ EXECUTIONS = {"sltrain": ("materialize", "factored")}  # what `auto` chooses fro
 
 
 def costs(module: nn.Module) -> tuple[list[Tensor], int, int]:
-    """Parameters, FLOPs per token, and bytes of parameters and supports."""
+    """Trained parameters, FLOPs of a forward and backward pass per token, and bytes of parameters and supports."""
     tensors = [*module.parameters(), *module.buffers()]
-    flops = module.flops(1) if isinstance(module, FactorizedLinear) else 2 * tensors[0].numel()
-    return list(module.parameters()), flops, sum(t.nbytes for t in tensors)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if not isinstance(module, FactorizedLinear):
+        flops = 6 * tensors[0].numel()
+    elif len(trained) < len(list(module.parameters())):
+        flops = module.training_flops(1)
+    else:
+        flops = 3 * module.flops(1)  # at full rank, which `nested` does not always train
+    return trained, flops, sum(t.nbytes for t in tensors)
 
 
 def block_layers(model: str, overrides: list[str], method: str) -> dict[Shape, tuple[FactorizedLinear, int]]:
@@ -143,10 +214,7 @@ def filled(layer: FactorizedLinear, dtype: torch.dtype, device: torch.device) ->
     generator = torch.Generator().manual_seed(0)
     layer.to_empty(device=device)
     with torch.no_grad():
-        for name, value in layer.init_parameters(generator).items():
-            layer.get_parameter(name).copy_(value)
-        for name, value in layer.init_buffers(generator).items():
-            layer.get_buffer(name).copy_(value)
+        take_over(layer, layer.init_parameters(generator) | layer.init_buffers(generator))
     return layer.to(dtype)
 
 
@@ -369,7 +437,7 @@ def draw(rows: list[Row], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama_60m", help="a name from conf/model: its shapes and ranks")
-    parser.add_argument("--methods", nargs="+", default=["lowrank", "sltrain"], help="name or name:key=value,key=value")
+    parser.add_argument("--methods", nargs="+", default=[*PLAIN], help="name or name:key=value,key=value")
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 2048], help="per pass")
     parser.add_argument(
         "--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"], help="some CPUs have no fast bf16"
