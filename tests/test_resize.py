@@ -23,7 +23,9 @@ ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
 @pytest.fixture
 def engine():
     """After two steps, when all layers are due."""
-    made = FSDPEngine(distributed.start(), torch.float32, compile=False, recompute_every=0, replicas=1)
+    made = FSDPEngine(
+        distributed.start(), torch.float32, compile=False, recompute_every=0, recompute_keep="inputs", replicas=1
+    )
     made.prepare(make_model(CONFIG), 0, choice(CONFIG.optim))
     for step in range(2):
         train(made, step)
@@ -83,7 +85,9 @@ def test_training_goes_on_and_the_smaller_model_is_saved_and_loaded(engine: FSDP
     ranks = resize(engine)
     losses = [train(engine, step) for step in range(2, 12)]
     assert losses[-1] < losses[0]
-    other = FSDPEngine(engine.world, torch.float32, compile=False, recompute_every=0, replicas=1)
+    other = FSDPEngine(
+        engine.world, torch.float32, compile=False, recompute_every=0, recompute_keep="inputs", replicas=1
+    )
     other.prepare(make_model(CONFIG, ranks), 1, choice(CONFIG.optim))
     other.load_state_dict(copy.deepcopy(engine.state_dict()))
     assert [train(other, step) for step in range(12, 15)] == [train(engine, step) for step in range(12, 15)]
