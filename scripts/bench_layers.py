@@ -413,14 +413,20 @@ def draw(rows: list[Row], path: Path) -> None:
     executions = tuple(f", {e}" for several in EXECUTIONS.values() for e in several)
     dtypes = list(dict.fromkeys(row.dtype for row in rows))
     names = [n for n in dict.fromkeys(row.contender for row in rows) if n != "dense" and not n.endswith(executions)]
+    methods = dict.fromkeys(name.removesuffix(", plain") for name in names)
+    colors = {method: f"C{i % 10}" for i, method in enumerate(methods)}
     figure = Figure(figsize=(11, 3.8 * len(dtypes)), layout="constrained")
     axes = figure.subplots(len(dtypes), 2, squeeze=False)
     for (left, right), dtype in zip(axes, dtypes, strict=True):
         dense = {row.tokens: row for row in rows if row.dtype == dtype and row.contender == "dense"}
-        for i, name in enumerate(names):
+        for name in names:
             mine = [row for row in rows if row.dtype == dtype and row.contender == name]
             tokens = [row.tokens for row in mine]
-            style = {"marker": "o", "color": f"C{i % 10}", "linestyle": "--" if "plain" in name else "-"}
+            style = {
+                "marker": "o",
+                "color": colors[name.removesuffix(", plain")],
+                "linestyle": "--" if "plain" in name else "-",
+            }
             left.plot(tokens, [row.ratio for row in mine], label=name, **style)
             right.plot(tokens, [row.peak_mib / dense[row.tokens].peak_mib for row in mine], label=name, **style)
         for axis, what in ((left, "time"), (right, "peak memory")):
