@@ -186,7 +186,7 @@ EXECUTIONS = {"sltrain": ("materialize", "factored")}  # what `auto` chooses fro
 def costs(module: nn.Module) -> tuple[list[Tensor], int, int]:
     """Trained parameters, FLOPs of a forward and backward pass per token, and bytes of parameters and supports."""
     tensors = [*module.parameters(), *module.buffers()]
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
     if not isinstance(module, FactorizedLinear):
         flops = 6 * tensors[0].numel()
     elif len(trained) < len(list(module.parameters())):
