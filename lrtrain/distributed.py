@@ -7,14 +7,13 @@ import ctypes
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lrtrain.errors import ConfigError
 
@@ -110,31 +109,6 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def from_owner(tensors: dict[str, Tensor] | None, owner: int) -> dict[str, Tensor]:
-    """The named tensors of process `owner`, on every process; the others give None."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        assert tensors is not None
-        return tensors
-    box: list[Any] = [tensors and {name: (t.shape, t.dtype, t.device.type) for name, t in tensors.items()}]
-    dist.broadcast_object_list(box, src=owner)
-    received = {}
-    for name, (shape, dtype, device) in box[0].items():
-        received[name] = tensors[name].contiguous() if tensors else torch.empty(shape, dtype=dtype, device=device)
-        wire = received[name]
-        dist.broadcast(wire.view(torch.uint8) if wire.dtype == torch.uint16 else wire, src=owner)  # gloo has no uint16
-    return received
-
-
-def dealt(names: Sequence[str], compute: Callable[[str], dict[str, Tensor]]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(name, compute(name)) for all names on every process; each is computed by one, and sent to the others."""
-    size, dist_rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    for start in range(0, len(names), size):
-        turn = names[start : start + size]
-        mine = compute(turn[dist_rank]) if dist_rank < len(turn) else None
-        for owner, name in enumerate(turn):
-            yield name, from_owner(mine if owner == dist_rank else None, owner)
 
 
 def on_main(action: Callable[[], T]) -> T:

@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
-from lrtrain.data.cache import fingerprint
-from lrtrain.distributed import dealt
+from lrtrain.data.cache import cache_folder, fingerprint
+from lrtrain.dealing import dealt
 from lrtrain.layers import initial
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model import factorized_layers
 
 
 @torch.no_grad()
-def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None:
+def materialize(model: PreTrainedModel, seed: int, device: torch.device, fresh: bool = True) -> None:
     """Give every parameter and buffer its storage on `device` and its initial value; a collective.
+
+    Without `fresh` the state of factorized layers is left to be loaded; the buffers that a seed gives back are drawn.
 
     Parameters may be sharded already (DTensors on meta). Dense modules are drawn by every process, factorized layers,
     whose values can cost an SVD, by one process for all; each keeps its shards and drops the rest, so no process
@@ -35,7 +37,12 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None
     model.to_empty(device=device)
     model.tie_weights()  # getting storage may have parted them
     layers = factorized_layers(model)
-    for name, values in dealt([*layers], lambda name: initial_values(layers[name], seed, name)):
+
+    def values_of(name: str) -> dict[str, Tensor]:
+        buffers = layers[name].init_buffers(generator_for(seed, f"{name}/buffers"))
+        return initial_state(layers[name], seed, name) | buffers if fresh else buffers
+
+    for name, values in dealt([*layers], values_of):
         take_over(layers[name], values)
     inside = {id(child) for layer in layers.values() for child in layer.modules()}
     filled: set[int] = set()
@@ -47,16 +54,16 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device) -> None
             filled.update(id(getattr(module, key)) for key in values)
 
 
-def initial_values(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
-    """All parameters and buffers of a factorized layer: a function of (seed, name) alone."""
+def initial_state(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a factorized layer: a function of (seed, name) alone."""
 
     def compute() -> dict[str, Tensor]:
         return layer.init_parameters(generator_for(seed, name))
 
-    values = kept_on_disk(initial_values_path(layer, seed, name), compute) if layer.costly_init else compute()
+    values = kept_on_disk(initial_state_path(layer, seed, name), compute) if layer.costly_init else compute()
     if hasattr(layer, "starts_at_zero"):
         values = zero_start(values, {key for key, role in layer.roles.items() if role == "factor_left"})
-    return values | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+    return values
 
 
 def zero_start(values: dict[str, Tensor], zero: set[str]) -> dict[str, Tensor]:
@@ -65,15 +72,14 @@ def zero_start(values: dict[str, Tensor], zero: set[str]) -> dict[str, Tensor]:
     return {key: torch.zeros_like(value) if key in zero else value for key, value in values.items()}
 
 
-def initial_values_path(layer: FactorizedLinear, seed: int, name: str) -> Path:
+def initial_state_path(layer: FactorizedLinear, seed: int, name: str) -> Path:
     """Where a layer's costly values are kept: named by all that they depend on, the code that computes them too."""
     code = [inspect.getsource(inspect.getmodule(type(layer)) or type(layer)), inspect.getsource(initial)]
     shapes = {key: [*value.shape] for key, value in layer.state_dict().items()}
     other = {key for key in vars(layer) if key[0] == "_"} | {"training", "execution"}
     settings = {key: value for key, value in vars(layer).items() if key not in other}
     key = fingerprint(type(layer).__qualname__, settings, shapes, integer_seed(seed, name), code, torch.__version__)
-    cache = os.environ.get("LRTRAIN_CACHE") or Path.home() / ".cache" / "lrtrain"
-    return Path(cache) / "init" / f"{key}.pt"
+    return cache_folder() / "init" / f"{key}.pt"
 
 
 def kept_on_disk(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

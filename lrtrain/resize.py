@@ -7,29 +7,19 @@ over the leading part of every parameter and of every moment of the optimizer.
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from lrtrain.dealing import dealt_layers
 from lrtrain.initialize import keep_shard
-from lrtrain.layers.base import FactorizedLinear, gathered_in_turn, whole
+from lrtrain.layers.base import FactorizedLinear, local, whole
 
 
 @torch.no_grad()
 def wanted_ranks(layers: Mapping[str, FactorizedLinear], step: int) -> dict[str, int]:
     """The rank that each layer wants when `step` steps are done, its own where it is not due; a collective."""
-    due = [name for name, layer in layers.items() if layer.resize_due(step)]
-    size, dist_rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    wanted = {name: layer.rank for name, layer in layers.items()}
-    for start in range(0, len(due), size):
-        turn = due[start : start + size]
-        mine = gathered_in_turn(layers, turn)
-        found = [mine.wanted_rank() if mine is not None else 0]
-        if size > 1:
-            found = found * size
-            dist.all_gather_object(found, found[0])
-        wanted.update(zip(turn, found, strict=False))
-    return wanted
+    due = {name: layer for name, layer in layers.items() if layer.resize_due(step)}
+    wanted = dealt_layers(due, lambda _, layer: {"rank": torch.tensor(layer.wanted_rank())})
+    return {name: layer.rank for name, layer in layers.items()} | {name: int(v["rank"]) for name, v in wanted}
 
 
 @torch.no_grad()
@@ -67,10 +57,6 @@ def _leading(value: Tensor, parameter: Tensor) -> Tensor:
 def _keep_leading(new: Tensor, old: Tensor) -> None:
     """Copy the leading part of `old` (of its whole, if it is sharded) into `new`."""
     if new.shape == old.shape:
-        _local(new).copy_(_local(old))
+        local(new).copy_(local(old))
     else:
         keep_shard(new, whole(old)[tuple(map(slice, new.shape))])
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -118,7 +118,7 @@ class Trainer:
             recompute_every=train.recompute_every,
             recompute_keep=train.recompute_keep,
         )
-        self.engine.prepare(model, train.seed, choice(config.optim))
+        self.engine.prepare(model, train.seed, choice(config.optim), fresh=checkpoint is None)
         self.support_hash = support_hash(self.engine.model)
         self.checkpointer = Checkpointer(
             self.run_dir / "checkpoints",

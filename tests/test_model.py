@@ -214,6 +214,23 @@ def test_costly_initial_values_are_computed_once(init_files, monkeypatch):
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.parametrize("param", ["sst", "sltrain"])
+def test_what_a_checkpoint_will_replace_is_not_drawn_but_what_a_seed_gives_back_is(param: str, monkeypatch):
+    overrides = (f"param={param}", "model.config.num_hidden_layers=1")
+    fresh = small(*overrides)
+    model = make_model(compose(*SMALL, *overrides))
+    for layer in factorized_layers(model).values():
+        monkeypatch.setattr(layer, "init_parameters", None)  # cannot be called
+    materialize(model, 0, CPU, fresh=False)
+    assert support_hash(model) == support_hash(fresh)
+    model.load_state_dict(fresh.state_dict())
+    rows = torch.randint(128, (1, 8))
+    for layers in (factorized_layers(model), factorized_layers(fresh)):
+        for layer in layers.values():
+            layer.execution = "materialize"
+    assert torch.equal(model(rows).logits, fresh(rows).logits)
+
+
 def test_damaged_files_of_initial_values_are_written_anew(init_files):
     first = small("param=lost").state_dict()
     whole = init_files()[0].stat().st_size

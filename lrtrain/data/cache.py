@@ -10,6 +10,11 @@ from pathlib import Path
 from filelock import FileLock
 
 
+def cache_folder() -> Path:
+    """Where lrtrain keeps what it computes once: $LRTRAIN_CACHE, or ~/.cache/lrtrain (as data.cache_dir does)."""
+    return Path(os.environ.get("LRTRAIN_CACHE") or Path.home() / ".cache" / "lrtrain")
+
+
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Return `folder`, filled by `build(temporary folder)` unless it is there already.
 

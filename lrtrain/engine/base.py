@@ -35,8 +35,12 @@ class Engine(ABC):
         model: PreTrainedModel,
         seed: int,
         make_optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer],
+        fresh: bool = True,
     ) -> None:
-        """Take a model on meta: shard it, give it storage and initial values, and make its optimizer."""
+        """Take a model on meta: shard it, give it storage and initial values, and make its optimizer.
+
+        Without `fresh` its state is about to be loaded, and values that are costly to draw are not.
+        """
 
     @abstractmethod
     def forward_backward(self, rows: Tensor, tokens: int) -> Tensor:

@@ -62,6 +62,7 @@ class FSDPEngine(Engine):
         model: PreTrainedModel,
         seed: int,
         make_optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer],
+        fresh: bool = True,
     ) -> None:
         recompute(model, self.recompute_every, self.recompute_keep)
         if self.compile:
@@ -72,7 +73,7 @@ class FSDPEngine(Engine):
                 block.compile()
         if self.world.size > 1 or self.dtype != torch.float32:  # else there is nothing to share and nothing to cast
             self._shard(model)
-        materialize(model, seed, self.world.device)
+        materialize(model, seed, self.world.device, fresh)
         self.seed = seed
         self.model = model.train()
         self.layers = [*factorized_layers(model).values()]
@@ -119,7 +120,7 @@ class FSDPEngine(Engine):
         old, old_optimizer = self.model, self.optimizer
         if self.compile:
             torch.compiler.reset()  # the old shapes' graphs count towards the limit of recompilations
-        self.prepare(model, self.seed, make_optimizer)
+        self.prepare(model, self.seed, make_optimizer, fresh=False)
         carry_over(old, old_optimizer, self.model, self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """Layers that change between steps: each is revised by one process, the others take over its values."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lrtrain.distributed import from_owner
+from lrtrain.dealing import dealt_layers
 from lrtrain.initialize import generator_for, keep_shard, take_over
-from lrtrain.layers.base import FactorizedLinear, Reset, gathered_in_turn, whole
+from lrtrain.layers.base import FactorizedLinear, Reset, whole
 from lrtrain.model import factorized_layers
 
 
@@ -19,26 +18,17 @@ def revise_layers(model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
     Parameters and optimizer states may be sharded (DTensors).
     """
     layers = {name: layer for name, layer in factorized_layers(model).items() if layer.revision_due(step)}
-    for name, values in _revised(layers, step, seed):
+
+    def revised(name: str, layer: FactorizedLinear) -> dict[str, Tensor]:
+        layer.revise(step, generator_for(seed, f"{name}/revision at {step}"))
+        return _values(layer)
+
+    for name, values in dealt_layers(layers, revised):
         take_over(layers[name], values)
     for name, layer in layers.items():
         for key, reset in layer.resets(step).items():
             generator = generator_for(seed, f"{name}.{key}/reset at {step}")
             reset_state(optimizer.state.get(layer.get_parameter(key), {}), reset, generator)
-
-
-def _revised(layers: Mapping[str, FactorizedLinear], step: int, seed: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each layer's name and its whole values after the revision."""
-    names = [*layers]
-    size, dist_rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    for start in range(0, len(names), size):
-        turn = names[start : start + size]
-        mine = gathered_in_turn(layers, turn)
-        if mine is not None:
-            mine.revise(step, generator_for(seed, f"{turn[dist_rank]}/revision at {step}"))
-        for owner, name in enumerate(turn):
-            values = _values(mine) if mine is not None and owner == dist_rank else None
-            yield name, from_owner(values, owner)
 
 
 def _values(layer: FactorizedLinear) -> dict[str, Tensor]:

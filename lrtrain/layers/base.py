@@ -3,18 +3,18 @@
 A layer stands for a map of x (..., in) to (..., out). Where the map is linear it represents one matrix
 W (out, in), read with `dense_weight()`. Layers know nothing of engines, optimizers or configs: they are built
 on the meta device, get their values from `init_parameters` and `init_buffers`, and are then trained like any
-other module. A method with a schedule of its own also says what happens between steps, in five hooks that do
-nothing by default: `draw`, `add_penalty`, `after_step`, `revise` (with `revision_due` and `resets`), `lr_factor`.
+other module. A method with a schedule of its own also says what happens between steps, in hooks that do nothing by
+default: `draw`, `add_penalty`, `after_step`, `revise` (with `revision_due` and `resets`), `lr_factor`, `wanted_rank`
+(with `resize_due`).
 """
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -161,6 +161,11 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gathered(module: M) -> M:
     """A twin of the module whose parameters are whole plain tensors on every process.
 
@@ -172,18 +177,3 @@ def gathered(module: M) -> M:
     }
     twin._modules = {name: child and gathered(child) for name, child in module._modules.items()}
     return twin
-
-
-def gathered_in_turn(modules: Mapping[str, M], names: Sequence[str]) -> M | None:
-    """The twin (see `gathered`) of the module whose place in `names` is this process's rank; None past their end.
-
-    A collective, with which every process gets a module of its own to work on; it holds two whole ones at the most.
-    """
-    dist_rank = dist.get_rank() if dist.is_initialized() else 0
-    mine = None
-    for owner, name in enumerate(names):
-        twin = gathered(modules[name])
-        if owner == dist_rank:
-            mine = twin
-        del twin  # else the next one would be gathered on top of it
-    return mine

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from lrtrain.data.cache import replace_text
+from lrtrain.data.cache import cache_folder, replace_text
 
 ROUNDS, SECONDS = 5, 0.5  # measuring ends when both are reached: small things are repeated more often
 
@@ -37,8 +36,7 @@ def fastest(what: list[int | str], device: torch.device, candidates: Mapping[str
 
 def memory_path() -> Path:
     """In the folder of all that lrtrain computes once; deleting the file is safe."""
-    folder = os.environ.get("LRTRAIN_CACHE") or Path.home() / ".cache" / "lrtrain"
-    return Path(folder) / "fastest.json"
+    return cache_folder() / "fastest.json"
 
 
 def device_name(device: torch.device) -> str:

@@ -75,7 +75,7 @@ class ReLoRALinear(FactorizedLinear):
         self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight, self.bias) + self.scale * self.B(self.A(x))
+        return nn.functional.linear(x, self.weight, self.bias) + self.B(self.scale * self.A(x))
 
     def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
         m, n = self.out_features, self.in_features

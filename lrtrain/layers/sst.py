@@ -18,10 +18,9 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import FactorizedLinear, Reset
+from lrtrain.layers.base import FactorizedLinear, Reset, local
 from lrtrain.layers.initial import gaussian_svd
 from lrtrain.spectra.factors import product_singular_values
 
@@ -176,8 +175,8 @@ class SSTLinear(FactorizedLinear):
     # --- what happens between steps --------------------------------------------------------------------------------
 
     def after_step(self) -> None:
-        _local(self.sigma).clamp_min_(0)
-        for vectors in (_local(self.left), _local(self.right)):  # shards of whole rows
+        local(self.sigma).clamp_min_(0)
+        for vectors in (local(self.left), local(self.right)):  # shards of whole rows
             vectors.div_(vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny))
 
     def revision_due(self, step: int) -> bool:
@@ -223,8 +222,3 @@ class SSTLinear(FactorizedLinear):
             if layer.bias is not None and bias is not None:
                 layer.bias.copy_(bias)
         return layer
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

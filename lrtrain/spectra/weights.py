@@ -1,14 +1,14 @@
 """Singular values of all weights of a model that may be spread over processes."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lrtrain.layers.base import FactorizedLinear, gathered_in_turn
+from lrtrain.dealing import dealt_layers
+from lrtrain.layers.base import FactorizedLinear
 from lrtrain.spectra.factors import dense_singular_values
 from lrtrain.spectra.metrics import is_finite, is_zero, summarize
 from lrtrain.spectra.names import projection_of
@@ -20,17 +20,12 @@ LinearLayer = FactorizedLinear | nn.Linear
 def weight_spectra(layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
     """Singular values of each layer's matrix by module name: float64 on the CPU, largest first.
 
-    A collective: every process calls it with the same names and gets the same spectra. Each layer is made whole
-    for one process only, which computes its spectrum, so a process holds two whole layers at the most.
+    A collective: every process calls it with the same names and gets the same spectra. Each is computed by one process;
+    those that are computed at the same time cost about the same.
     """
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    computed: dict[str, Tensor] = {}
-    for names in _rounds(layers, processes):
-        mine = gathered_in_turn(layers, names)
-        if mine is not None:
-            computed[names[rank]] = _singular_values(mine).cpu()
-    everywhere = _union(computed)
-    return {name: everywhere[name] for name in layers}
+    by_cost = {name: layers[name] for name in sorted(layers, key=lambda name: (-_cost(layers[name]), name))}
+    found = dict(dealt_layers(by_cost, lambda _, layer: {"sigma": _singular_values(layer).cpu()}))
+    return {name: found[name]["sigma"] for name in layers}
 
 
 def spectra_metrics(spectra: Mapping[str, Tensor]) -> dict[str, float]:
@@ -53,28 +48,12 @@ def spectra_metrics(spectra: Mapping[str, Tensor]) -> dict[str, float]:
     return metrics
 
 
-def _rounds(layers: Mapping[str, LinearLayer], processes: int) -> Iterator[list[str]]:
-    """Names for one process each, to be computed at the same time: layers of about the same cost."""
-    by_cost = sorted(layers, key=lambda name: (-_cost(layers[name]), name))
-    for start in range(0, len(by_cost), processes):
-        yield by_cost[start : start + processes]
-
-
 def _cost(layer: LinearLayer) -> int:
     return min(layer.in_features, layer.out_features) * layer.in_features * layer.out_features
 
 
 def _singular_values(layer: LinearLayer) -> Tensor:
     return layer.singular_values() if isinstance(layer, FactorizedLinear) else dense_singular_values(layer.weight)
-
-
-def _union(computed: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All processes' results on every process."""
-    if not dist.is_initialized():
-        return computed
-    parts: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(parts, computed)
-    return {name: sigma for part in parts for name, sigma in part.items()}
 
 
 def _count(flags: Iterable[bool]) -> float:

@@ -1,0 +1,69 @@
+"""Work that one process does for all: layers are dealt out, and the results go to every process."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lrtrain.layers.base import gathered
+
+M = TypeVar("M", bound=nn.Module)
+Values = dict[str, Tensor]
+
+
+def dealt(names: Sequence[str], compute: Callable[[str], Values]) -> Iterator[tuple[str, Values]]:
+    """(name, compute(name)) for all names on every process; each is computed by one, and sent to the others."""
+    dist_rank, size = _place()
+    for turn in _turns(names, size):
+        yield from _shared(turn, compute(turn[dist_rank]) if dist_rank < len(turn) else None)
+
+
+def dealt_layers(layers: Mapping[str, M], compute: Callable[[str, M], Values]) -> Iterator[tuple[str, Values]]:
+    """(name, compute(name, layer)) for all layers on every process, the layer being a whole twin (see `gathered`).
+
+    A collective. Each layer is made whole for one process only, so a process holds two whole layers at the most.
+    """
+    dist_rank, size = _place()
+    for turn in _turns([*layers], size):
+        mine = None
+        for owner, name in enumerate(turn):
+            twin = gathered(layers[name])
+            if owner == dist_rank:
+                mine = twin
+            del twin  # else the next one would be gathered on top of it
+        values = compute(turn[dist_rank], mine) if mine is not None else None
+        del mine
+        yield from _shared(turn, values)
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank, and the number of processes."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _turns(names: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """A name for each process, until there are none left."""
+    for start in range(0, len(names), size):
+        yield names[start : start + size]
+
+
+def _shared(turn: Sequence[str], mine: Values | None) -> Iterator[tuple[str, Values]]:
+    """Each name of a turn with the values that the process at its place computed."""
+    dist_rank, size = _place()
+    for owner, name in enumerate(turn):
+        values = mine if owner == dist_rank else None
+        yield name, values if size == 1 and values is not None else _from_owner(values, owner)
+
+
+def _from_owner(values: Values | None, owner: int) -> Values:
+    """The named tensors of process `owner`, on every process; the others give None."""
+    box: list[Any] = [values and {name: (t.shape, t.dtype, t.device.type) for name, t in values.items()}]
+    dist.broadcast_object_list(box, src=owner)
+    received = {}
+    for name, (shape, dtype, device) in (box[0] or {}).items():
+        received[name] = values[name].contiguous() if values else torch.empty(shape, dtype=dtype, device=device)
+        wire = received[name]
+        dist.broadcast(wire.view(torch.uint8) if wire.dtype == torch.uint16 else wire, src=owner)  # gloo has no uint16
+    return received
