@@ -18,6 +18,7 @@ from lrtrain.model import (
     above_break_even,
     architecture,
     dense_parameter_count,
+    factorized_layers,
     ledger,
     make_model,
     parameter_count,
