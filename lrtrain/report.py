@@ -21,12 +21,12 @@ def print_ledger(model: nn.Module) -> None:
 
 def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
     """The summary as people read it."""
-    ours, dense = summary["parameters"], summary["parameters_dense"]
+    ours, dense, trained = (summary[f"parameters{kind}"] for kind in ("", "_dense", "_trainable"))
+    frozen = f", {trained:,} of them trained" if trained < ours else ""
     rows = {
         "run": summary["run"],
         "steps": f"{summary['step']:,} ({summary['tokens']:,} tokens, {summary['skipped']} skipped)",
-        "parameters": f"{ours:,} ({ours / dense:.0%} of dense {dense:,})",
-        "trained": f"{summary['parameters_trainable']:,}",
+        "parameters": f"{ours:,} ({ours / dense:.0%} of dense {dense:,}{frozen})",
         "memory": f"{summary['memory_gib']:.2f} GiB per process, peak",
     }
     if summary["eval_perplexity"] is not None:
