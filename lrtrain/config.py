@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args, get_type_hints
 
 import hydra
 import torch
@@ -65,6 +65,7 @@ class TrainConfig:
     dtype: str
     compile: bool
     clip: float | None
+    clip_by: str
     recompute_every: int
     recompute_keep: str
     max_skipped: int
@@ -149,7 +150,14 @@ def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from keys(child, f"{prefix}{key}.")
 
 
-NOT_ARGUMENTS = {"name", "_target_", "_partial_", "pattern", "rank", "zero_init"}
+OF_THE_CHOICE = {"name", "_target_", "_partial_"}
+OF_THE_MODEL = {"pattern", "rank", "zero_init"}  # of `param`: which layers, and what each is given
+
+
+def own_arguments(node: dict[str, Any]) -> dict[str, Any]:
+    """What a `_target_` node says to the callable that it names."""
+    others = OF_THE_CHOICE | (OF_THE_MODEL if "pattern" in node else set())
+    return {key: value for key, value in node.items() if key not in others}
 
 
 def check_choice(section: str, node: dict[str, Any], composed: DictConfig) -> None:
@@ -160,13 +168,12 @@ def check_choice(section: str, node: dict[str, Any], composed: DictConfig) -> No
     """
     if node.get("_target_") is None:
         return
-    target = hydra.utils.get_object(node["_target_"])
-    parameters = inspect.signature(target).parameters
-    given = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
+    parameters = arguments(hydra.utils.get_object(node["_target_"]))
+    given = own_arguments(node)
     for key in given:
         if key not in parameters:
             raise ConfigError(unknown_key(f"{section}.{key}", composed) + f" of {section}={node['name']}")
-    schema = make_dataclass(section, [(key, parameters[key].annotation) for key in given])
+    schema = make_dataclass(section, [(key, parameters[key]) for key in given])
     try:
         OmegaConf.merge(OmegaConf.structured(schema), given)
     except OmegaConfBaseException as error:
@@ -174,18 +181,34 @@ def check_choice(section: str, node: dict[str, Any], composed: DictConfig) -> No
         raise ConfigError(f"{section}.{error.full_key}={given.get(str(error.full_key))}: {reason}") from error
 
 
+def arguments(target: Callable[..., Any]) -> dict[str, Any]:
+    """What can be passed to a callable by name, with its annotation; `**settings: Unpack[SomeTypedDict]` is seen
+    through."""
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found |= get_type_hints(get_args(parameter.annotation)[0])
+        else:
+            found[name] = parameter.annotation
+    return found
+
+
 def choice(node: dict[str, Any]) -> Callable[..., Any]:
     """The callable that a `_target_` node names, with the node's values bound."""
-    arguments = {key: value for key, value in node.items() if key not in NOT_ARGUMENTS}
-    return partial(hydra.utils.get_object(node["_target_"]), **arguments)
+    return partial(hydra.utils.get_object(node["_target_"]), **own_arguments(node))
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """`train.dtype` as torch's; auto is bf16 on CUDA and fp32 on CPU, where bfloat16 has few fast kernels."""
-    name = config.train.dtype
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" else "fp32"
-    return DTYPES[name]
+    """The dtype of the arithmetic; `auto` and `bf16_sr`: bf16 on CUDA and fp32 on CPU, where bfloat16 has few fast
+    kernels."""
+    if config.train.dtype in DTYPES:
+        return DTYPES[config.train.dtype]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def parameter_dtype(config: Config) -> torch.dtype:
+    """What parameters and gradients are kept in: bfloat16 with `train.dtype=bf16_sr`, else float32."""
+    return torch.bfloat16 if config.train.dtype == "bf16_sr" else torch.float32
 
 
 def check(config: Config, world_size: int) -> None:
@@ -203,8 +226,10 @@ def check(config: Config, world_size: int) -> None:
         value = getattr(getattr(config, section), key)
         if value < least:
             raise ConfigError(f"{section}.{key}={value} must be at least {least}")
-    if train.dtype not in (*DTYPES, "auto"):
-        raise ConfigError(f"train.dtype={train.dtype} is not one of {', '.join(DTYPES)}, auto")
+    if train.dtype not in (*DTYPES, "bf16_sr", "auto"):
+        raise ConfigError(f"train.dtype={train.dtype} is not one of {', '.join(DTYPES)}, bf16_sr, auto")
+    if train.clip_by not in ("global", "parameter"):
+        raise ConfigError(f"train.clip_by={train.clip_by} is not global or parameter")
     if train.recompute_keep not in ("inputs", "bottleneck"):
         raise ConfigError(f"train.recompute_keep={train.recompute_keep} is not inputs or bottleneck")
     if train.recompute_keep == "bottleneck" and not train.recompute_every:
@@ -220,6 +245,22 @@ def check(config: Config, world_size: int) -> None:
         )
     if config.data.streams is not None and config.data.streams % world_size:
         raise ConfigError(f"data.streams={config.data.streams} is not a multiple of the {world_size} processes")
+    if config.optim["in_backward"]:
+        if train.clip is not None and train.clip_by == "global":
+            raise ConfigError(
+                f"train.clip={train.clip} by train.clip_by=global needs all gradients at once, which "
+                f"optim.in_backward=true never has; set train.clip_by=parameter, or train.clip=null"
+            )
+        if train.batch_size != world_size * train.micro_batch_size:
+            raise ConfigError(
+                f"train.batch_size={train.batch_size} over {world_size} processes accumulates gradients, which "
+                f"optim.in_backward=true never keeps; set train.micro_batch_size={train.batch_size // world_size}"
+            )
+        if config.param.get("lasso"):
+            raise ConfigError(
+                f"param.lasso={config.param['lasso']} adds to the gradients after the backward pass, when "
+                f"optim.in_backward=true has used them; set optim.in_backward=false"
+            )
     if not config.optim["lr"] > 0:
         raise ConfigError(f"optim.lr={config.optim['lr']} must be above 0")
     if config.resume == "never" and Path(config.run.dir).exists():

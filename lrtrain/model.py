@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lrtrain.config import Config, choice
+from lrtrain.config import Config, choice, parameter_dtype
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 
@@ -65,6 +65,8 @@ def make_model(config: Config, ranks: Mapping[str, int] | None = None) -> PreTra
             raise ConfigError(f"param.zero_init={zeros} matches none of the layers")
         for layer in found:
             layer.starts_at_zero = True  # pyright: ignore[reportArgumentType]  (`materialize` reads it)
+    for p in model.parameters():  # not the buffers: rotary frequencies need float32
+        p.data = p.data.to(parameter_dtype(config))
     return model
 
 

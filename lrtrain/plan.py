@@ -9,7 +9,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -114,34 +113,24 @@ def parameters_by_kind(model: nn.Module) -> dict[str, int]:
 
 
 def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Memory:
-    """Float32 weights, gradients and optimizer state in shards; supports and one gathered block whole; activations."""
+    """Weights, gradients and optimizer state in shards; supports and one gathered block whole; activations."""
     shards = world_size // config.engine["replicas"]
+    own = next(model.parameters()).dtype.itemsize
     parameters, trainable = parameter_count(model), trainable_count(model)
     held = [parameter_count(block) + trainable_count(block) for block in blocks(model)]
     root = parameters + trainable - sum(held)
+    most_at_once = max(trainable - sum(map(trainable_count, blocks(model))), *map(trainable_count, blocks(model)))
     supports = sum(
         b.numel() * b.element_size() for m in model.modules() if isinstance(m, FactorizedLinear) for b in m.buffers()
     )
     return Memory(
-        weights=FP32 * parameters // shards,
-        gradients=FP32 * trainable // shards,
-        optimizer=optimizer_bytes(config, model) // shards,
+        weights=own * parameters // shards,
+        gradients=own * (trainable if not config.optim["in_backward"] else most_at_once) // shards,
+        optimizer=choice(config.optim)(model).state_bytes(shards),
         supports=supports,
         gathered=dtype.itemsize * (max(held) + root),
         activations=activation_bytes(config, model, dtype),
     )
-
-
-def optimizer_bytes(config: Config, model: PreTrainedModel) -> int:
-    """Bytes of the optimizer's state over all shards: it takes one step on tensors that have no storage."""
-    with FakeTensorMode():
-        twin = nn.ParameterList([nn.Parameter(torch.empty(p.shape)) for p in model.parameters() if p.requires_grad])
-        optimizer = choice(config.optim)(twin)
-        for parameter in twin:
-            parameter.grad = torch.empty_like(parameter)
-        optimizer.step()
-        tensors = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.ndim]
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrtrain.dealing import dealt_layers
 from lrtrain.initialize import keep_shard
 from lrtrain.layers.base import FactorizedLinear, local, whole
+from lrtrain.optim.base import ShardedOptimizer
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def wanted_ranks(layers: Mapping[str, FactorizedLinear], step: int) -> dict[str,
 
 @torch.no_grad()
 def carry_over(
-    old: nn.Module, old_optimizer: torch.optim.Optimizer, new: nn.Module, new_optimizer: torch.optim.Optimizer
+    old: nn.Module, old_optimizer: ShardedOptimizer, new: nn.Module, new_optimizer: ShardedOptimizer
 ) -> None:
     """Fill a model and its optimizer with the leading part of each tensor of another of the same names; a collective.
 
@@ -38,10 +39,12 @@ def carry_over(
     for name, parameter in new.named_parameters():
         before = parameters[name]
         _keep_leading(parameter, before)
-        state = old_optimizer.state.get(before, {})
+        if parameter not in new_optimizer.state:  # frozen
+            continue
+        state = old_optimizer.state[before]
         if parameter.shape == before.shape:
             new_optimizer.state[parameter] = state
-        elif all(value.ndim == 0 or value.shape == before.shape for value in state.values()):
+        elif all(v.ndim == 0 or (v.shape == before.shape and v.is_floating_point()) for v in state.values()):
             new_optimizer.state[parameter] = {key: _leading(value, parameter) for key, value in state.items()}
 
 

@@ -98,6 +98,7 @@ class Trainer:
         self.meta = read_meta(checkpoint) if checkpoint else {}
         self.ranks: dict[str, int] = self.meta.get("ranks", {})
         model = make_model(config, self.ranks)
+        choice(config.optim)(model)  # on meta: whatever it refuses is said before anything is built
         self.data = data.prepare(config.data, config.train.seed)
         agree(self.data.fingerprint, "the data")
         self._check_sizes(model)
@@ -226,10 +227,11 @@ class Trainer:
         tokens = config.train.batch_size * config.data.seq_len
         for layer in self.layers.values():
             layer.draw(generator_for(config.train.seed, f"draw of step {progress.step}"))
+        lr = config.optim["lr"] * self.schedule(progress.step, config.train.steps)
+        self.engine.begin_step(progress.step, lr, config.train.clip, config.train.clip_by)
         losses = [self.engine.forward_backward(micro, tokens) for micro in rows.split(config.train.micro_batch_size)]
         (loss,) = total(torch.stack(losses).double().sum().item() / tokens)
-        lr = config.optim["lr"] * self.schedule(progress.step, config.train.steps)
-        result = self.engine.clip_and_step(progress.step, lr, config.train.clip, loss)
+        result = self.engine.clip_and_step(loss)
 
         progress.step += 1
         self.engine.revise(progress.step)

@@ -104,8 +104,9 @@ def ours(overrides: list[str], rows: torch.Tensor, world: World):
     engine.prepare(model, 0, choice(config.optim))
 
     def step() -> None:
+        engine.begin_step(0, 1e-3, 1.0, "global")
         loss = engine.forward_backward(rows, tokens)
-        engine.clip_and_step(0, 1e-3, 1.0, loss.item() / tokens)
+        engine.clip_and_step(loss.item() / tokens)
 
     return step, engine.model
 

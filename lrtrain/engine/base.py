@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrtrain.distributed import World
+from lrtrain.optim.base import ShardedOptimizer
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class StepResult:
     grad_norm: float
     """Global L2 norm over all trainable parameters before clipping."""
     skipped: bool
-    """True if loss or gradient was not finite: then neither parameters nor optimizer state were touched."""
+    """True if loss or gradient was not finite: then neither parameters nor optimizer state were touched. With updates
+    in the backward pass that holds for the parameters whose gradient was not finite."""
 
 
 class Engine(ABC):
@@ -27,19 +28,29 @@ class Engine(ABC):
 
     world: World
     model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
+    optimizer: ShardedOptimizer
 
     @abstractmethod
     def prepare(
         self,
         model: PreTrainedModel,
         seed: int,
-        make_optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer],
+        make_optimizer: Callable[[PreTrainedModel], ShardedOptimizer],
         fresh: bool = True,
     ) -> None:
         """Take a model on meta: shard it, give it storage and initial values, and make its optimizer.
 
         Without `fresh` its state is about to be loaded, and values that are costly to draw are not.
+        """
+
+    @abstractmethod
+    def begin_step(self, step: int, lr: float, clip: float | None, clip_by: str) -> None:
+        """Before the first micro-batch of a step: its learning rate and clipping.
+
+        Args:
+            step: the steps done before; layers with a pace of their own follow it.
+            clip: the largest norm of the gradient, or None.
+            clip_by: `global`, or `parameter`: each of n parameters is clipped to clip/√n.
         """
 
     @abstractmethod
@@ -55,11 +66,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def clip_and_step(self, step: int, lr: float, clip: float | None, loss: float) -> StepResult:
-        """Clip to global norm `clip`, take one optimizer step at learning rate `lr`, and clear the gradients.
+    def clip_and_step(self, loss: float) -> StepResult:
+        """Clip, take one optimizer step, and clear the gradients.
 
-        `step` counts the steps done before; layers with a pace of their own follow it. If the gradient norm or `loss`
-        (the step's, over all processes) is not finite the step is skipped.
+        If the gradient norm or `loss` (the step's, over all processes) is not finite the step is skipped.
         """
 
     @abstractmethod
@@ -67,9 +77,7 @@ class Engine(ABC):
         """Let the layers that have something to do when `step` steps are done do it, optimizer states included."""
 
     @abstractmethod
-    def resize(
-        self, model: PreTrainedModel, make_optimizer: Callable[[PreTrainedModel], torch.optim.Optimizer]
-    ) -> None:
+    def resize(self, model: PreTrainedModel, make_optimizer: Callable[[PreTrainedModel], ShardedOptimizer]) -> None:
         """Go on with a model on meta that differs from the present one by smaller ranks: it takes over the leading
         part of each parameter and optimizer state."""
 

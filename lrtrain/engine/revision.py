@@ -9,10 +9,11 @@ from lrtrain.dealing import dealt_layers
 from lrtrain.initialize import generator_for, keep_shard, take_over
 from lrtrain.layers.base import FactorizedLinear, Reset, whole
 from lrtrain.model import factorized_layers
+from lrtrain.optim.base import ShardedOptimizer
 
 
 @torch.no_grad()
-def revise_layers(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, seed: int) -> None:
+def revise_layers(model: nn.Module, optimizer: ShardedOptimizer, step: int, seed: int) -> None:
     """`FactorizedLinear.revise` for the layers that are due when `step` steps are done, and their resets; a collective.
 
     Parameters and optimizer states may be sharded (DTensors).
@@ -20,15 +21,17 @@ def revise_layers(model: nn.Module, optimizer: torch.optim.Optimizer, step: int,
     layers = {name: layer for name, layer in factorized_layers(model).items() if layer.revision_due(step)}
 
     def revised(name: str, layer: FactorizedLinear) -> dict[str, Tensor]:
-        layer.revise(step, generator_for(seed, f"{name}/revision at {step}"))
+        layer.float().revise(step, generator_for(seed, f"{name}/revision at {step}"))  # whatever the parameters' dtype
         return _values(layer)
 
     for name, values in dealt_layers(layers, revised):
         take_over(layers[name], values)
     for name, layer in layers.items():
         for key, reset in layer.resets(step).items():
-            generator = generator_for(seed, f"{name}.{key}/reset at {step}")
-            reset_state(optimizer.state.get(layer.get_parameter(key), {}), reset, generator)
+            parameter = layer.get_parameter(key)
+            if parameter.requires_grad:
+                generator = generator_for(seed, f"{name}.{key}/reset at {step}")
+                reset_parameter(optimizer, parameter, layer.roles[key], reset, generator)
 
 
 def _values(layer: FactorizedLinear) -> dict[str, Tensor]:
@@ -36,6 +39,20 @@ def _values(layer: FactorizedLinear) -> dict[str, Tensor]:
     given_by_seed = layer._non_persistent_buffers_set
     buffers = {name: buffer for name, buffer in layer.named_buffers() if name not in given_by_seed}
     return {name: p.data for name, p in layer.named_parameters()} | buffers
+
+
+def reset_parameter(
+    optimizer: ShardedOptimizer, p: Tensor, role: str, reset: Reset, generator: torch.Generator
+) -> None:
+    """`reset_state` of a parameter; what is kept in another form than moments of its shape begins anew as a whole."""
+    state = optimizer.state[p]
+    if all(value.ndim == 0 or (value.shape == p.shape and value.is_floating_point()) for value in state.values()):
+        reset_state(state, reset, generator)
+        return
+    done = state["step"]
+    optimizer.begin_anew(p, role)
+    if not reset.restart:
+        optimizer.state[p]["step"].copy_(done)
 
 
 def reset_state(state: Mapping[str, Tensor], reset: Reset, generator: torch.Generator) -> None:

@@ -1,12 +1,18 @@
-"""AdamW (Loshchilov and Hutter, 2019), torch's own in its fused form."""
+"""AdamW (Loshchilov and Hutter, 2019), torch's own fused kernel."""
 
-import torch
-from torch import nn
+from torch import Tensor
 
-from lrtrain.optim.groups import parameter_groups
+from lrtrain.optim.base import ShardedOptimizer
 
 
-def adamw(model: nn.Module, lr: float, betas: list[float], eps: float, weight_decay: float) -> torch.optim.Optimizer:
-    """torch's fused AdamW over the model's parameters; state: two tensors of each parameter's shape and dtype."""
-    groups = parameter_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
+class AdamW(ShardedOptimizer):
+    """AdamW for every parameter; state: two float32 tensors of each parameter's shape."""
+
+    def takes(self, name: str, p: Tensor, role: str) -> bool:
+        return False
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        raise NotImplementedError

@@ -1,37 +1,80 @@
-"""Which parameters get which treatment."""
+"""Which parameters get which treatment: routed by what they are, never by their shape."""
 
 from typing import Any
 
 from torch import nn
 
 from lrtrain.layers.base import FactorizedLinear
+from lrtrain.model import blocks
+
+FACTORS = frozenset({"factor_left", "factor_right"})
+MATRICES = FACTORS | {"matrix"}
+LAYERS = MATRICES | {"sparse_values", "singular_values", "bias"}
 
 
-def decays(module: nn.Module, name: str) -> bool:
-    """Whether weight decay belongs on this parameter of the module: on matrices that multiply activations, whole or
-    in parts, but not on singular values, biases, norms and embeddings."""
-    if isinstance(module, FactorizedLinear):
-        return module.roles[name] not in ("bias", "singular_values")
-    return isinstance(module, nn.Linear) and name == "weight"
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """What each trainable parameter is, by its qualified name (tied ones by their first).
 
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer, every trainable parameter in exactly one: with `weight_decay` and without, and
-    `paced`, whose learning rate has a factor of its layers' own (`FactorizedLinear.lr_factor`), and not."""
-    decaying: set[int] = set()
-    paced: set[int] = set()
+    The roles of factorized layers (`FactorizedLinear.roles`); `matrix`: a plain linear's weight in a block; `head`: one
+    elsewhere; `embedding`; `bias`; `norm`: the rest.
+    """
+    inner = {id(module) for block in blocks(model) for module in block.modules()}
+    roles: dict[int, str] = {}
     for module in model.modules():
-        factorized = isinstance(module, FactorizedLinear)  # which speaks for its children too
-        own = dict(module.named_parameters(recurse=factorized))
-        decaying.update(id(p) for name, p in own.items() if decays(module, name))
-        if factorized:
-            paced.update(id(own[name]) for name in module.paced)
-    decaying -= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for p in model.parameters():
-        if p.requires_grad:
-            groups.setdefault((id(p) in decaying, id(p) in paced), []).append(p)
-    return [
-        {"params": parameters, "weight_decay": weight_decay * decay, "paced": pace}
-        for (decay, pace), parameters in groups.items()
-    ]
+        if isinstance(module, FactorizedLinear):  # which speaks for its children too
+            for key, p in module.named_parameters():
+                roles[id(p)] = module.roles[key]
+            continue
+        for key, p in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Embedding):
+                role = "embedding"
+            elif key == "bias":
+                role = "bias"
+            elif isinstance(module, nn.Linear):
+                role = "matrix" if id(module) in inner else "head"
+            else:
+                role = "norm"
+            roles.setdefault(id(p), role)
+    return {name: roles[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def decays(role: str) -> bool:
+    """Whether weight decay belongs on such a parameter: on matrices that multiply activations, whole or in parts, but
+    not on singular values, biases, norms and embeddings."""
+    return role in MATRICES or role in ("sparse_values", "head")
+
+
+def paced(model: nn.Module) -> set[str]:
+    """Names of the parameters whose learning rate has a factor of its layer's own (`FactorizedLinear.lr_factor`)."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
+    return {f"{name}.{key}" for name, layer in layers.items() for key in layer.paced}
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, other_lr: float = 1.0, lr_ratio: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer, every trainable parameter in exactly one, in the model's order.
+
+    Args:
+        other_lr: learning rate of embeddings, head and norms, as a factor on that of the layers.
+        lr_ratio: learning rate of the left factors over that of the right ones (LoRA+, Hayou et al. 2024: η_B/η_A).
+
+    Each has `names`, `role`, `weight_decay`, `lr_factor` (a constant one on the learning rate) and `paced`.
+    """
+    slow = paced(model)
+    parameters = dict(model.named_parameters())
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, role in parameter_roles(model).items():
+        factor = lr_ratio if role == "factor_left" else 1.0 if role in LAYERS else other_lr
+        new = {
+            "params": [],
+            "names": [],
+            "role": role,
+            "weight_decay": weight_decay * decays(role),
+            "lr_factor": factor,
+            "paced": name in slow,
+        }
+        group = groups.setdefault((role, name in slow), new)
+        group["params"].append(parameters[name])
+        group["names"].append(name)
+    return [*groups.values()]

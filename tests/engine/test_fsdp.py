@@ -45,8 +45,9 @@ def test_steps_equal_those_of_a_plain_loop(world):
             layer.execution = "factored"
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
     for _ in range(3):
+        ours.begin_step(0, 1e-2, 0.5, "global")
         losses = [ours.forward_backward(half, ROWS[:, 1:].numel()) for half in ROWS.split(2)]
-        result = ours.clip_and_step(0, 1e-2, 0.5, sum(losses).item())
+        result = ours.clip_and_step(sum(losses).item())
         loss = next_token_loss(plain, ROWS) / ROWS[:, 1:].numel()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
@@ -62,8 +63,9 @@ def test_steps_equal_those_of_a_plain_loop(world):
 @pytest.mark.parametrize("poison", ["gradient", "loss"])
 def test_a_step_that_is_not_finite_touches_nothing(world, poison: str):
     ours = engine(world)
+    ours.begin_step(0, 1e-2, 1.0, "global")
     ours.forward_backward(ROWS, 64)
-    ours.clip_and_step(0, 1e-2, 1.0, 1.0)
+    ours.clip_and_step(1.0)
 
     def snapshot():
         state = ours.state_dict()
@@ -75,11 +77,11 @@ def test_a_step_that_is_not_finite_touches_nothing(world, poison: str):
     if poison == "gradient":
         parameter = ours.model.get_parameter("model.layers.1.mlp.up_proj.B.weight")
         parameter.grad[0, 0] = math.nan
-    assert ours.clip_and_step(0, 1e-2, 1.0, math.inf if poison == "loss" else 1.0).skipped
+    assert ours.clip_and_step(math.inf if poison == "loss" else 1.0).skipped
     after = snapshot()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
     ours.forward_backward(ROWS, 64)
-    assert not ours.clip_and_step(0, 1e-2, 1.0, 1.0).skipped  # the poisoned gradient is gone
+    assert not ours.clip_and_step(1.0).skipped  # the poisoned gradient is gone
 
 
 def test_bf16_computes_in_bf16_and_keeps_float32(world):
@@ -89,8 +91,9 @@ def test_bf16_computes_in_bf16_and_keeps_float32(world):
             layer.execution = "materialize"
     seen = []
     ours.model.lm_head.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    ours.begin_step(0, 1e-2, 1.0, "global")
     loss = ours.forward_backward(ROWS, 64)
-    ours.clip_and_step(0, 1e-2, 1.0, 1.0)
+    ours.clip_and_step(1.0)
     assert seen == [torch.bfloat16] and loss.item() / 64 == pytest.approx(math.log(128), rel=0.1)
     assert {p.dtype for p in ours.model.parameters()} == {torch.float32}
     assert all(t.dtype == torch.float32 for s in ours.optimizer.state.values() for t in s.values())
@@ -124,8 +127,9 @@ def test_keeping_bottlenecks_is_exact_and_repeats_no_product_with_a(world, param
         losses = []
         with CountedProducts() as products:
             for step in range(2):
+                made.begin_step(step, 1e-2, 1.0, "global")
                 losses.append(made.forward_backward(ROWS, 64).item())
-                made.clip_and_step(step, 1e-2, 1.0, losses[-1])
+                made.clip_and_step(losses[-1])
         by_a = sum(n for (_, shape), n in products.counts.items() if shape in ((32, 5), (48, 5)))
         return losses, by_a
 

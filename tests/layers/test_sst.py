@@ -189,8 +189,9 @@ def engine():
 
 def train(engine: FSDPEngine, steps: range) -> None:
     for step in steps:
+        engine.begin_step(step, 1e-2, 1.0, "global")
         loss = engine.forward_backward(ROWS, 64)
-        engine.clip_and_step(step, 1e-2, 1.0, loss.item())
+        engine.clip_and_step(loss.item())
         engine.revise(step + 1)
 
 
@@ -242,7 +243,7 @@ def test_vectors_warm_up_in_each_iteration_and_singular_values_keep_the_schedule
     assert [layer.lr_factor(step) for step in range(5)] == [0.5, 1, 1, 0.5, 1]
     paced = {id(p) for group in engine.optimizer.param_groups if group["paced"] for p in group["params"]}
     assert paced == {id(p) for x in factorized_layers(engine.model).values() for p in (x.left, x.right)}
-    engine.clip_and_step(3, 1e-2, 1.0, 0.0)
+    engine.begin_step(3, 1e-2, 1.0, "global")
     assert {group["lr"] for group in engine.optimizer.param_groups if group["paced"]} == {5e-3}
     assert {group["lr"] for group in engine.optimizer.param_groups if not group["paced"]} == {1e-2}
 

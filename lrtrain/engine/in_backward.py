@@ -1,0 +1,62 @@
+"""Updates in the backward pass: each parameter steps as soon as it has its gradient, which is then freed.
+
+So the gradients of one block at a time are alive (Lv et al., "Full parameter fine-tuning ... with limited resources",
+LOMO, arXiv 2306.09782). A norm over all parameters is known only afterwards: each can be clipped by its own.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lrtrain.layers.base import local
+from lrtrain.optim.base import ShardedOptimizer
+from lrtrain.optim.rows import Rows
+
+
+class InBackward:
+    """The hooks on an optimizer's parameters.
+
+    Args:
+        clip: gives the largest norm of one parameter's gradient now, or None.
+    """
+
+    def __init__(self, optimizer: ShardedOptimizer, clip: Callable[[], float | None]):
+        self.optimizer = optimizer
+        self.clip = clip
+        self.begin()
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.register_post_accumulate_grad_hook(lambda p, group=group: self._step(p, group))
+
+    def begin(self) -> None:
+        """Forget the last step."""
+        self.squares = 0.0
+        self.skipped = False
+
+    @torch.no_grad()
+    def _step(self, p: Tensor, group: dict) -> None:
+        norm = clip_one(p, self.optimizer.rows[p], self.clip())
+        if math.isfinite(norm):
+            self.optimizer.step_one(p, group)
+        else:
+            self.skipped = True
+        self.squares += norm**2
+        p.grad = None
+
+    @property
+    def norm(self) -> float:
+        """L2 norm of all gradients of this step, before clipping."""
+        return math.sqrt(self.squares) if math.isfinite(self.squares) else math.nan
+
+
+@torch.no_grad()
+def clip_one(p: Tensor, rows: Rows, most: float | None) -> float:
+    """Clip a parameter's gradient to the norm `most`; its norm before. A collective of those that share its rows."""
+    assert p.grad is not None
+    gradient = local(p.grad)
+    norm = math.sqrt(rows.sum(torch.linalg.vector_norm(gradient, dtype=torch.float32).square()).item())
+    if most is not None and norm > most:
+        gradient.mul_(most / norm)
+    return norm

@@ -1,0 +1,84 @@
+"""Matrices whose rows lie on several processes, as FSDP2 shards them, and the sums that optimizers need over them."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from lrtrain.layers.base import local
+
+
+class Rows:
+    """This process's rows of a parameter, among those of the processes that share its shards.
+
+    The collectives reduce in place and must be called by all of these processes, those without any rows too.
+    """
+
+    def __init__(self, parameter: Tensor):
+        self.shape = parameter.shape
+        """Of the whole parameter."""
+        self.group: dist.ProcessGroup | None = None
+        """Of the processes that hold the other rows; None if there are none."""
+        self.index = 0
+        """This process's place among them."""
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            sharded = [dim for dim, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
+            if sharded and mesh.size(sharded[0]) > 1:
+                self.group = mesh.get_group(sharded[0])
+                self.index = mesh.get_local_rank(sharded[0])
+
+    @property
+    def first(self) -> int:
+        """Which row of the whole parameter is the first one here."""
+        return min(self.shape[0], self.index * -(-self.shape[0] // self.processes))  # as torch.chunk cuts
+
+    @property
+    def processes(self) -> int:
+        return dist.get_world_size(self.group) if self.group is not None else 1
+
+    def sum(self, part: Tensor) -> Tensor:
+        """The sum of all processes' `part`."""
+        if self.group is not None:
+            dist.all_reduce(part, group=self.group)
+        return part
+
+    def largest(self, part: Tensor) -> Tensor:
+        """The elementwise maximum of all processes' `part`."""
+        if self.group is not None:
+            dist.all_reduce(part, op=dist.ReduceOp.MAX, group=self.group)
+        return part
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The whole (m, …) of which each process gives its own rows."""
+        if self.group is None:
+            return rows
+        most = -(-self.shape[0] // self.processes)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        whole = rows.new_empty(most * self.processes, *rows.shape[1:])
+        dist.all_gather_into_tensor(whole, padded, group=self.group)
+        return whole[: self.shape[0]]
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """This process's rows of a whole (m, …)."""
+        most = -(-self.shape[0] // self.processes)
+        return whole[self.first : self.first + most]
+
+
+def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32, fill: float = 0) -> Tensor:
+    """A tensor (m, *shape) whose rows lie where the rows of the parameter (m, …) do."""
+    part = local(parameter)
+    here = torch.full((part.shape[0], *shape), fill, dtype=dtype, device=part.device)
+    if not isinstance(parameter, DTensor):
+        return here
+    size = torch.Size((parameter.shape[0], *shape))
+    stride = torch.empty(size, device="meta").stride()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(here, mesh, placements, run_check=False, shape=size, stride=stride)
+
+
+def in_pieces(length: int, width: int, entries: int = 2**24) -> list[slice]:
+    """Slices of at most `entries` entries over `length` rows of `width`: what is done elementwise with temporaries."""
+    rows = max(1, entries // max(1, width))
+    return [slice(start, start + rows) for start in range(0, length, rows)]
