@@ -234,7 +234,7 @@ def plot_outcomes(outcomes: list[Outcome], title: str, out: Path) -> Path:
     outcomes = [outcome for outcome in outcomes if outcome.sweep]
     styles = arm_styles([outcome.arm for outcome in outcomes])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(13, 5.2), layout="constrained")
+        figure = Figure(figsize=(13, 6), layout="constrained")
         losses, sweeps = figure.subplots(1, 2)
         for outcome in outcomes:
             _draw_losses(losses, outcome, styles[outcome.arm])
@@ -243,7 +243,7 @@ def plot_outcomes(outcomes: list[Outcome], title: str, out: Path) -> Path:
         losses.set_xlabel("tokens")
         losses.set_ylabel("loss (nats per token)")
         losses.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1e6:g}M"))
-        losses.legend(loc="upper right")
+        figure.legend(*losses.get_legend_handles_labels(), loc="outside lower center", ncols=7)
         sweeps.set_title("Sweep: perplexity at the end (dot: the best, cross: diverged)")
         sweeps.set_xlabel("learning rate")
         sweeps.set_ylabel("evaluation perplexity")

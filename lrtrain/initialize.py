@@ -3,7 +3,6 @@
 So a model is the same at every world size and under every engine.
 """
 
-import copy
 import hashlib
 import inspect
 import os
@@ -113,7 +112,8 @@ def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str
     buffers = dict(module.named_buffers(recurse=False))
     if not own and not buffers:
         return {}
-    twin = copy.copy(module)
+    twin = object.__new__(type(module))  # copy.copy would call FSDP's constructor where it wraps the module itself
+    twin.__dict__ = dict(module.__dict__)
     twin._parameters = {key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()}  # type: ignore
     twin._parameters |= {key: None for key, p in module._parameters.items() if p is None}
     twin._buffers = {key: torch.empty(b.shape, dtype=b.dtype) for key, b in buffers.items()}

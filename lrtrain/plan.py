@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 
 from lrtrain.config import Config, check, choice, compute_dtype
-from lrtrain.engine.fsdp import recompute
+from lrtrain.engine.fsdp import recompute, sharded_units
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.loss import next_token_loss
 from lrtrain.model import blocks, dense_parameter_count, make_model, parameter_count, trainable_count, training_flops
@@ -45,7 +45,7 @@ class Memory:
     optimizer: int
     supports: int
     gathered: int
-    """One block's whole parameters and gradients, and the root's, while they are in use."""
+    """One block's (or the head's) whole parameters and gradients in use and on their way, and the root's."""
     activations: int
 
     @property
@@ -113,22 +113,24 @@ def parameters_by_kind(model: nn.Module) -> dict[str, int]:
 
 
 def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Memory:
-    """Weights, gradients and optimizer state in shards; supports and one gathered block whole; activations."""
+    """Weights, gradients and optimizer state in shards; supports and one gathered unit whole; activations."""
     shards = world_size // config.engine["replicas"]
     own = next(model.parameters()).dtype.itemsize
     parameters, trainable = parameter_count(model), trainable_count(model)
-    held = [parameter_count(block) + trainable_count(block) for block in blocks(model)]
-    root = parameters + trainable - sum(held)
-    most_at_once = max(trainable - sum(map(trainable_count, blocks(model))), *map(trainable_count, blocks(model)))
+    units = sharded_units(model)
+    rest = parameters - sum(map(parameter_count, units))
+    # A unit is gathered in one buffer and copied out of it; its gradient is copied into one and reduced into shards.
+    copies = max(2 * parameter_count(unit) + (1 + 1 / shards) * trainable_count(unit) for unit in units)
+    wrapped = world_size > 1 or dtype.itemsize != own
     supports = sum(
         b.numel() * b.element_size() for m in model.modules() if isinstance(m, FactorizedLinear) for b in m.buffers()
     )
     return Memory(
         weights=own * parameters // shards,
-        gradients=own * (trainable if not config.optim["in_backward"] else most_at_once) // shards,
+        gradients=own * (max(map(trainable_count, units)) if config.optim["in_backward"] else trainable) // shards,
         optimizer=choice(config.optim)(model).state_bytes(shards),
         supports=supports,
-        gathered=dtype.itemsize * (max(held) + root),
+        gathered=int(dtype.itemsize * (copies + 2 * rest)) if wrapped else 0,
         activations=activation_bytes(config, model, dtype),
     )
 

@@ -59,7 +59,7 @@ def pretrain(config: Config) -> None:
         ConfigError: for whatever the configuration has wrong, on every process.
         Diverged: after `train.max_skipped` steps in a row without a finite loss and gradient.
     """
-    world = distributed.start()
+    world = distributed.start(save_memory=config.optim["in_backward"])
     stop = StopRequest()
     try:
         agree(fingerprint(config), "the configuration")

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -88,8 +88,9 @@ class FSDPEngine(Engine):
 
     def _shard(self, model: PreTrainedModel) -> None:
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=torch.float32)
-        for unit in (*blocks(model), model):
-            sharded = fully_shard(unit, mesh=self.mesh, mp_policy=policy)
+        head = model.get_output_embeddings()
+        for unit in (*sharded_units(model), model):
+            sharded = fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=unit is not head)
             sharded.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
             sharded.set_force_sum_reduction_for_comms(True)
 
@@ -153,6 +154,14 @@ class FSDPEngine(Engine):
         for name, value in self.optimizer.named_state().items():
             if value is not state["optimizer"][name]:
                 value.copy_(state["optimizer"][name])
+
+
+def sharded_units(model: PreTrainedModel) -> list[nn.Module]:
+    """What is gathered as one, besides what is left of the model: each block, and embedding and head, unless these
+    share their weight."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tied = len({id(p) for module in ends for p in module.parameters()}) < len(ends)
+    return [*blocks(model), *([] if tied else ends)]
 
 
 def device_mesh(world: World, replicas: int) -> DeviceMesh:

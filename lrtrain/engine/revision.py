@@ -49,10 +49,7 @@ def reset_parameter(
     if all(value.ndim == 0 or (value.shape == p.shape and value.is_floating_point()) for value in state.values()):
         reset_state(state, reset, generator)
         return
-    done = state["step"]
     optimizer.begin_anew(p, role)
-    if not reset.restart:
-        optimizer.state[p]["step"].copy_(done)
 
 
 def reset_state(state: Mapping[str, Tensor], reset: Reset, generator: torch.Generator) -> None:
