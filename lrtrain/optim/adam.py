@@ -2,6 +2,13 @@
 
 from torch import Tensor
 
+EPS_CONVENTIONS = ("corrected", "galore")
+
+
+def bias_correction(step: int, beta1: float, beta2: float) -> float:
+    """(1 − β₂ᵗ)^½ / (1 − β₁ᵗ), by which M / √V is multiplied."""
+    return (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+
 
 def adam_direction(
     gradient: Tensor,
@@ -23,6 +30,6 @@ def adam_direction(
     """
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = (1 - beta2**step) ** 0.5
-    scale = root / (1 - beta1**step)
-    return (first * scale).div_(second.sqrt().add_(eps * root if eps_convention == "corrected" else eps))
+    if eps_convention == "corrected":
+        eps *= (1 - beta2**step) ** 0.5
+    return (first * bias_correction(step, beta1, beta2)).div_(second.sqrt().add_(eps))

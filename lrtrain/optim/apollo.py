@@ -1,0 +1,97 @@
+"""APOLLO and APOLLO-Mini: learning rates by channel, from Adam on random projections (Zhu et al., arXiv 2412.05270)."""
+
+import math
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.errors import ConfigError
+from lrtrain.initialize import integer_seed
+from lrtrain.layers.base import local
+from lrtrain.optim.adam import bias_correction
+from lrtrain.optim.projections import gaussian_basis, sparse_basis
+from lrtrain.optim.scaling import limit_growth, matrix_factor, row_factors
+from lrtrain.optim.subspace import Subspace, SubspaceAdam
+
+BASES = {"gaussian": gaussian_basis, "sparse": sparse_basis}
+FACTORS = ("channel", "tensor")
+
+
+class Apollo(SubspaceAdam):
+    """APOLLO: W ← W − lr·√scale·limited(G scaled by how much Adam scales its random projection G P).
+
+    The basis is a function of (n, r, step // gap), so matrices of one shape share one, which is drawn anew every `gap`
+    steps. A channel is a row, whatever the shape: its factor needs no communication, the limiter the sum of one scalar.
+    State: 2mr numbers and a norm.
+
+    Args:
+        factors: `channel`: one for each row; `tensor`: one for the matrix (APOLLO-Mini's, with rank 1).
+        scale: the square root multiplies the step. By rows, a factor in r dimensions is √(r/n) times that of Adam on G.
+        basis: `gaussian` or `sparse`; see `sparse_basis`.
+        max_growth: of the norm of the step, from one to the next; None: no limit.
+
+    Raises:
+        ConfigError: for unknown factors or an unknown basis.
+    """
+
+    replicated = frozenset({"norm"})
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        factors: str,
+        scale: float,
+        basis: str,
+        max_growth: float | None,
+        **subspace: Unpack[Subspace],
+    ):
+        if factors not in FACTORS:
+            raise ConfigError(f"optim.factors={factors} is not {' or '.join(FACTORS)}")
+        if basis not in BASES:
+            raise ConfigError(f"optim.basis={basis} is not {' or '.join(BASES)}")
+        self.by_row = factors == "channel"
+        self.multiplier = math.sqrt(scale)
+        self.draw = BASES[basis]
+        self.max_growth = max_growth
+        self.bases: dict[tuple[int, int], Tensor] = {}
+        self.drawn: dict[tuple[int, int], int] = {}
+        """Which of its bases `bases` holds for a shape."""
+        super().__init__(model, **subspace)
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        moments = super().new_state(p)
+        shape, device = (p.shape[1], moments["first"].shape[1]), local(p).device
+        if shape not in self.bases:
+            self.bases[shape] = torch.empty(shape, device=device)
+        return moments | {"norm": torch.zeros((), device=device)}
+
+    def shared(self) -> list[Tensor]:
+        return [*self.bases.values()]
+
+    def basis(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        n, rank = shape = (p.shape[1], state["first"].shape[1])
+        which = (step - 1) // self.gap
+        if self.drawn.get(shape) != which:
+            self.bases[shape].copy_(self.draw(n, rank, integer_seed(which, f"basis {n}×{rank}")))
+            self.drawn[shape] = which
+        return self.bases[shape]
+
+    def lifted(
+        self,
+        p: Tensor,
+        gradient: Tensor,
+        basis: Tensor,
+        projected: Tensor,
+        adam: Tensor,
+        state: dict[str, Tensor],
+        step: int,
+    ) -> Tensor:
+        total = self.rows[p].sum
+        factors = row_factors(adam, projected) if self.by_row else matrix_factor(adam, projected, total)
+        update = gradient.mul_(factors * self.multiplier)
+        if self.max_growth is None:
+            return update
+        correction = bias_correction(step, self.beta1, self.beta2)
+        return limit_growth(update, state["norm"], self.max_growth, correction, total)

@@ -1,0 +1,90 @@
+"""Fira: GaLore that also steps along what the projection drops (Chen et al., arXiv 2410.01623)."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import local
+from lrtrain.optim.adam import bias_correction
+from lrtrain.optim.galore import GaLore, GaLoreSettings
+from lrtrain.optim.projections import Total
+from lrtrain.optim.scaling import limit_growth, row_factors
+
+RESIDUALS = ("paper", "code")
+
+
+class Fira(GaLore):
+    """Fira: GaLore's step plus the residual of the gradient, each row scaled as Adam scales the row's projection.
+
+    State: that of GaLore and a norm.
+
+    Args:
+        residual: `paper`: G − G P Pᵀ; `code`: G − scale·G P Pᵀ, as the published code computes.
+        max_growth: of the norm of the scaled residual, from one step to the next.
+
+    Raises:
+        ConfigError: for an unknown residual.
+    """
+
+    replicated = frozenset({"basis", "norm"})
+
+    def __init__(self, model: nn.Module, *, residual: str, max_growth: float, **galore: Unpack[GaLoreSettings]):
+        if residual not in RESIDUALS:
+            raise ConfigError(f"optim.residual={residual} is not {' or '.join(RESIDUALS)}")
+        self.residual = residual
+        self.max_growth = max_growth
+        super().__init__(model, **galore)
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        return super().new_state(p) | {"norm": torch.zeros((), device=local(p).device)}
+
+    def lifted(
+        self,
+        p: Tensor,
+        gradient: Tensor,
+        basis: Tensor,
+        projected: Tensor,
+        adam: Tensor,
+        state: dict[str, Tensor],
+        step: int,
+    ) -> Tensor:
+        return fira_step(
+            gradient,
+            basis,
+            projected,
+            adam,
+            state["norm"],
+            self.scale,
+            1.0 if self.residual == "paper" else self.scale,
+            self.max_growth,
+            bias_correction(step, self.beta1, self.beta2),
+            self.rows[p].sum,
+        )
+
+
+def fira_step(
+    gradient: Tensor,
+    basis: Tensor,
+    projected: Tensor,
+    adam: Tensor,
+    norm: Tensor,
+    scale: float,
+    removed: float,
+    max_growth: float,
+    correction: float,
+    total: Total,
+) -> Tensor:
+    """scale·u Pᵀ + limited(diag(φ) (G − removed·g Pᵀ)) with φ_i = ‖u_i‖ / ‖g_i‖ for each row.
+
+    Args:
+        gradient: G (rows, n), overwritten.
+        basis: P (n, r).
+        projected, adam: g = G P and Adam's step u on it, both (rows, r).
+        norm: of the scaled residual in the step before; becomes this step's.
+        correction, total: see `limit_growth`.
+    """
+    residual = gradient.addmm_(projected, basis.T, alpha=-removed).mul_(row_factors(adam, projected))
+    limited = limit_growth(residual, norm, max_growth, correction, total)
+    return limited.addmm_(adam, basis.T, alpha=scale)

@@ -1,0 +1,72 @@
+"""GaLore: Adam in the subspace of a gradient's leading singular vectors (Zhao et al., arXiv 2403.03507)."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.errors import ConfigError
+from lrtrain.initialize import generator_for
+from lrtrain.layers.base import local
+from lrtrain.optim.projections import randomized_basis, svd_basis
+from lrtrain.optim.subspace import Subspace, SubspaceAdam
+
+BASES = ("randomized", "svd")
+
+
+class GaLoreSettings(Subspace):
+    """The settings of GaLore and of what is built on it."""
+
+    scale: float
+    basis: str
+
+
+class GaLore(SubspaceAdam):
+    """GaLore: W ← W − lr·scale·u Pᵀ, where u (m, r) is Adam's step on G P; the rest of the gradient is dropped.
+
+    P (n, r) are the leading right singular vectors of the current gradient. All matrices find theirs at the first step
+    and then every `gap` steps in turns, so that no step waits for all of them. State: 2mr + nr numbers.
+
+    Raises:
+        ConfigError: for an unknown way to find a basis.
+    """
+
+    replicated = frozenset({"basis"})
+
+    def __init__(self, model: nn.Module, *, scale: float, basis: str, **subspace: Unpack[Subspace]):
+        if basis not in BASES:
+            raise ConfigError(f"optim.basis={basis} is not {' or '.join(BASES)}")
+        self.scale = scale
+        self.found_by = basis
+        super().__init__(model, **subspace)
+        self.turn = {p: place % self.gap for place, p in enumerate(self.names)}
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        moments = super().new_state(p)
+        # Columns of the identity, for a parameter that begins anew between two turns with its counter kept.
+        return moments | {"basis": torch.eye(p.shape[1], moments["first"].shape[1], device=local(p).device)}
+
+    def basis(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        basis = state["basis"]
+        if step == 1 or (step - 1) % self.gap == self.turn[p]:
+            basis.copy_(self.found(p, gradient, basis.shape[1], step))
+        return basis
+
+    def found(self, p: Tensor, gradient: Tensor, rank: int, step: int) -> Tensor:
+        """The basis (n, r) of a gradient."""
+        total = self.rows[p].sum
+        if self.found_by == "svd":
+            return svd_basis(gradient, rank, total)
+        return randomized_basis(gradient, rank, generator_for(step, self.names[p]), total)
+
+    def lifted(
+        self,
+        p: Tensor,
+        gradient: Tensor,
+        basis: Tensor,
+        projected: Tensor,
+        adam: Tensor,
+        state: dict[str, Tensor],
+        step: int,
+    ) -> Tensor:
+        return torch.mm(adam, basis.T, out=gradient).mul_(self.scale)
