@@ -18,7 +18,7 @@ from lrtrain.config import Config, check, choice, compute_dtype
 from lrtrain.engine.fsdp import recompute, sharded_units
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.loss import next_token_loss
-from lrtrain.model import blocks, dense_parameter_count, make_model, parameter_count, trainable_count, training_flops
+from lrtrain.model import dense_parameter_count, make_model, parameter_count, trainable_count, training_flops
 
 FP32 = 4  # bytes
 FLASH = "lrtrain_plan"
