@@ -127,7 +127,7 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
         step = int(state["step"])
         parts = {key: local(value) for key, value in state.items() if key != "step"}
         gradient = local(p.grad)
-        pieces = in_pieces(*gradient.shape) if self.elementwise and p.ndim == 2 else [slice(None)]
+        pieces = in_pieces(gradient) if self.elementwise and p.ndim == 2 else [slice(None)]
         for rows in pieces:
             some = {key: part if key in self.replicated else part[rows] for key, part in parts.items()}
             self._write(p, self.direction(p, gradient[rows].float(), some, step), group, step, rows)
@@ -160,7 +160,7 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
                 step = int(state["step"])
                 first, second = local(state["exp_avg"]), local(state["exp_avg_sq"])
                 gradient = local(p.grad)
-                for piece in in_pieces(len(first), first[:1].numel()):
+                for piece in in_pieces(first):
                     update = adam_direction(
                         gradient[piece].float(), first[piece], second[piece], step, self.beta1, self.beta2, self.eps
                     )

@@ -78,7 +78,8 @@ def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32
     return DTensor.from_local(here, mesh, placements, run_check=False, shape=size, stride=stride)
 
 
-def in_pieces(length: int, width: int, entries: int = 2**24) -> list[slice]:
-    """Slices of at most `entries` entries over `length` rows of `width`: what is done elementwise with temporaries."""
-    rows = max(1, entries // max(1, width))
-    return [slice(start, start + rows) for start in range(0, length, rows)]
+def in_pieces(rows: Tensor) -> list[slice]:
+    """Slices over the rows for elementwise work with temporaries: on a CPU so small that these stay in its cache."""
+    entries = 2**19 if rows.device.type == "cpu" else 2**24
+    most = max(1, entries // max(1, rows[:1].numel()))
+    return [slice(start, start + most) for start in range(0, len(rows), most)]

@@ -1,0 +1,74 @@
+"""AdamW whose moments take a byte per entry."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lrtrain.layers.base import local
+from lrtrain.optim.adam import adam_direction
+from lrtrain.optim.base import ShardedOptimizer
+from lrtrain.optim.quantized import BLOCK, block_maxima, blocks_of, dequantize, quantize
+from lrtrain.optim.rows import Rows, rows_like
+
+SMALL = 4096
+MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # and whether it has a sign
+
+
+class AdamW8bit(ShardedOptimizer):
+    """AdamW with quantized moments (Dettmers et al., ICLR 2022): 2.03 bytes per entry instead of 8.
+
+    The step uses the new moments before they are rounded. Parameters of fewer than 4,096 entries keep float32 ones.
+    Blocks lie within rows, and which parameters are small is told by the whole shape, so that the number of processes
+    changes neither precision nor steps, and checkpoints fit any. (torchao's optimizer decides by the shard.) A vector,
+    whose blocks may span two shards, has its scales on all processes.
+    """
+
+    elementwise = True
+    replicated = frozenset({"exp_avg_vector_scale", "exp_avg_sq_vector_scale"})
+
+    def takes(self, name: str, p: Tensor, role: str) -> bool:
+        return math.prod(p.shape) >= SMALL
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        state = {}
+        for moment, _ in MOMENTS:
+            state[moment] = rows_like(p, *p.shape[1:], dtype=torch.uint8)
+            if p.ndim == 1:
+                state[f"{moment}_vector_scale"] = torch.zeros(blocks_of(p.shape[0]), device=local(p).device)
+            else:
+                state[f"{moment}_scale"] = rows_like(p, blocks_of(p.shape[1]))
+        return state
+
+    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        if p.ndim == 1:
+            return self._of_vector(self.rows[p], gradient, state, step)
+        first, second = (dequantize(state[m], state[f"{m}_scale"], signed) for m, signed in MOMENTS)
+        update = adam_direction(gradient, first, second, step, self.beta1, self.beta2, self.eps)
+        for (moment, signed), new in zip(MOMENTS, (first, second), strict=True):
+            state[f"{moment}_scale"].copy_(block_maxima(new))
+            state[moment].copy_(quantize(new, state[f"{moment}_scale"], signed))
+        return update
+
+    def _of_vector(self, rows: Rows, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        """The same for a part of a vector: blocks are those of the whole, the processes agree on each maximum."""
+        before = rows.first % BLOCK
+        start = rows.first // BLOCK
+        here = slice(start, start + blocks_of(before + len(gradient)))
+
+        def placed(part: Tensor) -> Tensor:
+            whole = part.new_zeros(1, before + len(part))
+            whole[0, before:] = part
+            return whole
+
+        first, second = (
+            dequantize(placed(state[m]), state[f"{m}_vector_scale"][None, here], signed)[0, before:]
+            for m, signed in MOMENTS
+        )
+        update = adam_direction(gradient, first, second, step, self.beta1, self.beta2, self.eps)
+        for (moment, signed), new in zip(MOMENTS, (first, second), strict=True):
+            scale = torch.zeros_like(state[f"{moment}_vector_scale"])
+            scale[here] = block_maxima(placed(new))[0]
+            state[f"{moment}_vector_scale"].copy_(rows.largest(scale))
+            state[moment].copy_(quantize(placed(new), state[f"{moment}_vector_scale"][None, here], signed)[0, before:])
+        return update
