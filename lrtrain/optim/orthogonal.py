@@ -20,6 +20,17 @@ COEFFICIENTS = (
     (2.3465, -1.7098, 0.4232),
 )
 
+ADJUSTMENTS = ("match_rms_adamw", "spectral")
+
+
+def step_scale(adjust: str, m: int, n: int) -> float:
+    """The factor on an orthogonalized step (m, n).
+
+    `match_rms_adamw`: 0.2·√max(m, n), whose root mean square is 0.2, as AdamW's is about: its learning rate and decay
+    carry over (Liu et al., arXiv 2502.16982). `spectral`: √(m/n), which changes outputs alike at any size.
+    """
+    return 0.2 * max(m, n) ** 0.5 if adjust == "match_rms_adamw" else (m / n) ** 0.5
+
 
 def orthogonalize(x: Tensor, rows: Rows) -> Tensor:
     """About UVᵀ of the whole matrix USVᵀ (m, n) by Newton–Schulz iteration; all singular values come near to one.
