@@ -1,0 +1,101 @@
+"""DCT-AdamW: Adam in a few columns of the cosine basis (Modoranu et al., arXiv 2505.17967)."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import local
+from lrtrain.optim.adam import adam_direction
+from lrtrain.optim.dct import dct, lift
+from lrtrain.optim.dct_columns import DctOptimizer, DctSettings
+from lrtrain.optim.row_codes import decode, encode, pack, unpack
+from lrtrain.optim.rows import rows_like
+
+BITS = {"none": None, "full": 32, "8bit": 8, "4bit": 4}
+
+
+class DctAdamW(DctOptimizer):
+    """DCT-AdamW: with A = G + E, W ← W − lr·u Dᵢᵀ, where u (m, r) is Adam's step on A Dᵢ and Dᵢ (n, r) are the columns
+    of the cosine basis along which A is largest; E ← A − A Dᵢ Dᵢᵀ if there is error feedback.
+
+    State of a matrix: 2mr numbers and r indices; error feedback takes mn numbers, or bytes, or halves of bytes.
+
+    Raises:
+        ConfigError: for a gap below one, or an unknown error feedback.
+    """
+
+    replicated = frozenset({"columns"})
+
+    def __init__(self, model: nn.Module, *, gap: int, rotate: bool, error_feedback: str, **dct: Unpack[DctSettings]):
+        if gap < 1:
+            raise ConfigError(f"optim.gap={gap} must be at least 1")
+        if error_feedback not in BITS:
+            raise ConfigError(f"optim.error_feedback={error_feedback} is not one of {', '.join(BITS)}")
+        self.gap = gap
+        self.rotate = rotate
+        self.bits = BITS[error_feedback]
+        super().__init__(model, **dct)
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        rank, n = self.rank_for(p), p.shape[1]
+        state = {
+            "first": rows_like(p, rank),
+            "second": rows_like(p, rank),
+            "columns": torch.arange(rank, device=local(p).device),
+        }
+        if self.bits == 32:
+            state["error"] = rows_like(p, n)
+        elif self.bits is not None:
+            state["error"] = rows_like(p, n if self.bits == 8 else -(-n // 2), dtype=torch.uint8)
+            state |= {"error_low": rows_like(p), "error_gap": rows_like(p)}
+        return state
+
+    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        n = gradient.shape[1]
+        if self.bits is not None:
+            gradient.add_(stored_error(state, self.bits, n))
+        spectrum = dct(gradient)
+        columns = state["columns"]
+        if (step - 1) % self.gap == 0:
+            chosen = self.choose(p, spectrum)
+            if self.rotate:
+                for moment in (state["first"], state["second"]):
+                    moment.copy_(transport(moment, columns, chosen))
+            columns.copy_(chosen)
+        part = spectrum[:, columns]  # (rows, r)
+        if self.bits is not None:
+            store_error(gradient.sub_(lift(part, columns, n)), state, self.bits)
+        update = adam_direction(part, state["first"], state["second"], step, self.beta1, self.beta2, self.eps)
+        return lift(update, columns, n)
+
+
+def transport(moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """M D[:, old]ᵀ D[:, new] for a moment M (rows, r): as the columns of D are orthonormal, those that stay keep their
+    moments and those that are new have zeros.
+
+    Args:
+        old, new: indices (r,), ascending.
+    """
+    place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
+    return moment[:, place] * (old[place] == new)
+
+
+def stored_error(state: dict[str, Tensor], bits: int, n: int) -> Tensor:
+    """What the steps so far have left out (rows, n)."""
+    if bits == 32:
+        return state["error"]
+    codes = state["error"] if bits == 8 else unpack(state["error"], n)
+    return decode(codes, state["error_low"], state["error_gap"])
+
+
+def store_error(error: Tensor, state: dict[str, Tensor], bits: int) -> None:
+    """Keep (rows, n) for the next step, as exactly as the bits allow."""
+    if bits == 32:
+        state["error"].copy_(error)
+        return
+    codes, low, gap = encode(error, bits)
+    state["error"].copy_(codes if bits == 8 else pack(codes))
+    state["error_low"].copy_(low)
+    state["error_gap"].copy_(gap)

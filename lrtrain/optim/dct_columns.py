@@ -1,0 +1,86 @@
+"""What the optimizers share that work in a few columns of the cosine basis, chosen anew as the gradient changes."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.errors import ConfigError
+from lrtrain.optim.base import Common, ShardedOptimizer
+from lrtrain.optim.groups import MATRICES
+
+NORMS = ("l1", "l2")
+
+
+class DctSettings(Common):
+    """The settings that both have."""
+
+    rank: int | float
+    """How many columns: as an integer, or as a share of each matrix's min(out, in)."""
+    norm: str
+    """By which norm of S = G D columns are chosen: l2 drops the least energy."""
+
+
+class DctOptimizer(ShardedOptimizer):
+    """Chooses the r columns of D (n, n) along which a matrix (m, n) is largest.
+
+    Always on the right, whatever the shape: S = G D is then of the rows here, and only sums over rows, (2, n), are
+    exchanged.
+
+    Raises:
+        ConfigError: for an unknown norm, or a rank above min(m, n) of a matrix.
+    """
+
+    def __init__(self, model: nn.Module, *, rank: int | float, norm: str, **common: Unpack[Common]):
+        if norm not in NORMS:
+            raise ConfigError(f"optim.norm={norm} is not {' or '.join(NORMS)}")
+        self.rank = rank
+        self.norm = norm
+        self._captured: dict[str, Tensor] = {}
+        super().__init__(model, **common)
+
+    def takes(self, name: str, p: Tensor, role: str) -> bool:
+        return role in MATRICES
+
+    def rank_for(self, p: Tensor) -> int:
+        return columns_of(self.rank, self.names[p], *p.shape)
+
+    def choose(self, p: Tensor, spectrum: Tensor) -> Tensor:
+        """The columns (r,) of a matrix whose transform has `spectrum` (rows, n) here, ascending.
+
+        Ties go to the lower index, so that all processes choose alike.
+        """
+        sums = self.rows[p].sum(torch.stack([spectrum.abs().sum(0), spectrum.square().sum(0)]))  # (2, n)
+        columns = top_columns(sums[NORMS.index(self.norm)], self.rank_for(p))
+        self._captured[self.names[p]] = sums[1, columns].sum() / sums[1].sum()
+        return columns
+
+    def captured_energy(self) -> dict[str, float]:
+        """The share of ‖·‖²_F that the columns kept when they were last chosen, by the parameter's name.
+
+        On matrices without structure along rows it is little more than r/n: then the method is not for this model.
+        """
+        return {name: float(share) for name, share in self._captured.items()}
+
+
+def top_columns(scores: Tensor, rank: int) -> Tensor:
+    """The indices (r,) of the largest of the scores (n,), ascending; among equal ones the first."""
+    return scores.sort(descending=True, stable=True).indices[:rank].sort().values
+
+
+def columns_of(rule: int | float, name: str, m: int, n: int) -> int:
+    """The number of columns for one matrix (m, n): an integer is the number, a float a share of min(m, n).
+
+    Raises:
+        ConfigError: for a number that is not between 1 and min(m, n), or a share above 1.
+    """
+    smaller = min(m, n)
+    if isinstance(rule, float):
+        if not 0 < rule <= 1:
+            raise ConfigError(f"optim.rank={rule} is not a share of min(out, in): use 0 < share ≤ 1, or an integer")
+        return max(1, round(rule * smaller))
+    if not 1 <= rule <= smaller:
+        raise ConfigError(
+            f"optim.rank={rule} is not between 1 and min(out, in)={smaller} of {name}; use a share such as 0.25"
+        )
+    return rule

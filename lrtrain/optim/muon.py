@@ -1,0 +1,42 @@
+"""Muon: orthogonalized momentum (Jordan et al., 2024; scale by Liu et al., "Muon is Scalable", arXiv 2502.16982)."""
+
+from typing import Unpack
+
+from torch import Tensor, nn
+
+from lrtrain.errors import ConfigError
+from lrtrain.optim.base import Common, ShardedOptimizer
+from lrtrain.optim.groups import MATRICES
+from lrtrain.optim.orthogonal import ADJUSTMENTS, orthogonalize, step_scale
+from lrtrain.optim.rows import rows_like
+
+
+class Muon(ShardedOptimizer):
+    """Muon: B ← μB + (1 − μ)G, W ← W − lr·s·orthogonalized(B), or of μB + (1 − μ)G once more (nesterov).
+
+    Unlike torch.optim.Muon it does not gather tall matrices, steps in the backward pass, keeps its momentum in float32
+    for bfloat16 parameters too, and never writes to it while orthogonalizing (torch 2.13 does, in plain form, where
+    parameters are bfloat16). State: mn numbers.
+
+    Raises:
+        ConfigError: for an unknown scale.
+    """
+
+    def __init__(self, model: nn.Module, *, momentum: float, nesterov: bool, adjust: str, **common: Unpack[Common]):
+        if adjust not in ADJUSTMENTS:
+            raise ConfigError(f"optim.adjust={adjust} is not {' or '.join(ADJUSTMENTS)}")
+        self.momentum = momentum
+        self.nesterov = nesterov
+        self.adjust = adjust
+        super().__init__(model, **common)
+
+    def takes(self, name: str, p: Tensor, role: str) -> bool:
+        return role in MATRICES
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        return {"momentum": rows_like(p, p.shape[1])}
+
+    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        buffer = state["momentum"].lerp_(gradient, 1 - self.momentum)
+        ahead = gradient.lerp_(buffer, self.momentum) if self.nesterov else buffer
+        return orthogonalize(ahead, self.rows[p]).mul_(step_scale(self.adjust, *p.shape))

@@ -1,0 +1,45 @@
+"""Trion: orthogonalized momentum in a few columns of the cosine basis (Modoranu et al., arXiv 2505.17967)."""
+
+from typing import Unpack
+
+from torch import Tensor, nn
+
+from lrtrain.errors import ConfigError
+from lrtrain.optim.dct import dct, lift
+from lrtrain.optim.dct_columns import DctOptimizer, DctSettings
+from lrtrain.optim.orthogonal import ADJUSTMENTS, orthogonalize, step_scale
+from lrtrain.optim.rows import rows_like
+
+
+class Trion(DctOptimizer):
+    """Trion: with M ← M + G and b = M Dᵢ (m, r), where Dᵢ (n, r) are the columns of the cosine basis along which M is
+    largest: M ← M − (1 − μ) b Dᵢᵀ, W ← W − lr·s·orthogonalized(b) Dᵢᵀ.
+
+    What the columns leave out stays in M for later steps. Columns are found in each step, so M is all the state: mn
+    numbers. With all columns it is Muon without nesterov. The scale s is Muon's whatever the rank, so each direction
+    that is stepped along moves as far.
+
+    Raises:
+        ConfigError: for an unknown scale.
+    """
+
+    def __init__(self, model: nn.Module, *, momentum: float, adjust: str, **dct: Unpack[DctSettings]):
+        if adjust not in ADJUSTMENTS:
+            raise ConfigError(f"optim.adjust={adjust} is not {' or '.join(ADJUSTMENTS)}")
+        self.momentum = momentum
+        self.adjust = adjust
+        super().__init__(model, **dct)
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        self.rank_for(p)  # refuses a rank that does not fit
+        return {"momentum": rows_like(p, p.shape[1])}
+
+    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        n = gradient.shape[1]
+        momentum = state["momentum"].add_(gradient)
+        spectrum = dct(momentum)
+        columns = self.choose(p, spectrum)
+        part = spectrum[:, columns]  # (rows, r)
+        momentum.sub_(lift(part, columns, n), alpha=1 - self.momentum)
+        update = orthogonalize(part, self.rows[p]).mul_(step_scale(self.adjust, *p.shape))
+        return lift(update, columns, n)
