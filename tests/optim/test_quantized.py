@@ -1,7 +1,6 @@
 """Eight-bit codes: the published grid, the nearest value, and no surprises at the edges."""
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -10,13 +9,16 @@ from lrtrain.optim.quantized import BLOCK, block_maxima, dequantize, dynamic_map
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_the_grid_is_torchaos(signed: bool):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from torchao.optim.quant_utils import create_dynamic_map
-
-    assert dynamic_map(signed).tolist() == pytest.approx(create_dynamic_map(signed), rel=1e-6)
-    assert len(set(dynamic_map(signed).tolist())) == 256
+def test_the_grid_has_seven_decades_each_twice_as_fine_as_the_one_below(signed: bool):
+    values = dynamic_map(signed).tolist()
+    assert values == sorted(values) and len(set(values)) == 256 and values[-1] == 1.0 and 0.0 in values
+    for i in range(7):
+        decade = [v for v in values if 10.0 ** (i - 7) < v < 10.0 ** (i - 6)]
+        count = 2 ** (i + (not signed))
+        step = 0.9 * 10.0 ** (i - 6) / count
+        assert decade == pytest.approx([10.0 ** (i - 7) + (k + 0.5) * step for k in range(count)], rel=1e-6)
+        negative = [-v for v in values if -(10.0 ** (i - 6)) < v < -(10.0 ** (i - 7))]
+        assert negative[::-1] == (decade if signed else [])
 
 
 @pytest.mark.parametrize("signed", [True, False])
