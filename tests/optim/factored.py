@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.lowrank import LowRankLinear
 
 COMMON = {
@@ -28,16 +27,26 @@ class Model(nn.Module):
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.layers = nn.ModuleList([lowrank(12, 31, 5), lowrank(33, 8, 3), lowrank(16, 16, 9)])
+        self.own = [lowrank(12, 31, 5), lowrank(33, 8, 3), lowrank(16, 16, 9)]
+        self.layers = nn.ModuleList(self.own)
         self.norm = nn.LayerNorm(7)
         dice = torch.Generator().manual_seed(0)
-        for layer in self.layers:
-            assert isinstance(layer, FactorizedLinear)
+        for layer in self.own:
             layer.load_state_dict(layer.init_parameters(dice))
         self.to(dtype)
 
     def weights(self) -> list[Tensor]:
-        return [layer.dense_weight().detach() for layer in self.layers if isinstance(layer, FactorizedLinear)]
+        return [layer.dense_weight().detach() for layer in self.own]
+
+    def factors(self) -> list[list[Tensor]]:
+        """B and A of each layer."""
+        return [[layer.B.weight, layer.A.weight] for layer in self.own]
+
+
+def gradient(p: Tensor) -> Tensor:
+    """As float64."""
+    assert p.grad is not None
+    return p.grad.double()
 
 
 def set_gradients(model: nn.Module, steps: int, seed: int = 1) -> Iterator[int]:
