@@ -31,9 +31,10 @@ class InBackward:
                 p.register_post_accumulate_grad_hook(lambda p, group=group: self._step(p, group))
 
     def begin(self) -> None:
-        """Forget the last step."""
+        """Forget the last step; before the first backward pass of the next."""
         self.squares = 0.0
         self.skipped = False
+        self.optimizer.begin_step()
 
     @torch.no_grad()
     def _step(self, p: Tensor, group: dict) -> None:

@@ -97,6 +97,14 @@ class FactorizedLinear(nn.Module, ABC):
         """Choose the execution by measurement and return its name; None where there is nothing to choose."""
         return None
 
+    def factor_pair(self) -> tuple[str, str] | None:
+        """Names of the parameters B (out, r) and A (r, in) of which W, or W but for a sum, is c·B A with a constant c.
+
+        None where there are none, or where more than that lies between them (an activation, a residual, a rank that
+        changes from step to step). Then the gradients are c·G Aᵀ and c·BᵀG with the G = ∂L/∂W that both share, which
+        is what optimizers for pairs rely on."""
+        return None
+
     # --- what happens between steps --------------------------------------------------------------------------------
 
     def draw(self, generator: torch.Generator) -> None:

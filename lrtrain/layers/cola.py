@@ -40,6 +40,9 @@ class CoLALinear(LowRankLinear):
     def forward(self, x: Tensor) -> Tensor:
         return self.expand(ACTIVATIONS[self.activation](self.A(x)))
 
+    def factor_pair(self) -> tuple[str, str] | None:
+        return super().factor_pair() if self.activation == "none" else None
+
     def dense_weight(self) -> Tensor:
         check_mergeable(self.activation)
         return super().dense_weight()

@@ -107,6 +107,9 @@ class LOSTLinear(FactorizedLinear):
         complement = weight - left @ right if self.complement_rank is None else left[:, r:] @ right[r:]
         return complement.norm(p=1 if self.select == "svd_l1" else 2, dim=0)
 
+    def factor_pair(self) -> tuple[str, str] | None:
+        return ("B.weight", "A.weight") if self.activation == "none" else None
+
     def dense_weight(self) -> Tensor:
         check_mergeable(self.activation)
         return self._weight()

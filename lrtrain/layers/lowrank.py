@@ -91,6 +91,9 @@ class LowRankLinear(FactorizedLinear):
         bias = {} if self.B.bias is None else {"B.bias": torch.zeros(m)}
         return {"A.weight": right, "B.weight": left, **bias}
 
+    def factor_pair(self) -> tuple[str, str] | None:
+        return None if self.residual else ("B.weight", "A.weight")
+
     def dense_weight(self) -> Tensor:
         return self.left() @ self.A.weight
 

@@ -87,6 +87,9 @@ class ReLoRALinear(FactorizedLinear):
             **bias,
         }
 
+    def factor_pair(self) -> tuple[str, str]:
+        return ("B.weight", "A.weight")
+
     def dense_weight(self) -> Tensor:
         return torch.addmm(self.weight, self.B.weight, self.A.weight, alpha=self.scale)
 

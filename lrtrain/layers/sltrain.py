@@ -226,6 +226,9 @@ class SLTrainLinear(FactorizedLinear):
         rows, count = self.col.shape
         return {"col": draw_rows(rows, n // self.block, count, generator).to(self.col.dtype)}
 
+    def factor_pair(self) -> tuple[str, str]:
+        return ("B.weight", "A.weight")
+
     def dense_weight(self) -> Tensor:
         return compose(self.B.weight, self.A.weight, self.values, self.crow, self.col, self.block, self.scale)
 

@@ -6,6 +6,7 @@ next step of one is (`direction`). It works on this process's rows alone; whatev
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -99,13 +100,23 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
             step: from 1.
         """
 
+    def begin_step(self) -> None:
+        """Before the first parameter of a step, within the backward pass or not."""
+
+    def step_jointly(self) -> Collection[Tensor]:
+        """Before all others, the steps on parameters that are taken together, but not within the backward pass, where
+        gradients come one by one; returns these parameters."""
+        return ()
+
     # --- stepping --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step on every parameter that has a gradient."""
+        self.begin_step()
+        done = set(self.step_jointly())
         for group in self.param_groups:
-            ready = [p for p in group["params"] if p.grad is not None]
+            ready = [p for p in group["params"] if p.grad is not None and p not in done]
             own = {p for p in ready if self.takes(self.names[p], p, group["role"])}
             for p in ready:
                 if p in own:
@@ -172,9 +183,15 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
         new = part if part.dtype == torch.float32 else part.float()
         new.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
         if new is not part:
+            self.put(p, new, step, rows)
+
+    def put(self, p: Tensor, new: Tensor, step: int, rows: slice = slice(None)) -> None:
+        """p ← new (float32), for some of the rows here; rounded stochastically to bfloat16."""
+        part = local(p)[rows]
+        if part.dtype == torch.bfloat16:
             seed = integer_seed(step, f"{self.names[p]}/rows {self.rows[p].first + (rows.start or 0)}")
-            generator = torch.Generator(part.device).manual_seed(seed)
-            part.copy_(stochastic_round(new, generator))
+            new = stochastic_round(new, torch.Generator(part.device).manual_seed(seed))
+        part.copy_(new)
 
     # --- state -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,67 @@
+"""Spectron: orthogonalized momenta of factors B and A, in steps that bound what becomes of the norm of B A."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.initialize import generator_for
+from lrtrain.layers.base import local
+from lrtrain.optim.base import Common
+from lrtrain.optim.orthogonal import orthogonalize, spectral_norm
+from lrtrain.optim.pairs import FactorPair, PartnerOptimizer
+from lrtrain.optim.rows import Rows, rows_like
+
+FIRST = 20
+
+
+def spectron_direction(gradient: Tensor, momentum: Tensor, rows: Rows, beta: float, norms: Tensor) -> Tensor:
+    """O/(σ_B + σ_A + 1) with the orthogonal factor O of the momentum, an average of gradients that is updated in place.
+
+    Args:
+        gradient, momentum: the rows here of a factor.
+        norms: σ_B + σ_A.
+    """
+    momentum.lerp_(gradient, 1 - beta)
+    return orthogonalize(momentum, rows).div_(norms + 1)
+
+
+class Spectron(PartnerOptimizer[Tensor]):
+    """B ← B − ρ O_B and A ← A − ρ O_A with ρ = lr/(σ_B + σ_A + 1), O of the norm 1 and the spectral norms σ of B and A.
+
+    ("Stabilizing Native Low-Rank LLM Pretraining", arXiv 2602.12429.) Then Δ(B A) = −ρ(O_B A + B O_A) + ρ² O_B O_A has
+    at most the spectral norm ρ(σ_A + σ_B) + ρ² ≤ lr, for ρ ≤ 1. That is as exact as the norm of O, up to 1.2 by the
+    Newton-Schulz iterations, and σ, which power iteration underestimates: it begins with the vector of the last step,
+    and in the first step runs `FIRST` iterations. Both factors use the σ from before the step. A step on s·B A, as of
+    SLTrain and ReLoRA, is s times as long; with an `lr_ratio` the larger rate bounds it.
+
+    State: one momentum, 4r(m + n) bytes for B (m, r) and A (r, n), and a vector (r,) and (n,) on all processes.
+
+    Args:
+        momentum: the decay of the averages.
+        iterations: of the power iteration, per step.
+    """
+
+    optim = "spectron"
+    replicated = frozenset({"vector"})
+
+    def __init__(self, model: nn.Module, momentum: float, iterations: int, **common: Unpack[Common]):
+        self.momentum = momentum
+        self.iterations = iterations
+        super().__init__(model, **common)
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        start = torch.randn(p.shape[1], generator=generator_for(0, f"{self.names[p]}/vector"))
+        return {"momentum": rows_like(p, p.shape[1]), "vector": start.to(p.device)}
+
+    def look(self, pair: FactorPair) -> tuple[Tensor, Tensor]:
+        both = (pair.left, pair.right)
+        first = max(int(self.state[p]["step"]) for p in both) == 1  # whichever of them was counted already
+        norms = sum(self._norm(p, FIRST if first else self.iterations) for p in both)
+        return norms, norms
+
+    def _norm(self, p: Tensor, iterations: int) -> Tensor:
+        return spectral_norm(local(p).float(), self.rows[p], self.state[p]["vector"], iterations)
+
+    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        return spectron_direction(gradient, state["momentum"], self.rows[p], self.momentum, self.known(p))
