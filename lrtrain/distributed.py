@@ -68,8 +68,7 @@ def start(save_memory: bool = False) -> World:
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-        if not save_memory:
-            keep_freed_memory()
+        give_back_freed_memory() if save_memory else keep_freed_memory()
     # A prefix of its own for each group: a second run in the same processes must not find the first one's keys.
     store = dist.PrefixStore(f"run {next(_runs)}", rendezvous())
     dist.init_process_group(
@@ -78,15 +77,27 @@ def start(save_memory: bool = False) -> World:
     return World(environment_rank(), local_rank, size, local_size, device)
 
 
+# Parameters of glibc's mallopt, from malloc.h.
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -3, -4, -8
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed: the next step asks for the same sizes again, and pages fresh from the system cost
-    a fault each (measured on llama_60m with 1024 tokens a step: 1.4 × the tokens/s). Where sizes are large and vary it
-    leaves holes: the peak of a 7B model's four blocks was 8.3 GiB instead of 5.6. Without glibc: nothing."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_max = -1, -4  # of malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_max, 0)
+    a fault each (measured on llama_60m with 1024 tokens a step: 1.4 × the tokens/s)."""
+    mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(MMAP_MAX, 0)
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc return what is freed, from 1 MiB on: else holes between what is in use add up to gigabytes."""
+    mallopt(MMAP_THRESHOLD, 2**20)
+    mallopt(ARENA_MAX, 1)
+
+
+def mallopt(parameter: int, value: int) -> None:
+    """Set a parameter of glibc's allocator; without glibc: nothing."""
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def stop() -> None:
