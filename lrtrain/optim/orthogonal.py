@@ -100,7 +100,7 @@ def _orthogonalize_bfloat16(x: Tensor, rows: Rows) -> Tensor:
     norm = rows.sum(x.square().sum()).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
     part = (x / norm).bfloat16()
     if rows.shape[0] >= x.shape[1]:
-        return _iterate(part, rows.sum).float()
+        return _iterate(part, lambda gram: rows.sum(gram.float()).bfloat16()).float()
     return rows.cut(_iterate(rows.gather(part).mT, lambda gram: gram).mT).float()
 
 
