@@ -33,7 +33,7 @@ class CoLALinear(LowRankLinear):
         residual_alpha: float,
         device: torch.device | str | None = None,
     ):
-        super().__init__(in_features, out_features, bias, rank, init, init_std, residual, residual_alpha, device)
+        super().__init__(in_features, out_features, bias, rank, init, init_std, residual, residual_alpha, None, device)
         check_activation(activation)
         self.activation = activation
 

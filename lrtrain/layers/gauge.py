@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lrtrain.errors import ConfigError
+
 
 def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (m, r), σ (r,) descending and Vᵀ (r, n) of B A, for B = `left` (m, r) and A = `right` (r, n); r ≤ min(m, n).
@@ -33,3 +35,16 @@ def left_orthonormal(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     u, sigma, vt = product_svd(left, right)
     beta = sigma[0].sqrt()
     return u * beta, (sigma / beta)[:, None] * vt
+
+
+def rebalance_(left: Tensor, right: Tensor) -> None:
+    """`left_orthonormal` in place, computed in float64."""
+    for factor, new in zip((left, right), left_orthonormal(left.double(), right.double()), strict=True):
+        factor.copy_(new)
+
+
+def check_rebalance(step: int | None) -> None:
+    """Raises:
+    ConfigError: if this is not a number of steps after which factors can be rebalanced."""
+    if step is not None and step < 1:
+        raise ConfigError(f"param.rebalance_at={step} must be at least 1, or null for never")

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import FactorizedLinear
+from lrtrain.layers.base import FactorizedLinear, Reset
 from lrtrain.layers.bottleneck import with_residual
+from lrtrain.layers.gauge import check_rebalance, rebalance_
 from lrtrain.layers.initial import best_factors, normal, spectral_factors, uniform
 from lrtrain.spectra.factors import product_singular_values
 
@@ -28,9 +29,11 @@ class LowRankLinear(FactorizedLinear):
             `cola`: both normal with the std r^-¼ (out + in)^-¼, which makes BA's (out + in)^-½ (CoLA's code).
         init_std: standard deviation of the dense initialization that `spectral` imitates.
         residual: add DLR's residual (residual_alpha/√K)·Expand_K(A x); see `with_residual`.
+        rebalance_at: the number of steps after which the factors become βU and ΣVᵀ/β; None: never. See
+            `left_orthonormal`.
 
     Raises:
-        ConfigError: if `init` is none of these.
+        ConfigError: if `init` is none of these, or rebalance_at is below 1 or given with a residual.
     """
 
     roles = {"B.weight": "factor_left", "A.weight": "factor_right", "B.bias": "bias"}
@@ -45,15 +48,23 @@ class LowRankLinear(FactorizedLinear):
         init_std: float,
         residual: bool,
         residual_alpha: float,
+        rebalance_at: int | None,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank)
         if init not in INITS:
             raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
+        check_rebalance(rebalance_at)
+        if residual and rebalance_at is not None:
+            raise ConfigError(
+                f"param.rebalance_at={rebalance_at} would change BA, to whose B the residual is added; set it to "
+                "null, or param.residual=false"
+            )
         self.init = init
         self.init_std = init_std
         self.residual = residual
         self.residual_alpha = residual_alpha
+        self.rebalance_at = rebalance_at
         self.A = nn.Linear(in_features, rank, bias=False, device=device)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device)
 
@@ -103,11 +114,22 @@ class LowRankLinear(FactorizedLinear):
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.rank * (self.in_features + self.out_features)
 
+    # --- what happens between steps --------------------------------------------------------------------------------
+
+    def revision_due(self, step: int) -> bool:
+        return step == self.rebalance_at
+
+    def revise(self, step: int, generator: torch.Generator) -> None:
+        rebalance_(self.B.weight, self.A.weight)
+
+    def resets(self, step: int) -> dict[str, Reset]:
+        return {"B.weight": Reset(), "A.weight": Reset()}
+
     @staticmethod
     def from_dense(weight: Tensor, rank: int, bias: Tensor | None = None) -> "LowRankLinear":
         """The layer whose W is the best rank-`rank` approximation of weight (out, in), in weight's dtype."""
         out_features, in_features = weight.shape
-        layer = LowRankLinear(in_features, out_features, bias is not None, rank, "spectral", 0.02, False, 1.0).to(
+        layer = LowRankLinear(in_features, out_features, bias is not None, rank, "spectral", 0.02, False, 1.0, None).to(
             weight
         )
         left, right = best_factors(weight, rank)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import FactorizedLinear
+from lrtrain.layers.base import FactorizedLinear, Reset
 from lrtrain.layers.fastest import fastest
+from lrtrain.layers.gauge import check_rebalance, rebalance_
 from lrtrain.layers.initial import spectral_factors, uniform
 from lrtrain.layers.support import (
     block_add_,
@@ -136,6 +137,8 @@ class SLTrainLinear(FactorizedLinear):
         execution: `materialize`, `factored`, or `auto`: whichever a measurement finds faster.
         init: `published`, as above; or `spectral`: s·B A is the best rank-r part of a dense N(0, init_std²) draw.
         init_std: standard deviation of the dense initialization that `spectral` imitates.
+        rebalance_at: the number of steps after which the factors become βU and ΣVᵀ/β; None: never. See
+            `left_orthonormal`.
 
     Raises:
         ConfigError: for a density outside [0, 1], an unknown support, scale, execution or init, or a block that does
@@ -165,6 +168,7 @@ class SLTrainLinear(FactorizedLinear):
         execution: str,
         init: str,
         init_std: float,
+        rebalance_at: int | None,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank)
@@ -176,6 +180,7 @@ class SLTrainLinear(FactorizedLinear):
             raise ConfigError(f"param.execution={execution} is not one of {', '.join(EXECUTIONS)}")
         if init not in INITS:
             raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
+        check_rebalance(rebalance_at)
         self.init = init
         self.init_std = init_std
         if support == "block":
@@ -184,6 +189,7 @@ class SLTrainLinear(FactorizedLinear):
         self.block = block if support == "block" else 1
         self.scale = low_rank_scale(alpha, rank, scale)
         self.execution = execution
+        self.rebalance_at = rebalance_at
         rows, columns = out_features // self.block, in_features // self.block
         if support == "uniform":
             self.nnz = math.floor(density * out_features * in_features)
@@ -252,6 +258,17 @@ class SLTrainLinear(FactorizedLinear):
         shape = [self.out_features, self.in_features, self.rank, self.support, self.block, self.nnz]
         candidates = {e: _training_pass(self, e == "factored", tokens, dtype, device) for e in EXECUTIONS[1:]}
         return fastest(["sltrain", *shape, tokens, str(dtype)], device, candidates)
+
+    # --- what happens between steps --------------------------------------------------------------------------------
+
+    def revision_due(self, step: int) -> bool:
+        return step == self.rebalance_at
+
+    def revise(self, step: int, generator: torch.Generator) -> None:
+        rebalance_(self.B.weight, self.A.weight)
+
+    def resets(self, step: int) -> dict[str, Reset]:
+        return {"B.weight": Reset(), "A.weight": Reset()}
 
     def extra_repr(self) -> str:
         block = f" {self.block}×{self.block}" if self.block > 1 else ""

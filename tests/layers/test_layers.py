@@ -28,6 +28,7 @@ SLTRAIN = partial(
     scale="alpha_over_r",
     init="published",
     init_std=0.02,
+    rebalance_at=None,
 )
 LOST = partial(LOSTLinear, density=0.2, gamma=0.7, select="svd_l2", complement_rank=None, init_std=0.02)
 COLA = partial(CoLALinear, init="cola", init_std=0.02, residual_alpha=1.0)
@@ -40,7 +41,7 @@ NESTED = partial(
     shrink_every=0,
     shrink_threshold=0.0,
 )
-LOWRANK = partial(LowRankLinear, init_std=0.02, residual=False, residual_alpha=0.5)
+LOWRANK = partial(LowRankLinear, init_std=0.02, residual=False, residual_alpha=0.5, rebalance_at=None)
 METHODS = {
     "lowrank": partial(LOWRANK, init="spectral"),
     "lowrank-lora": partial(LOWRANK, init="lora"),

@@ -19,7 +19,7 @@ COMMON = {
 
 
 def lowrank(in_features: int, out_features: int, rank: int) -> LowRankLinear:
-    return LowRankLinear(in_features, out_features, True, rank, "xavier", 0.02, False, 1.0, None)
+    return LowRankLinear(in_features, out_features, True, rank, "xavier", 0.02, False, 1.0, rebalance_at=None)
 
 
 class Model(nn.Module):

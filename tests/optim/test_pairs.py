@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from factored import COMMON, Model, set_gradients
+from shards import Meeting, SimulatedRows, in_threads
 from torch import Tensor, nn
 
 from lrtrain.config import compose
@@ -93,6 +94,36 @@ def test_what_a_skipped_factor_left_is_forgotten(cls: type, own: dict[str, Any])
         assert optimizer.seen
         optimizer.begin_step()
         assert not optimizer.seen
+
+
+@pytest.mark.parametrize(("cls", "own"), PARTNERS)
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_steps_on_shards_are_those_on_the_whole(cls: type, own: dict[str, Any], processes: int):
+    """Of rows that are shared unevenly, or are fewer than the processes."""
+    model = Model()
+    optimizer = cls(model, **own, **COMMON)
+    for _ in set_gradients(model, 5):
+        optimizer.step()
+    expected = [p.detach() for pair in optimizer.pairs for p in pair[1:]]
+
+    def on_shards(index: int, meeting: Meeting) -> list[Tensor]:
+        whole, here = Model(), Model()
+        shapes = {}
+        for p, full in zip(here.parameters(), whole.parameters(), strict=True):
+            rows = SimulatedRows(full.shape, index, meeting)
+            p.data = rows.cut(full.detach()).clone()
+            shapes[p] = rows
+        mine = cls(here, **own, **COMMON)
+        mine.rows = shapes
+        for _ in set_gradients(whole, 5):
+            for p, full in zip(here.parameters(), whole.parameters(), strict=True):
+                assert full.grad is not None
+                p.grad = shapes[p].cut(full.grad).clone()
+            mine.step()
+        return [p.detach() for pair in mine.pairs for p in pair[1:]]
+
+    for parts, p in zip(zip(*in_threads(processes, on_shards), strict=True), expected, strict=True):
+        torch.testing.assert_close(torch.cat(parts), p, rtol=1e-4, atol=1e-6)
 
 
 @every_method
