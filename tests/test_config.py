@@ -127,3 +127,9 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(launch, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "645.55 M" in done.stdout and "1,339.08 M" in done.stdout and "memory per process" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_updates_in_backward_refuse_to_accumulate():
+    config = compose("optim.in_backward=true", "train.clip_by=parameter", "train.batch_size=16")
+    with pytest.raises(ConfigError, match="accumulates gradients, .* set train.micro_batch_size=8"):
+        check(config, 2)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from launching import ROOT
 
 from lrtrain.config import choice, compose
 from lrtrain.engine.fsdp import recompute
@@ -43,6 +44,22 @@ def test_bytes_of_weights_supports_and_states_are_exact(param: str):
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert memory.optimizer == sum(t.nbytes for t in states) == 2 * memory.gradients
     assert memory.supports == sum(b.nbytes for n, b in model.named_buffers() if n.endswith(("crow", "col", "order")))
+
+
+OPTIMIZERS = sorted(p.stem for p in (ROOT / "conf" / "optim").glob("*.yaml") if p.stem != "base")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_bytes_of_every_optimizer_are_those_that_its_steps_leave(name: str):
+    config, memory = plan(f"optim={name}", "param=lowrank")
+    model = make_model(config)
+    materialize(model, 0, CPU)
+    optimizer = choice(config.optim)(model)
+    for _ in range(2):
+        next_token_loss(model, torch.randint(512, (1, 65))).backward()
+        optimizer.step()
+    states = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
+    assert memory.optimizer == sum(t.nbytes for t in [*states, *optimizer.shared()]) > 0
 
 
 @pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst", "relora"])

@@ -57,7 +57,8 @@ class Spectron(PartnerOptimizer[Tensor]):
     def look(self, pair: FactorPair) -> tuple[Tensor, Tensor]:
         both = (pair.left, pair.right)
         first = max(int(self.state[p]["step"]) for p in both) == 1  # whichever of them was counted already
-        norms = sum(self._norm(p, FIRST if first else self.iterations) for p in both)
+        left, right = (self._norm(p, FIRST if first else self.iterations) for p in both)
+        norms = left + right
         return norms, norms
 
     def _norm(self, p: Tensor, iterations: int) -> Tensor:

@@ -17,8 +17,9 @@ SETTINGS = {
 }
 ON_SLTRAIN = {"adamw8bit", "apollo", "trion", "spectron", "loro", "preconditioned_adamw"}
 WITHOUT_BACKWARD = {"loro"}
-# A gradient that differs in its last bits rounds to another code, turns a basis a little, or picks another column.
-TOLERANCE = {"adamw8bit": 1e-3}
+ON_THREE = {"adamw8bit", "dct_adamw", "galore", "muon"}  # rows that do not divide evenly
+# A gradient that differs in its last bits rounds to another code, or turns close singular vectors of BA.
+TOLERANCE = {"adamw8bit": 1e-3, "loro": 2e-3}
 
 
 SLTRAIN = ["param=sltrain", "param.execution=factored", "param.density=0.5"]  # vectors long enough to be quantized
@@ -43,21 +44,21 @@ def base(corpus) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, cache, base) -> Path:
-    """Every optimizer, six steps on one, two and three processes; on two also in halves and in the backward pass."""
+    """Every optimizer, four steps on one, two and three processes; on two also in halves and in the backward pass."""
     folder = tmp_path_factory.mktemp("optimizers")
 
-    def at(where: str, *more: str, without: set[str] = frozenset(), steps: int = 6) -> list[list[str]]:
+    def at(where: str, *more: str, without: set[str] = frozenset(), steps: int = 4) -> list[list[str]]:
         return [
             [*base, *overrides, *more, f"train.steps={steps}", f"run.dir={folder}/{where}-{name}"]
             for name, overrides in JOBS.items()
             if name not in without
         ]
 
-    halves = at("halves", "resume=auto", steps=3) + at("halves", "resume=auto")
+    halves = at("halves", "resume=auto", steps=2) + at("halves", "resume=auto")
     backward = at("backward", "optim.in_backward=true", "train.micro_batch_size=6", without=WITHOUT_BACKWARD)
     run_jobs(at("one"), 1, folder)
     run_jobs(at("two") + halves + backward, 2, folder)
-    run_jobs(at("three"), 3, folder)
+    run_jobs(at("three", without=set(NAMES) - ON_THREE), 3, folder)
     return folder
 
 
@@ -65,9 +66,10 @@ def runs(tmp_path_factory, cache, base) -> Path:
 def test_any_number_of_processes_gives_the_same_losses(runs: Path, name: str):
     most = TOLERANCE.get(name, 2e-5)
     one = losses(runs / f"one-{name}")
-    assert len(one) == 6 and one[6] < one[1]
+    assert len(one) == 4 and one[4] < one[1]
     assert gap(one, losses(runs / f"two-{name}")) < most
-    assert gap(one, losses(runs / f"three-{name}")) < most
+    if name in ON_THREE:
+        assert gap(one, losses(runs / f"three-{name}")) < most
 
 
 @pytest.mark.parametrize("name", NAMES)
