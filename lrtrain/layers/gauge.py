@@ -30,7 +30,8 @@ def left_orthonormal(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     (Xiong et al., "How Over-Parameterization Slows Down Gradient Descent in Matrix Sensing", ICLR 2024, arXiv
     2310.01769.) A gradient step on the factors moves B A along U Uᵀ G β² + G V Σ² Vᵀ/β²: from here no direction of
     U is slower than another, whereas in balanced factors each moves in proportion to its σ. With β = √σ₁ both factors
-    have the norm √σ₁ that they have when balanced, so the learning rates that are stable stay the same.
+    have the norm √σ₁ that they have when balanced, so the learning rates that are stable stay the same. But what is yet
+    to be learned outside of U moves by σ²/β² instead of σ, so it helps once U holds all that matters, not before.
     """
     u, sigma, vt = product_svd(left, right)
     beta = sigma[0].sqrt()

@@ -55,7 +55,7 @@ class LORO(PairOptimizer):
 
     In it Adam's directions take the place of the gradients, as published, which makes it a heuristic: they have no
     common G. It is float64, without weight decay, and computed for a pair by one process for all, the others take over
-    its factors: each receives 8r(m + n) bytes of factors and directions and as many new ones. The other steps are
+    its factors: each receives 8r(m + n) bytes of factors and directions and 4r(m + n) of new ones. Other steps are
     local. After it all optimizer states begin anew, those of embeddings, head and norms too (`schedule=cosine_restarts`
     restarts the learning rate as well).
 

@@ -58,8 +58,7 @@ class Spectron(PartnerOptimizer[Tensor]):
         both = (pair.left, pair.right)
         first = max(int(self.state[p]["step"]) for p in both) == 1  # whichever of them was counted already
         left, right = (self._norm(p, FIRST if first else self.iterations) for p in both)
-        norms = left + right
-        return norms, norms
+        return left + right, left + right
 
     def _norm(self, p: Tensor, iterations: int) -> Tensor:
         return spectral_norm(local(p).float(), self.rows[p], self.state[p]["vector"], iterations)

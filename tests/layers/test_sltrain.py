@@ -38,6 +38,7 @@ SLTRAIN = partial(
     execution="factored",
     init="published",
     init_std=0.02,
+    rebalance_at=None,
 )
 
 

@@ -20,28 +20,9 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.q_proj = LowRankLinear(
-            12,
-            20,
-            bias=False,
-            rank=5,
-            init="xavier",
-            init_std=0.02,
-            residual=False,
-            residual_alpha=1.0,
-            rebalance_at=None,
-        )
-        self.up_proj = LowRankLinear(
-            12,
-            32,
-            bias=True,
-            rank=13,
-            init="xavier",
-            init_std=0.02,
-            residual=False,
-            residual_alpha=1.0,
-            rebalance_at=None,
-        )
+        own = {"init": "xavier", "init_std": 0.02, "residual": False, "residual_alpha": 1.0, "rebalance_at": None}
+        self.q_proj = LowRankLinear(12, 20, bias=False, rank=5, **own)
+        self.up_proj = LowRankLinear(12, 32, bias=True, rank=13, **own)
         self.down_proj = nn.Linear(32, 12, bias=False)
 
 
