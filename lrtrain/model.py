@@ -136,7 +136,19 @@ def layer_rank(rule: RankRule, name: str, linear: nn.Linear) -> int:
         if match is None:
             raise ConfigError(f"param.rank={rule} has no pattern that is found in {name}; add one")
         key, rule = f"param.rank.{match}", rule[match]
-    largest = min(linear.in_features, linear.out_features)
+    return matrix_rank(rule, key, name, linear.out_features, linear.in_features)
+
+
+def matrix_rank(rule: int | float, key: str, name: str, m: int, n: int) -> int:
+    """A rank for a matrix (m, n): an integer is the rank, a float a share of min(m, n).
+
+    Args:
+        key, name: of the configuration and of the matrix, for the error.
+
+    Raises:
+        ConfigError: if the rank is not between 1 and min(m, n).
+    """
+    largest = min(m, n)
     if isinstance(rule, float):
         if not 0 < rule <= 1:
             raise ConfigError(f"{key}={rule} is not a share of min(in, out): use 0 < share ≤ 1, or an integer rank")

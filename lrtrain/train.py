@@ -242,7 +242,10 @@ class Trainer:
         self.meter.add(seconds, self.read_seconds, tokens)
         self._account(result, tokens)
         if progress.step == 1 or progress.step % config.train.log_every == 0 or progress.step == config.train.steps:
-            self._log({"train/loss": loss, "train/grad_norm": result.grad_norm, "train/lr": lr})
+            self._log(
+                {"train/loss": loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
+                | self.engine.optimizer.metrics()
+            )
 
     def _resize(self) -> None:
         """Go on with smaller tensors where layers want smaller ranks now."""

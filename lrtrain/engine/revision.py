@@ -31,7 +31,7 @@ def revise_layers(model: nn.Module, optimizer: ShardedOptimizer, step: int, seed
             parameter = layer.get_parameter(key)
             if parameter.requires_grad:
                 generator = generator_for(seed, f"{name}.{key}/reset at {step}")
-                reset_parameter(optimizer, parameter, layer.roles[key], reset, generator)
+                reset_parameter(optimizer, parameter, reset, generator)
 
 
 def _values(layer: FactorizedLinear) -> dict[str, Tensor]:
@@ -41,15 +41,13 @@ def _values(layer: FactorizedLinear) -> dict[str, Tensor]:
     return {name: p.data for name, p in layer.named_parameters()} | buffers
 
 
-def reset_parameter(
-    optimizer: ShardedOptimizer, p: Tensor, role: str, reset: Reset, generator: torch.Generator
-) -> None:
+def reset_parameter(optimizer: ShardedOptimizer, p: Tensor, reset: Reset, generator: torch.Generator) -> None:
     """`reset_state` of a parameter; what is kept in another form than moments of its shape begins anew as a whole."""
     state = optimizer.state[p]
     if all(value.ndim == 0 or (value.shape == p.shape and value.is_floating_point()) for value in state.values()):
         reset_state(state, reset, generator)
         return
-    optimizer.begin_anew(p, role)
+    optimizer.begin_anew(p)
 
 
 def reset_state(state: Mapping[str, Tensor], reset: Reset, generator: torch.Generator) -> None:

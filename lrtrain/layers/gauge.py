@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lrtrain.errors import ConfigError
+from lrtrain.layers.base import FactorizedLinear, Reset
 
 
 def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,18 +35,35 @@ def left_orthonormal(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     to be learned outside of U moves by σ²/β² instead of σ, so it helps once U holds all that matters, not before.
     """
     u, sigma, vt = product_svd(left, right)
+    if sigma[0] == 0:  # then there is nothing to hold otherwise
+        return left, right
     beta = sigma[0].sqrt()
     return u * beta, (sigma / beta)[:, None] * vt
 
 
-def rebalance_(left: Tensor, right: Tensor) -> None:
-    """`left_orthonormal` in place, computed in float64."""
-    for factor, new in zip((left, right), left_orthonormal(left.double(), right.double()), strict=True):
-        factor.copy_(new)
+class RebalancedLinear(FactorizedLinear):
+    """A layer whose factor pair is held anew once, as `left_orthonormal` has it, and its optimizer states reset.
 
+    Args:
+        rebalance_at: the number of steps after which; None: never.
 
-def check_rebalance(step: int | None) -> None:
-    """Raises:
-    ConfigError: if this is not a number of steps after which factors can be rebalanced."""
-    if step is not None and step < 1:
-        raise ConfigError(f"param.rebalance_at={step} must be at least 1, or null for never")
+    Raises:
+        ConfigError: if that is below 1.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, rebalance_at: int | None):
+        super().__init__(in_features, out_features, rank)
+        if rebalance_at is not None and rebalance_at < 1:
+            raise ConfigError(f"param.rebalance_at={rebalance_at} must be at least 1, or null for never")
+        self.rebalance_at = rebalance_at
+
+    def revision_due(self, step: int) -> bool:
+        return step == self.rebalance_at
+
+    def revise(self, step: int, generator: torch.Generator) -> None:
+        factors = [self.get_parameter(name) for name in self.factor_pair() or ()]
+        for factor, new in zip(factors, left_orthonormal(*(f.double() for f in factors)), strict=True):
+            factor.copy_(new)
+
+    def resets(self, step: int) -> dict[str, Reset]:
+        return {name: Reset() for name in self.factor_pair() or ()}

@@ -9,16 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import FactorizedLinear, Reset
 from lrtrain.layers.bottleneck import with_residual
-from lrtrain.layers.gauge import check_rebalance, rebalance_
+from lrtrain.layers.gauge import RebalancedLinear
 from lrtrain.layers.initial import best_factors, normal, spectral_factors, uniform
 from lrtrain.spectra.factors import product_singular_values
 
 INITS = ("spectral", "lora", "xavier", "cola")
 
 
-class LowRankLinear(FactorizedLinear):
+class LowRankLinear(RebalancedLinear):
     """y = B (A x) + bias with A (rank, in) and B (out, rank).
 
     Args:
@@ -51,10 +50,9 @@ class LowRankLinear(FactorizedLinear):
         rebalance_at: int | None,
         device: torch.device | str | None = None,
     ):
-        super().__init__(in_features, out_features, rank)
+        super().__init__(in_features, out_features, rank, rebalance_at)
         if init not in INITS:
             raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
-        check_rebalance(rebalance_at)
         if residual and rebalance_at is not None:
             raise ConfigError(
                 f"param.rebalance_at={rebalance_at} would change BA, to whose B the residual is added; set it to "
@@ -64,7 +62,6 @@ class LowRankLinear(FactorizedLinear):
         self.init_std = init_std
         self.residual = residual
         self.residual_alpha = residual_alpha
-        self.rebalance_at = rebalance_at
         self.A = nn.Linear(in_features, rank, bias=False, device=device)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device)
 
@@ -113,17 +110,6 @@ class LowRankLinear(FactorizedLinear):
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.rank * (self.in_features + self.out_features)
-
-    # --- what happens between steps --------------------------------------------------------------------------------
-
-    def revision_due(self, step: int) -> bool:
-        return step == self.rebalance_at
-
-    def revise(self, step: int, generator: torch.Generator) -> None:
-        rebalance_(self.B.weight, self.A.weight)
-
-    def resets(self, step: int) -> dict[str, Reset]:
-        return {"B.weight": Reset(), "A.weight": Reset()}
 
     @staticmethod
     def from_dense(weight: Tensor, rank: int, bias: Tensor | None = None) -> "LowRankLinear":

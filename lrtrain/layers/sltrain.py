@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import FactorizedLinear, Reset
 from lrtrain.layers.fastest import fastest
-from lrtrain.layers.gauge import check_rebalance, rebalance_
+from lrtrain.layers.gauge import RebalancedLinear
 from lrtrain.layers.initial import spectral_factors, uniform
 from lrtrain.layers.support import (
     block_add_,
@@ -120,7 +119,7 @@ def sltrain_linear(
     return y.view(*x.shape[:-1], -1)
 
 
-class SLTrainLinear(FactorizedLinear):
+class SLTrainLinear(RebalancedLinear):
     """y = (s·B A + S) x + bias, S with values on a random fixed support.
 
     Initial values: A ~ U(±1/√in), B = 0, values ~ U(±1/√in), bias ~ U(±1/√out), unless `init` says otherwise.
@@ -171,7 +170,7 @@ class SLTrainLinear(FactorizedLinear):
         rebalance_at: int | None,
         device: torch.device | str | None = None,
     ):
-        super().__init__(in_features, out_features, rank)
+        super().__init__(in_features, out_features, rank, rebalance_at)
         if not 0 <= density <= 1:
             raise ConfigError(f"param.density={density} is not a share between 0 and 1")
         if support not in SUPPORTS:
@@ -180,7 +179,6 @@ class SLTrainLinear(FactorizedLinear):
             raise ConfigError(f"param.execution={execution} is not one of {', '.join(EXECUTIONS)}")
         if init not in INITS:
             raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
-        check_rebalance(rebalance_at)
         self.init = init
         self.init_std = init_std
         if support == "block":
@@ -189,7 +187,6 @@ class SLTrainLinear(FactorizedLinear):
         self.block = block if support == "block" else 1
         self.scale = low_rank_scale(alpha, rank, scale)
         self.execution = execution
-        self.rebalance_at = rebalance_at
         rows, columns = out_features // self.block, in_features // self.block
         if support == "uniform":
             self.nnz = math.floor(density * out_features * in_features)
@@ -258,17 +255,6 @@ class SLTrainLinear(FactorizedLinear):
         shape = [self.out_features, self.in_features, self.rank, self.support, self.block, self.nnz]
         candidates = {e: _training_pass(self, e == "factored", tokens, dtype, device) for e in EXECUTIONS[1:]}
         return fastest(["sltrain", *shape, tokens, str(dtype)], device, candidates)
-
-    # --- what happens between steps --------------------------------------------------------------------------------
-
-    def revision_due(self, step: int) -> bool:
-        return step == self.rebalance_at
-
-    def revise(self, step: int, generator: torch.Generator) -> None:
-        rebalance_(self.B.weight, self.A.weight)
-
-    def resets(self, step: int) -> dict[str, Reset]:
-        return {"B.weight": Reset(), "A.weight": Reset()}
 
     def extra_repr(self) -> str:
         block = f" {self.block}×{self.block}" if self.block > 1 else ""

@@ -12,7 +12,7 @@ from lrtrain.layers.base import local
 from lrtrain.optim.adam import bias_correction
 from lrtrain.optim.projections import gaussian_basis, sparse_basis
 from lrtrain.optim.scaling import limit_growth, matrix_factor, row_factors
-from lrtrain.optim.subspace import Subspace, SubspaceAdam
+from lrtrain.optim.subspace import Projected, Subspace, SubspaceAdam
 
 BASES = {"gaussian": gaussian_basis, "sparse": sparse_basis}
 FACTORS = ("channel", "tensor")
@@ -78,18 +78,11 @@ class Apollo(SubspaceAdam):
             self.drawn[shape] = which
         return self.bases[shape]
 
-    def lifted(
-        self,
-        p: Tensor,
-        gradient: Tensor,
-        basis: Tensor,
-        projected: Tensor,
-        adam: Tensor,
-        state: dict[str, Tensor],
-        step: int,
-    ) -> Tensor:
+    def lifted(self, p: Tensor, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
         total = self.rows[p].sum
-        factors = row_factors(adam, projected) if self.by_row else matrix_factor(adam, projected, total)
+        factors = (
+            row_factors(found.adam, found.gradient) if self.by_row else matrix_factor(found.adam, found.gradient, total)
+        )
         update = gradient.mul_(factors * self.multiplier)
         if self.max_growth is None:
             return update

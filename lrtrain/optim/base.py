@@ -1,12 +1,11 @@
 """What the optimizers share: AdamW for what is not a matrix, rows that stay where they are, exact states.
 
-A method is a subclass: it says which parameters it takes (`takes`), what it keeps for one (`new_state`), and what the
-next step of one is (`direction`). It works on this process's rows alone; whatever needs the others' goes through
-`Rows`, so what is communicated can be read off the method's own file.
+A method is a subclass: it says which parameters it takes (`roles`, `takes`), what it keeps for one (`new_state`), and
+what the next step of one is (`direction`). It works on this process's rows alone; whatever needs the others' goes
+through `Rows`, so what is communicated can be read off the method's own file.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, TypedDict
 
 import torch
@@ -33,8 +32,8 @@ class Common(TypedDict):
     in_backward: bool
 
 
-class ShardedOptimizer(torch.optim.Optimizer, ABC):
-    """Steps on the shards of parameters (plain tensors or DTensors with rows sharded).
+class ShardedOptimizer(torch.optim.Optimizer):
+    """AdamW on the shards of parameters (plain tensors or DTensors with rows sharded), and a subclass's method on some.
 
     All state exists from the start, as tensors by parameter: DTensors (see `rows_like`) that follow the parameter's
     rows, or plain tensors that are the same on all processes, named in `replicated`. All arithmetic is float32;
@@ -43,6 +42,9 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
     Args:
         model: whose trainable parameters are stepped; may be on meta, to be measured.
     """
+
+    roles: ClassVar[frozenset[str]] = frozenset()
+    """The roles (see `parameter_roles`) of the parameters that the method takes."""
 
     replicated: ClassVar[frozenset[str]] = frozenset()
     """The keys of states that every process holds whole."""
@@ -69,27 +71,30 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
         super().__init__(groups, {"lr": lr})
         self.names: dict[Tensor, str] = {}
         self.rows: dict[Tensor, Rows] = {}
+        self.own: set[Tensor] = set()
+        """The parameters that the method takes."""
         for group in self.param_groups:
             group["lr"] = lr * group["lr_factor"]
             for name, p in zip(group["names"], group["params"], strict=True):
                 self.names[p], self.rows[p] = name, Rows(p)
-                self.begin_anew(p, group["role"])
+                if self.takes(name, p, group["role"]):
+                    self.own.add(p)
+                self.begin_anew(p)
 
     # --- what a method says ----------------------------------------------------------------------------------------
 
-    @abstractmethod
     def takes(self, name: str, p: Tensor, role: str) -> bool:
-        """Whether the method is for this parameter; AdamW steps the others.
+        """Whether the method is for this parameter; AdamW steps the others."""
+        return role in self.roles
+
+    def new_state(self, p: Tensor) -> dict[str, Tensor]:
+        """What the method keeps for a parameter, besides `step`, before its first step.
 
         Raises:
-            ConfigError: if it should be and cannot, naming the key.
+            ConfigError: if it does not suit the parameter, naming the key.
         """
+        raise NotImplementedError
 
-    @abstractmethod
-    def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        """What the method keeps for a parameter, besides `step`, before its first step."""
-
-    @abstractmethod
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """The step on this process's rows, to be scaled by the negative learning rate; changes the state.
 
@@ -99,6 +104,7 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
             state: the local parts.
             step: from 1.
         """
+        raise NotImplementedError
 
     def begin_step(self) -> None:
         """Before the first parameter of a step, within the backward pass or not."""
@@ -116,66 +122,57 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
         self.begin_step()
         done = set(self.step_jointly())
         for group in self.param_groups:
-            ready = [p for p in group["params"] if p.grad is not None and p not in done]
-            own = {p for p in ready if self.takes(self.names[p], p, group["role"])}
-            for p in ready:
-                if p in own:
-                    self._step_own(p, group)
-            self._step_others([p for p in ready if p not in own], group)
+            self._step_all([p for p in group["params"] if p.grad is not None and p not in done], group)
 
     @torch.no_grad()
     def step_one(self, p: Tensor, group: dict[str, Any]) -> None:
         """The step on one parameter, now that it has its gradient."""
-        if self.takes(self.names[p], p, group["role"]):
-            self._step_own(p, group)
-        else:
-            self._step_others([p], group)
+        self._step_all([p], group)
 
-    def _step_own(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _step_all(self, ready: list[Tensor], group: dict[str, Any]) -> None:
+        for p in ready:
+            if p in self.own:
+                self._step_by(p, group, self.direction, self.elementwise and p.ndim == 2)
+            elif p.dtype != torch.float32:
+                self._step_by(p, group, self.adam_direction, by_pieces=True)
+        if others := [p for p in ready if p not in self.own and p.dtype == torch.float32]:
+            self._step_fused(others, group)
+
+    def _step_by(self, p: Tensor, group: dict[str, Any], direction: Callable[..., Tensor], by_pieces: bool) -> None:
+        """One step along `direction`, of all rows here or of some at a time."""
         assert p.grad is not None
         state = self.state[p]
         state["step"] += 1
         step = int(state["step"])
         parts = {key: local(value) for key, value in state.items() if key != "step"}
         gradient = local(p.grad)
-        pieces = in_pieces(gradient) if self.elementwise and p.ndim == 2 else [slice(None)]
-        for rows in pieces:
+        for rows in in_pieces(gradient) if by_pieces else [slice(None)]:
             some = {key: part if key in self.replicated else part[rows] for key, part in parts.items()}
-            self._write(p, self.direction(p, gradient[rows].float(), some, step), group, step, rows)
+            self._write(p, direction(p, gradient[rows].float(), some, step), group, step, rows)
 
-    def _step_others(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        whole = [p for p in parameters if p.dtype == torch.float32]
-        if whole:
-            states = [self.state[p] for p in whole]
-            fused_adamw(
-                [local(p) for p in whole],
-                [local(p.grad) for p in whole if p.grad is not None],
-                [local(s["exp_avg"]) for s in states],
-                [local(s["exp_avg_sq"]) for s in states],
-                [],
-                [s["step"] for s in states],
-                fused=True,
-                amsgrad=False,
-                beta1=self.beta1,
-                beta2=self.beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=self.eps,
-                maximize=False,
-            )
-        for p in parameters:
-            if p.dtype != torch.float32:
-                assert p.grad is not None
-                state = self.state[p]
-                state["step"] += 1
-                step = int(state["step"])
-                first, second = local(state["exp_avg"]), local(state["exp_avg_sq"])
-                gradient = local(p.grad)
-                for piece in in_pieces(first):
-                    update = adam_direction(
-                        gradient[piece].float(), first[piece], second[piece], step, self.beta1, self.beta2, self.eps
-                    )
-                    self._write(p, update, group, step, piece)
+    def adam_direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        """`direction` of AdamW, by the moments `exp_avg` and `exp_avg_sq`."""
+        moments = (state["exp_avg"], state["exp_avg_sq"])
+        return adam_direction(gradient, *moments, step, self.beta1, self.beta2, self.eps)
+
+    def _step_fused(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in parameters]
+        fused_adamw(
+            [local(p) for p in parameters],
+            [local(p.grad) for p in parameters if p.grad is not None],
+            [local(s["exp_avg"]) for s in states],
+            [local(s["exp_avg_sq"]) for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self.eps,
+            maximize=False,
+        )
 
     def _write(self, p: Tensor, update: Tensor, group: dict[str, Any], step: int, rows: slice = slice(None)) -> None:
         """p ← (1 − lr·decay)·p − lr·update, for some of the rows here."""
@@ -195,9 +192,9 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
 
     # --- state -----------------------------------------------------------------------------------------------------
 
-    def begin_anew(self, p: Tensor, role: str) -> None:
+    def begin_anew(self, p: Tensor) -> None:
         """Give a parameter the state that it has before its first step."""
-        if self.takes(self.names[p], p, role):
+        if p in self.own:
             # On the CPU, where it can be read without waiting for a GPU; fused AdamW wants its own on the device.
             self.state[p] = {"step": torch.zeros(()), **self.new_state(p)}
         else:
@@ -221,3 +218,7 @@ class ShardedOptimizer(torch.optim.Optimizer, ABC):
     def shared(self) -> list[Tensor]:
         """What is held besides the state and never saved, since a seed or a formula gives it back."""
         return []
+
+    def metrics(self) -> dict[str, float]:
+        """What is worth logging of the last step, the same on all processes."""
+        return {}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrtrain.errors import ConfigError
+from lrtrain.model import matrix_rank
 from lrtrain.optim.base import Common, ShardedOptimizer
 from lrtrain.optim.groups import MATRICES
 
@@ -31,6 +32,8 @@ class DctOptimizer(ShardedOptimizer):
         ConfigError: for an unknown norm, or a rank above min(m, n) of a matrix.
     """
 
+    roles = MATRICES
+
     def __init__(self, model: nn.Module, *, rank: int | float, norm: str, **common: Unpack[Common]):
         if norm not in NORMS:
             raise ConfigError(f"optim.norm={norm} is not {' or '.join(NORMS)}")
@@ -39,11 +42,8 @@ class DctOptimizer(ShardedOptimizer):
         self._captured: dict[str, Tensor] = {}
         super().__init__(model, **common)
 
-    def takes(self, name: str, p: Tensor, role: str) -> bool:
-        return role in MATRICES
-
     def rank_for(self, p: Tensor) -> int:
-        return columns_of(self.rank, self.names[p], *p.shape)
+        return matrix_rank(self.rank, "optim.rank", self.names[p], *p.shape)
 
     def choose(self, p: Tensor, spectrum: Tensor) -> Tensor:
         """The columns (r,) of a matrix whose transform has `spectrum` (rows, n) here, ascending.
@@ -62,25 +62,11 @@ class DctOptimizer(ShardedOptimizer):
         """
         return {name: float(share) for name, share in self._captured.items()}
 
+    def metrics(self) -> dict[str, float]:
+        shares = self.captured_energy().values()
+        return {"optim/captured_energy": sum(shares) / len(shares)} if shares else {}
+
 
 def top_columns(scores: Tensor, rank: int) -> Tensor:
     """The indices (r,) of the largest of the scores (n,), ascending; among equal ones the first."""
     return scores.sort(descending=True, stable=True).indices[:rank].sort().values
-
-
-def columns_of(rule: int | float, name: str, m: int, n: int) -> int:
-    """The number of columns for one matrix (m, n): an integer is the number, a float a share of min(m, n).
-
-    Raises:
-        ConfigError: for a number that is not between 1 and min(m, n), or a share above 1.
-    """
-    smaller = min(m, n)
-    if isinstance(rule, float):
-        if not 0 < rule <= 1:
-            raise ConfigError(f"optim.rank={rule} is not a share of min(out, in): use 0 < share ≤ 1, or an integer")
-        return max(1, round(rule * smaller))
-    if not 1 <= rule <= smaller:
-        raise ConfigError(
-            f"optim.rank={rule} is not between 1 and min(out, in)={smaller} of {name}; use a share such as 0.25"
-        )
-    return rule

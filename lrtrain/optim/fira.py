@@ -11,6 +11,7 @@ from lrtrain.optim.adam import bias_correction
 from lrtrain.optim.galore import GaLore, GaLoreSettings
 from lrtrain.optim.projections import Total
 from lrtrain.optim.scaling import limit_growth, row_factors
+from lrtrain.optim.subspace import Projected
 
 RESIDUALS = ("paper", "code")
 
@@ -40,21 +41,10 @@ class Fira(GaLore):
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return super().new_state(p) | {"norm": torch.zeros((), device=local(p).device)}
 
-    def lifted(
-        self,
-        p: Tensor,
-        gradient: Tensor,
-        basis: Tensor,
-        projected: Tensor,
-        adam: Tensor,
-        state: dict[str, Tensor],
-        step: int,
-    ) -> Tensor:
+    def lifted(self, p: Tensor, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
         return fira_step(
             gradient,
-            basis,
-            projected,
-            adam,
+            *found,
             state["norm"],
             self.scale,
             1.0 if self.residual == "paper" else self.scale,

@@ -9,7 +9,7 @@ from lrtrain.errors import ConfigError
 from lrtrain.initialize import generator_for
 from lrtrain.layers.base import local
 from lrtrain.optim.projections import randomized_basis, svd_basis
-from lrtrain.optim.subspace import Subspace, SubspaceAdam
+from lrtrain.optim.subspace import Projected, Subspace, SubspaceAdam
 
 BASES = ("randomized", "svd")
 
@@ -59,14 +59,5 @@ class GaLore(SubspaceAdam):
             return svd_basis(gradient, rank, total)
         return randomized_basis(gradient, rank, generator_for(step, self.names[p]), total)
 
-    def lifted(
-        self,
-        p: Tensor,
-        gradient: Tensor,
-        basis: Tensor,
-        projected: Tensor,
-        adam: Tensor,
-        state: dict[str, Tensor],
-        step: int,
-    ) -> Tensor:
-        return torch.mm(adam, basis.T, out=gradient).mul_(self.scale)
+    def lifted(self, p: Tensor, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
+        return torch.mm(found.adam, found.basis.T, out=gradient).mul_(self.scale)

@@ -13,7 +13,6 @@ from lrtrain.dealing import dealt_layers
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import local
 from lrtrain.layers.gauge import balanced
-from lrtrain.optim.adam import adam_direction
 from lrtrain.optim.base import Common
 from lrtrain.optim.pairs import PairOptimizer
 from lrtrain.optim.rows import rows_like
@@ -114,11 +113,7 @@ class LORO(PairOptimizer):
         return {key: rows_like(p, p.shape[1]) for key in ("exp_avg", "exp_avg_sq")}
 
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        return self._adam(gradient, state, step).mul_(self._scale(p))
-
-    def _adam(self, gradient: Tensor, state: Mapping[str, Tensor], step: int) -> Tensor:
-        first, second = local(state["exp_avg"]), local(state["exp_avg_sq"])
-        return adam_direction(gradient, first, second, step, self.beta1, self.beta2, self.eps)
+        return self.adam_direction(p, gradient, state, step).mul_(self._scale(p))
 
     # --- large steps -----------------------------------------------------------------------------------------------
 
@@ -154,7 +149,8 @@ class LORO(PairOptimizer):
         state = self.state[p]
         state["step"] += 1
         found = rows_like(p, p.shape[1])
-        local(found).copy_(self._adam(local(p.grad).float(), state, int(state["step"])))
+        parts = {key: local(value) for key, value in state.items()}
+        local(found).copy_(self.adam_direction(p, local(p.grad).float(), parts, int(state["step"])))
         return found
 
     def _replace(self, tensors: Mapping[str, Sequence[Tensor]], compute: Callable[..., tuple[Tensor, Tensor]]) -> None:

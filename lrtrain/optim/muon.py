@@ -22,6 +22,8 @@ class Muon(ShardedOptimizer):
         ConfigError: for an unknown scale.
     """
 
+    roles = MATRICES
+
     def __init__(self, model: nn.Module, *, momentum: float, nesterov: bool, adjust: str, **common: Unpack[Common]):
         if adjust not in ADJUSTMENTS:
             raise ConfigError(f"optim.adjust={adjust} is not {' or '.join(ADJUSTMENTS)}")
@@ -29,9 +31,6 @@ class Muon(ShardedOptimizer):
         self.nesterov = nesterov
         self.adjust = adjust
         super().__init__(model, **common)
-
-    def takes(self, name: str, p: Tensor, role: str) -> bool:
-        return role in MATRICES
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {"momentum": rows_like(p, p.shape[1])}

@@ -89,5 +89,5 @@ class PartnerOptimizer(PairOptimizer, Generic[T]):
     def step_jointly(self) -> Collection[Tensor]:
         ready = [p for p in self.pair_of if p.grad is not None]
         for p in ready:  # A right after its B, so that what was seen is kept for one pair at a time
-            self._step_own(p, self.group_of[p])
+            self._step_all([p], self.group_of[p])
         return ready

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from lrtrain.layers.base import local
-from lrtrain.optim.adam import adam_direction
 from lrtrain.optim.base import Common
 from lrtrain.optim.pairs import FactorPair, PartnerOptimizer
 from lrtrain.optim.rows import rows_like
@@ -72,5 +71,4 @@ class PreconditionedAdamW(PartnerOptimizer[Tensor]):
             gradient = rows.cut(precondition_right(rows.gather(gradient), cholesky))
         if not self.adam:
             return gradient
-        moments = (state["exp_avg"], state["exp_avg_sq"])
-        return adam_direction(gradient, *moments, step, self.beta1, self.beta2, self.eps)
+        return self.adam_direction(p, gradient, state, step)

@@ -29,9 +29,14 @@ class Rows:
                 self.index = mesh.get_local_rank(sharded[0])
 
     @property
+    def most(self) -> int:
+        """How many rows a process has, but for the last ones: as torch.chunk cuts."""
+        return -(-self.shape[0] // self.processes)
+
+    @property
     def first(self) -> int:
         """Which row of the whole parameter is the first one here."""
-        return min(self.shape[0], self.index * -(-self.shape[0] // self.processes))  # as torch.chunk cuts
+        return min(self.shape[0], self.index * self.most)
 
     @property
     def processes(self) -> int:
@@ -53,23 +58,21 @@ class Rows:
         """The whole (m, …) of which each process gives its own rows."""
         if self.group is None:
             return rows
-        most = -(-self.shape[0] // self.processes)
-        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded = rows.new_zeros(self.most, *rows.shape[1:])
         padded[: len(rows)] = rows
-        whole = rows.new_empty(most * self.processes, *rows.shape[1:])
+        whole = rows.new_empty(self.most * self.processes, *rows.shape[1:])
         dist.all_gather_into_tensor(whole, padded, group=self.group)
         return whole[: self.shape[0]]
 
     def cut(self, whole: Tensor) -> Tensor:
         """This process's rows of a whole (m, …)."""
-        most = -(-self.shape[0] // self.processes)
-        return whole[self.first : self.first + most]
+        return whole[self.first : self.first + self.most]
 
 
-def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32, fill: float = 0) -> Tensor:
+def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor (m, *shape) whose rows lie where the rows of the parameter (m, …) do."""
     part = local(parameter)
-    here = torch.full((part.shape[0], *shape), fill, dtype=dtype, device=part.device)
+    here = torch.zeros(part.shape[0], *shape, dtype=dtype, device=part.device)
     if not isinstance(parameter, DTensor):
         return here
     size = torch.Size((parameter.shape[0], *shape))

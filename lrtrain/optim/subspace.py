@@ -1,11 +1,12 @@
 """Adam on projected gradients: what GaLore, Fira and APOLLO share."""
 
 from abc import abstractmethod
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 from torch import Tensor, nn
 
 from lrtrain.errors import ConfigError
+from lrtrain.model import matrix_rank
 from lrtrain.optim.adam import EPS_CONVENTIONS, adam_direction
 from lrtrain.optim.base import Common, ShardedOptimizer
 from lrtrain.optim.groups import MATRICES
@@ -23,6 +24,17 @@ class Subspace(Common):
     """See `adam_direction`."""
 
 
+class Projected(NamedTuple):
+    """A gradient G in a subspace."""
+
+    basis: Tensor
+    """P (n, r)."""
+    gradient: Tensor
+    """G P (rows, r)."""
+    adam: Tensor
+    """Adam's step (rows, r) on it."""
+
+
 class SubspaceAdam(ShardedOptimizer):
     """Adam on G P (m, r) for each matrix's gradient G (m, n) and a basis P (n, r) that changes every `gap` steps.
 
@@ -34,6 +46,8 @@ class SubspaceAdam(ShardedOptimizer):
         ConfigError: for a rank that is not below min(m, n) of each matrix.
     """
 
+    roles = MATRICES
+
     def __init__(self, model: nn.Module, *, rank: int | float, gap: int, eps_convention: str, **common: Unpack[Common]):
         if gap < 1:
             raise ConfigError(f"optim.gap={gap} must be at least 1")
@@ -44,54 +58,26 @@ class SubspaceAdam(ShardedOptimizer):
         self.eps_convention = eps_convention
         super().__init__(model, **common)
 
-    def takes(self, name: str, p: Tensor, role: str) -> bool:
-        return role in MATRICES
-
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        rank = rank_of(self.rank, self.names[p], *p.shape)
+        rank = matrix_rank(self.rank, "optim.rank", self.names[p], *p.shape)
+        if self.rank >= 1 and rank == min(p.shape):  # a share below 1 always works
+            raise ConfigError(
+                f"optim.rank={self.rank} is not below min(in, out)={rank} of {self.names[p]}; use a lower one, or a share "
+                "such as 0.25"
+            )
         return {"first": rows_like(p, rank), "second": rows_like(p, rank)}
 
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         basis = self.basis(p, gradient, state, step)
         projected = gradient @ basis  # (rows, n) @ (n, r) → (rows, r)
-        adam = adam_direction(
-            projected, state["first"], state["second"], step, self.beta1, self.beta2, self.eps, self.eps_convention
-        )
-        return self.lifted(p, gradient, basis, projected, adam, state, step)
+        moments = (state["first"], state["second"])
+        adam = adam_direction(projected, *moments, step, self.beta1, self.beta2, self.eps, self.eps_convention)
+        return self.lifted(p, gradient, Projected(basis, projected, adam), state, step)
 
     @abstractmethod
     def basis(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """The basis (n, r) of this step."""
 
     @abstractmethod
-    def lifted(
-        self,
-        p: Tensor,
-        gradient: Tensor,
-        basis: Tensor,
-        projected: Tensor,
-        adam: Tensor,
-        state: dict[str, Tensor],
-        step: int,
-    ) -> Tensor:
-        """The step (rows, n) on the matrix, given Adam's (rows, r) on the projected gradient."""
-
-
-def rank_of(rule: int | float, name: str, m: int, n: int) -> int:
-    """The rank of the projection of one matrix (m, n): an integer is the rank, a float a share of min(m, n).
-
-    Raises:
-        ConfigError: for a rank that is not below min(m, n), or a share that is not below 1.
-    """
-    smaller = min(m, n)
-    if isinstance(rule, float):
-        if not 0 < rule < 1:
-            raise ConfigError(f"optim.rank={rule} is not a share of min(out, in) between 0 and 1; 0.25 would be one")
-        return max(1, round(rule * smaller))
-    if rule < 1:
-        raise ConfigError(f"optim.rank={rule} must be at least 1, or a share of min(out, in) such as 0.25")
-    if rule >= smaller:
-        raise ConfigError(
-            f"optim.rank={rule} is not below min(out, in)={smaller} of {name}; use a lower one, or a share such as 0.25"
-        )
-    return rule
+    def lifted(self, p: Tensor, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
+        """The step (rows, n) on the matrix; may overwrite the gradient."""

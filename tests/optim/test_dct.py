@@ -8,9 +8,10 @@ from torch import Tensor
 from toy import in_parts
 
 from lrtrain.errors import ConfigError
+from lrtrain.model import matrix_rank
 from lrtrain.optim.dct import dct, inverse_dct, lift
 from lrtrain.optim.dct_adamw import transport
-from lrtrain.optim.dct_columns import columns_of, top_columns
+from lrtrain.optim.dct_columns import top_columns
 
 SIZES = [1, 2, 7, 8, 61, 512]
 
@@ -71,10 +72,13 @@ def test_sums_over_row_parts_choose_the_columns_of_the_whole():
 
 
 def test_ranks_are_shares_or_numbers_up_to_the_smaller_side():
-    assert columns_of(0.25, "w", 64, 10) == 2 and columns_of(1.0, "w", 8, 10) == 8
-    assert columns_of(8, "w", 8, 10) == 8 and columns_of(0.01, "w", 8, 10) == 1
-    with pytest.raises(ConfigError, match=r"optim.rank=9 is not between 1 and min\(out, in\)=8 of some.weight"):
-        columns_of(9, "some.weight", 8, 10)
+    def rank(rule: int | float, m: int, n: int) -> int:
+        return matrix_rank(rule, "optim.rank", "some.weight", m, n)
+
+    assert rank(0.25, 64, 10) == 2 and rank(1.0, 8, 10) == 8
+    assert rank(8, 8, 10) == 8 and rank(0.01, 8, 10) == 1
+    with pytest.raises(ConfigError, match=r"optim.rank=9 is not between 1 and min\(in, out\)=8 of some.weight"):
+        rank(9, 8, 10)
     for wrong in (0, 1.5, 0.0, -0.5):
         with pytest.raises(ConfigError, match="optim.rank="):
-            columns_of(wrong, "w", 8, 10)
+            rank(wrong, 8, 10)
