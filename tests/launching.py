@@ -36,6 +36,17 @@ TINY = [
     "tracking=none",
 ]
 
+# What every optimizer is given.
+OPTIM = {
+    "lr": 1e-2,
+    "other_lr": None,
+    "lr_ratio": 1.0,
+    "betas": [0.9, 0.99],
+    "eps": 1e-8,
+    "weight_decay": 0.0,
+    "in_backward": False,
+}
+
 
 def command(overrides: list[str], processes: int) -> list[str]:
     """The user's command line."""

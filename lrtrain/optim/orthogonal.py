@@ -62,13 +62,19 @@ def inverse_root(gram: Tensor) -> Tensor:
     """
     norm_squared = gram.trace().clamp_min(torch.finfo(gram.dtype).tiny)
     a_k = gram / norm_squared
-    y = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    for a, b, c in COEFFICIENTS:
-        polynomial = torch.addmm(a_k, a_k, a_k, beta=b, alpha=c)
-        polynomial.diagonal().add_(a)
-        y = y @ polynomial
+    y = polynomial = _polynomial(a_k, *COEFFICIENTS[0])
+    for coefficients in COEFFICIENTS[1:]:
         a_k = polynomial @ a_k @ polynomial
+        polynomial = _polynomial(a_k, *coefficients)
+        y = y @ polynomial
     return y / norm_squared.sqrt()
+
+
+def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """aI + bA + cA²."""
+    found = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+    found.diagonal().add_(a)
+    return found
 
 
 def spectral_norm(x: Tensor, rows: Rows, vector: Tensor, iterations: int) -> Tensor:

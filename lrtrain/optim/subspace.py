@@ -62,8 +62,8 @@ class SubspaceAdam(ShardedOptimizer):
         rank = matrix_rank(self.rank, "optim.rank", self.names[p], *p.shape)
         if self.rank >= 1 and rank == min(p.shape):  # a share below 1 always works
             raise ConfigError(
-                f"optim.rank={self.rank} is not below min(in, out)={rank} of {self.names[p]}; use a lower one, or a share "
-                "such as 0.25"
+                f"optim.rank={self.rank} is not below min(in, out)={rank} of {self.names[p]}; use a lower one, or a "
+                "share such as 0.25"
             )
         return {"first": rows_like(p, rank), "second": rows_like(p, rank)}
 

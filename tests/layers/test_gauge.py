@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from launching import OPTIM
 from torch import Tensor, nn
 
 from lrtrain.config import choice, compose
@@ -13,15 +14,6 @@ from lrtrain.optim.adamw import AdamW
 
 SHAPES = [(31, 12, 5), (8, 33, 3), (16, 16, 16), (20, 9, 1)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-COMMON = {
-    "lr": 1e-2,
-    "other_lr": None,
-    "lr_ratio": 1.0,
-    "betas": [0.9, 0.99],
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "in_backward": False,
-}
 
 
 def factors(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
@@ -63,7 +55,7 @@ def test_a_layer_is_rebalanced_once_and_its_moments_begin_anew(method: str):
     for key, value in (layer.init_parameters(dice) | layer.init_buffers(dice)).items():
         layer.state_dict(keep_vars=True).get(key, layer._buffers.get(key)).data.copy_(value)
     model = nn.ModuleDict({"layers": nn.ModuleList([layer])})
-    optimizer = AdamW(model, **COMMON)
+    optimizer = AdamW(model, **OPTIM)
     for step in range(1, 6):
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=dice)

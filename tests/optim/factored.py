@@ -7,16 +7,6 @@ from torch import Tensor, nn
 
 from lrtrain.layers.lowrank import LowRankLinear
 
-COMMON = {
-    "lr": 1e-2,
-    "other_lr": None,
-    "lr_ratio": 1.0,
-    "betas": [0.9, 0.99],
-    "eps": 1e-8,
-    "weight_decay": 0.0,
-    "in_backward": False,
-}
-
 
 def lowrank(in_features: int, out_features: int, rank: int) -> LowRankLinear:
     return LowRankLinear(in_features, out_features, True, rank, "xavier", 0.02, False, 1.0, rebalance_at=None)

@@ -3,11 +3,14 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from lrtrain.optim.rows import Rows
+
+T = TypeVar("T")
 
 
 class Meeting:
@@ -47,7 +50,7 @@ class SimulatedRows(Rows):
         return torch.cat(self.meeting.all(self.index, rows))
 
 
-def in_threads(size: int, work: Callable[[int, Meeting], list[Tensor]]) -> list[list[Tensor]]:
+def in_threads(size: int, work: Callable[[int, Meeting], T]) -> list[T]:
     """work(index, meeting) of each of so many threads."""
     meeting = Meeting(size)
     with ThreadPoolExecutor(size) as pool:

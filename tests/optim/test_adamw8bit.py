@@ -2,20 +2,13 @@
 
 import pytest
 import torch
+from launching import OPTIM
 from torch import nn
 
 from lrtrain.optim.adamw import AdamW
 from lrtrain.optim.adamw8bit import AdamW8bit
 
-COMMON = {
-    "lr": 1e-2,
-    "other_lr": None,
-    "lr_ratio": 1.0,
-    "betas": [0.9, 0.99],
-    "eps": 1e-8,
-    "weight_decay": 0.1,
-    "in_backward": False,
-}
+COMMON = OPTIM | {"weight_decay": 0.1}
 
 
 class Model(nn.Module):

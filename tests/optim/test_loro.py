@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from factored import COMMON, Model, gradient, set_gradients
+from factored import Model, gradient, set_gradients
+from launching import OPTIM
 from torch import Tensor
 
 from lrtrain.errors import ConfigError
@@ -87,7 +88,7 @@ def reference(large_step: str, refresh: bool, approx_scale: float | None, steps:
 def test_steps_are_those_of_the_formulas(large_step: str, refresh: bool, approx_scale: float | None):
     model = Model()
     own = {"every": 3, "large_step": large_step, "refresh": refresh, "approx_scale": approx_scale}
-    optimizer = LORO(model, **own, **COMMON)
+    optimizer = LORO(model, **own, **OPTIM)
     for _ in set_gradients(model, 8):
         optimizer.step()
     for found, expected in zip(model.weights(), reference(large_step, refresh, approx_scale, 8), strict=True):
@@ -102,7 +103,7 @@ def test_the_kinds_of_large_steps_differ():
 @pytest.mark.parametrize("refresh", [True, False])
 def test_a_refresh_is_for_all_states(refresh: bool):
     model = Model()
-    optimizer = LORO(model, **{**OWN, "refresh": refresh}, **COMMON)
+    optimizer = LORO(model, **{**OWN, "refresh": refresh}, **OPTIM)
     for step in set_gradients(model, 4):
         optimizer.step()
         cleared = not any(value.any() for state in optimizer.state.values() for value in state.values())
@@ -120,4 +121,4 @@ def test_a_refresh_is_for_all_states(refresh: bool):
 )
 def test_what_it_refuses(changes: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        LORO(Model(), **{**OWN, **COMMON, **changes})
+        LORO(Model(), **{**OWN, **OPTIM, **changes})

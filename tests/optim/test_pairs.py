@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from factored import COMMON, Model, set_gradients
+from factored import Model, set_gradients
+from launching import OPTIM
 from shards import Meeting, SimulatedRows, in_threads
 from torch import Tensor, nn
 
@@ -49,13 +50,13 @@ def test_a_model_without_pairs_is_refused(cls: type, own: dict[str, Any], param:
     rank = "param.rank=null" if param == "param=dense" else "param.rank=4"
     model = make_model(compose(*SMALL, *param.split(), rank))
     with pytest.raises(ConfigError, match=f"^optim={cls.optim} .*param=lowrank"):
-        cls(model, **own, **COMMON)
+        cls(model, **own, **OPTIM)
 
 
 @every_method
 def test_all_but_the_factors_follow_adamw(cls: type, own: dict[str, Any]):
     ours, plain = Model(), Model()
-    optimizer, adamw = cls(ours, **own, **COMMON), AdamW(plain, **COMMON)
+    optimizer, adamw = cls(ours, **own, **OPTIM), AdamW(plain, **OPTIM)
     for _ in zip(set_gradients(ours, 4), set_gradients(plain, 4), strict=True):
         optimizer.step()
         adamw.step()
@@ -69,7 +70,7 @@ def test_the_order_of_a_pairs_steps_does_not_matter(cls: type, own: dict[str, An
     found: list[list[Tensor]] = []
     for order in (1, -1, None):
         model = Model()
-        optimizer = cls(model, **own, **COMMON)
+        optimizer = cls(model, **own, **OPTIM)
         for _ in set_gradients(model, 6):
             if order is None:
                 optimizer.step()
@@ -86,7 +87,7 @@ def test_the_order_of_a_pairs_steps_does_not_matter(cls: type, own: dict[str, An
 @pytest.mark.parametrize(("cls", "own"), PARTNERS)
 def test_what_a_skipped_factor_left_is_forgotten(cls: type, own: dict[str, Any]):
     model = Model()
-    optimizer = cls(model, **own, **COMMON)
+    optimizer = cls(model, **own, **OPTIM)
     pair = optimizer.pairs[0]
     for _ in set_gradients(model, 1):
         optimizer.begin_step()
@@ -101,7 +102,7 @@ def test_what_a_skipped_factor_left_is_forgotten(cls: type, own: dict[str, Any])
 def test_steps_on_shards_are_those_on_the_whole(cls: type, own: dict[str, Any], processes: int):
     """Of rows that are shared unevenly, or are fewer than the processes."""
     model = Model()
-    optimizer = cls(model, **own, **COMMON)
+    optimizer = cls(model, **own, **OPTIM)
     for _ in set_gradients(model, 5):
         optimizer.step()
     expected = [p.detach() for pair in optimizer.pairs for p in pair[1:]]
@@ -113,7 +114,7 @@ def test_steps_on_shards_are_those_on_the_whole(cls: type, own: dict[str, Any], 
             rows = SimulatedRows(full.shape, index, meeting)
             p.data = rows.cut(full.detach()).clone()
             shapes[p] = rows
-        mine = cls(here, **own, **COMMON)
+        mine = cls(here, **own, **OPTIM)
         mine.rows = shapes
         for _ in set_gradients(whole, 5):
             for p, full in zip(here.parameters(), whole.parameters(), strict=True):
@@ -129,8 +130,8 @@ def test_steps_on_shards_are_those_on_the_whole(cls: type, own: dict[str, Any], 
 @every_method
 def test_state_exists_on_meta_and_is_counted(cls: type, own: dict[str, Any]):
     model = Model()
-    held = cls(model, **own, **COMMON).state_bytes()
-    assert held == cls(Model().to("meta"), **own, **COMMON).state_bytes()
+    held = cls(model, **own, **OPTIM).state_bytes()
+    assert held == cls(Model().to("meta"), **own, **OPTIM).state_bytes()
     factors = [p for n, p in model.named_parameters() if re.search("[AB].weight", n)]
     others = 8 * (sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in factors))
     if cls is Spectron:  # a momentum and a vector for the power iteration
@@ -145,7 +146,7 @@ def test_bfloat16_factors_follow_float32_ones(cls: type, own: dict[str, Any]):
     exact, rounded = Model(), Model(torch.bfloat16)
     start = [p.detach().clone() for p in exact.parameters()]
     for model in (exact, rounded):
-        optimizer = cls(model, **own, **{**COMMON, "lr": 0.05})
+        optimizer = cls(model, **own, **{**OPTIM, "lr": 0.05})
         for _ in set_gradients(model, 4):
             optimizer.step()
     for p, q, before in zip(exact.parameters(), rounded.parameters(), start, strict=True):
@@ -155,7 +156,7 @@ def test_bfloat16_factors_follow_float32_ones(cls: type, own: dict[str, Any]):
 
 
 def test_a_learning_rate_ratio_is_for_left_factors_alone():
-    optimizer = AdamW(make_model(compose(*SMALL, "param=sltrain")), **{**COMMON, "lr_ratio": 16.0})
+    optimizer = AdamW(make_model(compose(*SMALL, "param=sltrain")), **{**OPTIM, "lr_ratio": 16.0})
     rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
     assert {name.split(".")[-2:][0] for name, lr in rates.items() if lr == pytest.approx(0.16)} == {"B"}
     assert all(lr == pytest.approx(0.16 if name.endswith("B.weight") else 0.01) for name, lr in rates.items())

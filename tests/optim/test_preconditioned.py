@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from factored import COMMON, Model, gradient, set_gradients
+from factored import Model, gradient, set_gradients
+from launching import OPTIM
 from torch import Tensor
 
 from lrtrain.optim.adam import adam_direction
@@ -50,7 +51,7 @@ def test_steps_are_those_of_the_formulas(damping: float, adam: bool):
     model = Model()
     pairs = [[p.detach().double() for p in factors] for factors in model.factors()]
     moments = [[[torch.zeros_like(p) for _ in range(2)] for p in pair] for pair in pairs]
-    optimizer = PreconditionedAdamW(model, damping, adam, **COMMON)
+    optimizer = PreconditionedAdamW(model, damping, adam, **OPTIM)
     for step in set_gradients(model, 6):
         for (b, a), pair, state in zip(model.factors(), pairs, moments, strict=True):
             (left, right), eye = pair, torch.eye(len(pair[1]), dtype=torch.float64)
@@ -69,7 +70,7 @@ def test_steps_are_those_of_the_formulas(damping: float, adam: bool):
 
 def test_plain_descent_keeps_nothing():
     model = Model()
-    optimizer = PreconditionedAdamW(model, 1e-6, False, **COMMON)
+    optimizer = PreconditionedAdamW(model, 1e-6, False, **OPTIM)
     assert all(set(optimizer.state[p]) == {"step"} for p in optimizer.pair_of)
 
 
@@ -77,7 +78,7 @@ def test_a_zero_factor_stays_finite():
     model = Model()
     with torch.no_grad():
         model.own[0].B.weight.zero_()
-    optimizer = PreconditionedAdamW(model, 1e-6, True, **COMMON)
+    optimizer = PreconditionedAdamW(model, 1e-6, True, **OPTIM)
     for _ in set_gradients(model, 3):
         optimizer.step()
     assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from factored import COMMON, Model, gradient, lowrank, set_gradients
+from factored import Model, gradient, lowrank, set_gradients
+from launching import OPTIM
 from torch import Tensor, nn
 
 from lrtrain.optim.orthogonal import COEFFICIENTS
@@ -26,7 +27,7 @@ def test_steps_are_those_of_the_formulas():
     model = Model()
     pairs = [[p.detach().double() for p in factors] for factors in model.factors()]
     averages = [[torch.zeros_like(p) for p in pair] for pair in pairs]
-    optimizer = Spectron(model, momentum=0.9, iterations=60, **COMMON)
+    optimizer = Spectron(model, momentum=0.9, iterations=60, **OPTIM)
     for _ in set_gradients(model, 6):
         for factors, pair, average in zip(model.factors(), pairs, averages, strict=True):
             rate = 0.01 / (1 + sum(torch.linalg.matrix_norm(p, 2) for p in pair))
@@ -57,7 +58,7 @@ class Large(nn.Module):
 def test_no_step_moves_the_product_by_more_than_the_learning_rate(scale: float, lr: float, aligned: bool):
     """Not for gradients ∂B = −B, ∂A = −A either, in which both parts of the step point where B A does."""
     model = Large(scale)
-    optimizer = Spectron(model, **OWN, **{**COMMON, "lr": lr})
+    optimizer = Spectron(model, **OWN, **{**OPTIM, "lr": lr})
     largest = 0.0
     for _ in set_gradients(model, 30):
         if aligned:
@@ -74,7 +75,7 @@ def test_a_zero_factor_keeps_its_vector_and_moves():
     model = Model()
     left = model.own[0].B.weight
     nn.init.zeros_(left)
-    optimizer = Spectron(model, **OWN, **COMMON)
+    optimizer = Spectron(model, **OWN, **OPTIM)
     start = optimizer.state[left]["vector"].clone()
     for step in set_gradients(model, 3):
         optimizer.step()
@@ -87,7 +88,7 @@ def test_a_zero_factor_keeps_its_vector_and_moves():
 
 def test_the_norms_are_close_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch):
     model = Large(1.0)
-    optimizer = Spectron(model, **OWN, **{**COMMON, "lr": 0.05})
+    optimizer = Spectron(model, **OWN, **{**OPTIM, "lr": 0.05})
     look, shares = optimizer.look, []
 
     def recorded(pair: FactorPair) -> tuple[Tensor, Tensor]:

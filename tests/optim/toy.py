@@ -1,23 +1,15 @@
 """Matrices of several shapes with gradients as a test wants them, and row parts of a matrix that work together."""
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from launching import OPTIM
+from shards import in_threads
 from torch import Tensor, nn
 
 SHAPES = [(24, 24), (37, 20), (18, 41)]
-COMMON: dict[str, Any] = {
-    "lr": 1e-2,
-    "other_lr": None,
-    "lr_ratio": 1.0,
-    "betas": [0.9, 0.99],
-    "eps": 1e-6,
-    "weight_decay": 0.1,
-    "in_backward": False,
-}
+COMMON: dict[str, Any] = OPTIM | {"eps": 1e-6, "weight_decay": 0.1}
 
 
 class Matrices(nn.Module):
@@ -76,19 +68,7 @@ def in_parts(
     work: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor], rows: Tensor, cuts: list[int]
 ) -> list[Tensor]:
     """`work(part, total)` for row parts of the given lengths, at once; `total` sums over the parts."""
-    count = len(cuts)
-    meeting = threading.Barrier(count, timeout=20)
-    given: list[Tensor] = [torch.empty(0)] * count
-
-    def run(place: int, part: Tensor) -> Tensor:
-        def total(partial: Tensor) -> Tensor:
-            given[place] = partial
-            meeting.wait()
-            result = torch.stack(given).sum(0)
-            meeting.wait()
-            return result
-
-        return work(part, total)
-
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run, range(count), rows.split(cuts)))
+    parts = rows.split(cuts)
+    return in_threads(
+        len(cuts), lambda i, meeting: work(parts[i], lambda part: torch.stack(meeting.all(i, part)).sum(0))
+    )
