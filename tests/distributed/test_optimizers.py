@@ -9,7 +9,7 @@ from runs import gap, losses, run_jobs
 from lrtrain.checkpoint import whole_checkpoints
 
 NAMES = sorted(path.stem for path in (ROOT / "conf" / "optim").glob("*.yaml") if path.stem != "base")
-# Refreshes within six steps; what is not for dense matrices has factors.
+# Refreshes within four steps; what is not for dense matrices has factors.
 SETTINGS = {
     **dict.fromkeys(("galore", "fira", "apollo", "apollo_mini"), ["optim.gap=2"]),
     "dct_adamw": ["optim.gap=2", "optim.error_feedback=8bit"],
@@ -18,15 +18,15 @@ SETTINGS = {
 ON_SLTRAIN = {"adamw8bit", "apollo", "trion", "spectron", "loro", "preconditioned_adamw"}
 WITHOUT_BACKWARD = {"loro"}
 ON_THREE = {"adamw8bit", "dct_adamw", "galore", "muon"}  # rows that do not divide evenly
-# A gradient that differs in its last bits rounds to another code, or turns close singular vectors of BA.
-TOLERANCE = {"adamw8bit": 1e-3, "loro": 2e-3}
-
+# A gradient that differs in its last bits rounds to another code, or turns close singular vectors of BA; noise of
+# rounding is drawn by shard.
+TOLERANCE = {"adamw8bit": 1e-3, "loro": 2e-3, "bf16_sr": 0.03}
 
 SLTRAIN = ["param=sltrain", "param.execution=factored", "param.density=0.5"]  # vectors long enough to be quantized
 JOBS = {
     name: [f"optim={name}", *SETTINGS.get(name, []), *(SLTRAIN if name in ON_SLTRAIN else ["param=dense"])]
     for name in NAMES
-}
+} | {"bf16_sr": ["optim=adamw8bit", "train.dtype=bf16_sr", *SLTRAIN]}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +58,11 @@ def runs(tmp_path_factory, cache, base) -> Path:
     backward = at("backward", "optim.in_backward=true", "train.micro_batch_size=6", without=WITHOUT_BACKWARD)
     run_jobs(at("one"), 1, folder)
     run_jobs(at("two") + halves + backward, 2, folder)
-    run_jobs(at("three", without=set(NAMES) - ON_THREE), 3, folder)
+    run_jobs(at("three", without=set(JOBS) - ON_THREE), 3, folder)
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", JOBS)
 def test_any_number_of_processes_gives_the_same_losses(runs: Path, name: str):
     most = TOLERANCE.get(name, 2e-5)
     one = losses(runs / f"one-{name}")
@@ -72,13 +72,13 @@ def test_any_number_of_processes_gives_the_same_losses(runs: Path, name: str):
         assert gap(one, losses(runs / f"three-{name}")) < most
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", JOBS)
 def test_a_run_in_halves_is_the_run_as_a_whole_bit_for_bit(runs: Path, name: str):
     assert len(whole_checkpoints(runs / f"halves-{name}" / "checkpoints")) == 2
     assert losses(runs / f"halves-{name}") == losses(runs / f"two-{name}")
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - WITHOUT_BACKWARD))
+@pytest.mark.parametrize("name", sorted(set(JOBS) - WITHOUT_BACKWARD))
 def test_updates_in_the_backward_pass_are_those_after_it(runs: Path, name: str):
     """Up to the order in which micro-batches are summed."""
     assert gap(losses(runs / f"two-{name}"), losses(runs / f"backward-{name}")) < TOLERANCE.get(name, 2e-5)

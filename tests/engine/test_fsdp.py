@@ -10,14 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrtrain import distributed
 from lrtrain.config import choice, compose
-from lrtrain.engine.fsdp import FSDPEngine
+from lrtrain.engine.fsdp import FSDPEngine, sharded_units
 from lrtrain.initialize import materialize
 from lrtrain.layers.base import whole
 from lrtrain.loss import next_token_loss
-from lrtrain.model import make_model
+from lrtrain.model import make_model, parameter_count
 from lrtrain.plan import kept_bytes
 
 FACTORED = (*SMALL, "param.execution=factored")
+LOWRANK = (*SMALL, "param=lowrank")  # whose gradients are none zero
 ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
 
 
@@ -152,3 +153,51 @@ def test_a_block_keeps_its_input_and_seven_bottlenecks(world, param: str):
     nothing, inputs, bottleneck = kept(0, "inputs"), kept(1, "inputs"), kept(1, "bottleneck")
     assert bottleneck - inputs == 4 * tokens * 7 * r * layers
     assert nothing - inputs > 4 * tokens * layers * (7 * r + 9 * d)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16_sr"])
+def test_updates_in_the_backward_pass_hold_the_gradients_of_one_block_at_most(world, dtype: str, monkeypatch):
+    """In bfloat16 the engine is wrapped by FSDP, which reduces a block at a time."""
+    made = engine(world, overrides=(*LOWRANK, "optim.in_backward=true", f"train.dtype={dtype}"))
+    alive: list[int] = []
+    step_one = made.optimizer.step_one
+
+    def counted(p, group):
+        alive.append(sum(q.numel() for q in made.model.parameters() if q.grad is not None))
+        step_one(p, group)
+
+    monkeypatch.setattr(made.optimizer, "step_one", counted)
+    before = [whole(p).clone() for p in made.model.parameters()]
+    made.begin_step(0, 1e-2, 1.0, "parameter")
+    result = made.clip_and_step(made.forward_backward(ROWS, 64).item())
+    units = [parameter_count(unit) for unit in sharded_units(made.model)]
+    norm = parameter_count(made.model) - sum(units)  # the last one, which is in no unit
+    assert norm == 32 and len(alive) == len(before) and 0 < max(alive) <= max(units) + norm
+    assert not result.skipped and result.grad_norm > 0
+    assert all(not torch.equal(old, whole(p)) for old, p in zip(before, made.model.parameters(), strict=True))
+    assert all(p.grad is None for p in made.model.parameters())
+
+
+def test_a_gradient_that_is_not_finite_skips_its_parameter_alone_in_the_backward_pass(world):
+    made = engine(world, overrides=(*LOWRANK, "optim.in_backward=true"))
+    spoiled = made.model.get_parameter("model.layers.1.mlp.up_proj.B.weight")
+    spoiled.register_hook(lambda gradient: gradient * math.nan)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
+    made.begin_step(0, 1e-2, 1.0, "parameter")
+    result = made.clip_and_step(made.forward_backward(ROWS, 64).item())
+    kept = {name for name, p in made.model.named_parameters() if torch.equal(p, before[name])}
+    assert result.skipped and kept == {"model.layers.1.mlp.up_proj.B.weight"}
+    assert made.optimizer.state[spoiled]["step"] == 0
+
+
+def test_clipping_by_parameter_bounds_each_and_all(world):
+    made = engine(world)
+    made.begin_step(0, 0.0, 0.01, "parameter")
+    made.forward_backward(ROWS, 64)
+    seen = {}
+    step = made.optimizer.step
+    made.optimizer.step = lambda: (seen.update({n: p.grad.norm() for n, p in made.model.named_parameters()}), step())
+    assert made.clip_and_step(1.0).grad_norm > 0.01
+    most = 0.01 / math.sqrt(len(seen))
+    assert max(seen.values()) == pytest.approx(most, rel=1e-4)
+    assert torch.stack([*seen.values()]).norm() <= 0.01 * (1 + 1e-4)
