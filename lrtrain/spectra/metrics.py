@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 ENERGY_PERCENTS = (90, 95, 99)
+WELORE_THRESHOLD = 0.135
+"""WeLore's own for removing 50 % of LLaMA-2-7B (Jaiswal et al., arXiv 2407.11239)."""
 _WORST_CONDITION = 1 / torch.finfo(torch.float64).eps
 
 
@@ -39,6 +41,9 @@ def summarize(sigma: Tensor, rank_cap: int) -> dict[str, float]:
         "erank_rel": effective_rank(sigma) / rank_cap,
         "stable_rank": stable_rank(sigma),
         "participation_ratio": participation_ratio(sigma),
+        "nuclear_over_spectral": nuclear_norm(sigma) / spectral_norm(sigma),
+        "rank_above_1pct": rank_above(sigma, 0.01),
+        "welore_ratio": welore_ratio(sigma[:rank_cap], WELORE_THRESHOLD),
         # The logarithm, since one nearly singular layer would hide all others in a mean over layers.
         "log10_condition": math.log10(min(condition_number(sigma[:rank_cap]), _WORST_CONDITION)),
     }
@@ -106,3 +111,38 @@ def energy_rank(sigma: Tensor, tau: float) -> int:
     # The slack lets an exact equality pass that rounding of the sum would miss.
     short = cumulative < tau * total * (1 - 1e-12)
     return int(short.sum()) + (1 if total > 0 else 0)
+
+
+def rank_above(sigma: Tensor, share: float) -> int:
+    """#{σ_i > share·σ_1}: a rank that weight decay and the number format do not move."""
+    return int((sigma > share * sigma[0]).sum())
+
+
+def numerical_rank(sigma: Tensor, shape: tuple[int, int], stored_as: torch.dtype) -> int:
+    """#{σ_i > σ_1·max(m, n)·eps}, NumPy's rule, with the eps of the dtype in which the matrix (m, n) is *stored*:
+    rounding to it is noise, whatever the spectrum was computed in."""
+    return int((sigma > sigma[0] * max(shape) * torch.finfo(stored_as).eps).sum())
+
+
+def welore_ratio(sigma: Tensor, threshold: float) -> float:
+    """The share of values whose z_i = (σ_i − σ_q)/(σ_1 − σ_q) is below `threshold`: large for a heavy tail.
+
+    Jaiswal et al., "From GaLore to WeLore", arXiv 2407.11239. 0 where all values are equal. Exact zeros beyond a
+    matrix's possible rank would shift σ_q: leave them out.
+    """
+    spread = sigma[0] - sigma[-1]
+    return float(((sigma - sigma[-1]) < threshold * spread).double().mean()) if spread > 0 else 0.0
+
+
+def normalized_entropy(sigma: Tensor, rank: int) -> float:
+    """H(σ²)/ln(rank), in [0, 1]; 0 for rank 1. WeightWatcher's matrix entropy, without its added constant."""
+    return entropy(sigma**2) / math.log(rank) if rank > 1 else 0.0
+
+
+def nuclear_norm_bounds(leading: Tensor, squared_frobenius: float, count: int) -> tuple[float, float]:
+    """Between what Σσ lies if only the k leading of `count` values and ‖W‖_F² are known.
+
+    The rest E = ‖W‖_F² − Σ_{i≤k} σ_i² holds at least E/σ_k and at most √((count − k) E).
+    """
+    known, rest = nuclear_norm(leading), max(0.0, squared_frobenius - float((leading**2).sum()))
+    return known + rest / float(leading[-1]), known + math.sqrt((count - len(leading)) * rest)

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrtrain.spectra.metrics import condition_number, effective_rank, effective_rank_energy, summarize
+from lrtrain.spectra.metrics import (
+    condition_number,
+    effective_rank,
+    effective_rank_energy,
+    normalized_entropy,
+    nuclear_norm_bounds,
+    numerical_rank,
+    summarize,
+    welore_ratio,
+)
 
 F1 = torch.tensor([4.0, 2.0, 1.0, 1.0], dtype=torch.float64)
 F2 = torch.tensor([5.0, 3.0], dtype=torch.float64)
@@ -24,6 +33,9 @@ EXPECTED = {
     "energy_rank_95": (3, 2, 2),
     "energy_rank_99": (4, 2, 2),
     "log10_condition": (math.log10(4), math.log10(5 / 3), math.log10(math.sqrt(7))),
+    "nuclear_over_spectral": (2.0, 1.6, 1 + 1 / math.sqrt(7)),
+    "rank_above_1pct": (4, 2, 2),
+    "welore_ratio": (0.5, 0.5, 0.5),
     "erank_rel": (3.363586 / 4, 1.937819 / 2, 1.799450 / 2),
     "spectral_norm": (4.0, 5.0, math.sqrt(21)),
 }
@@ -86,3 +98,43 @@ def test_a_singular_matrix_has_a_finite_logarithm_of_its_condition():
     sigma = torch.tensor([1.0, 0.0], dtype=torch.float64)
     assert condition_number(sigma) == math.inf
     assert summarize(sigma, 2)["log10_condition"] == pytest.approx(15.65, abs=0.01)
+
+
+@pytest.mark.parametrize("threshold, pruned", [(0.05, 2), (0.135, 4), (0.5, 4)])
+def test_welore_counts_what_is_small_beside_the_spread(threshold: float, pruned: int):
+    sigma = torch.tensor([10, 6, 2, 1.5, 1.2, 1], dtype=torch.float64)
+    assert welore_ratio(sigma, threshold) == pytest.approx(pruned / 6)
+
+
+def test_zeros_beyond_the_possible_rank_mislead_welore():
+    sigma = torch.tensor([10, 6, 2, 1], dtype=torch.float64)
+    assert welore_ratio(sigma, 0.135) == 2 / 4
+    assert welore_ratio(torch.cat([sigma, torch.zeros(4)]), 0.135) == 5 / 8
+    assert summarize(torch.cat([sigma, torch.zeros(4)]), rank_cap=4)["welore_ratio"] == 2 / 4
+
+
+def test_the_numerical_rank_depends_on_how_the_matrix_is_stored():
+    sigma = torch.tensor([10, 1, 1e-5, 1e-8], dtype=torch.float64)
+    assert numerical_rank(sigma, (4, 4), torch.float32) == 3
+    assert numerical_rank(sigma, (4096, 4096), torch.float32) == 2
+    assert numerical_rank(sigma, (4, 4), torch.float64) == 4
+
+
+def test_rounding_to_bfloat16_adds_no_rank():
+    generator = torch.Generator().manual_seed(0)
+    low_rank = torch.randn(256, 16, generator=generator) @ torch.randn(16, 256, generator=generator)
+    sigma = torch.linalg.svdvals(low_rank.bfloat16().double())
+    assert numerical_rank(sigma, (256, 256), torch.float32) > 16
+    assert numerical_rank(sigma, (256, 256), torch.bfloat16) <= 16
+
+
+def test_the_normalized_entropy_of_equal_values_is_one():
+    assert normalized_entropy(torch.ones(8, dtype=torch.float64), 8) == pytest.approx(1)
+    assert normalized_entropy(F1, 4) == pytest.approx(0.593352, abs=1e-5)
+    assert normalized_entropy(F1[:1], 1) == 0
+
+
+def test_a_leading_part_bounds_the_nuclear_norm():
+    low, high = nuclear_norm_bounds(F1[:1], float((F1**2).sum()), 4)
+    assert (low, high) == pytest.approx((4 + 1.5, 4 + 4.242641), abs=1e-6)
+    assert low <= 8 <= high

@@ -1,0 +1,48 @@
+"""How far two subspaces agree: principal angles and overlap.
+
+Björck & Golub, "Numerical methods for computing angles between linear subspaces", 1973. Two random subspaces of
+dimension k in d dimensions overlap by k/d: a measured overlap says something only beyond that.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def orthonormal_basis(columns: Tensor) -> Tensor:
+    """An orthonormal basis (d, k) in float64 of the space that the columns (d, k) span, k ≤ d, of full rank."""
+    return torch.linalg.qr(columns.double()).Q
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """The k angles (radians, ascending) between the spaces of two orthonormal bases (d, k).
+
+    Large ones from their cosines, small ones from their sines: the arccosine knows no angle below √eps.
+    """
+    first, second = first.double(), second.double()
+    shared = first.T @ second
+    cosines = torch.linalg.svdvals(shared).clamp(max=1)  # descending, so the angles ascend
+    sines = torch.linalg.svdvals(second - first @ shared).clamp(max=1).flip(0)
+    return torch.where(cosines > math.sqrt(0.5), torch.asin(sines), torch.acos(cosines))
+
+
+def overlap(first: Tensor, second: Tensor) -> float:
+    """‖UᵀV‖_F²/k, the mean squared cosine of the angles between orthonormal bases (d, k): 1 for the same space."""
+    return float((first.double().T @ second.double()).square().sum()) / min(first.shape[1], second.shape[1])
+
+
+def overlap_by_size(first: Tensor, second: Tensor) -> Tensor:
+    """φ(i, j) = ‖U[:, :i]ᵀV[:, :j]‖_F²/min(i, j) for i, j = 1 … k of ordered orthonormal bases (d, k) → (k, k).
+
+    Hu et al., "LoRA", ICLR 2022, equation (4).
+    """
+    squares = (first.double().T @ second.double()).square()
+    i, j = (torch.arange(1, size + 1, dtype=torch.float64, device=squares.device) for size in squares.shape)
+    return squares.cumsum(0).cumsum(1) / torch.minimum(i[:, None], j[None, :])
+
+
+def relative_gap(sigma: Tensor, k: int) -> float:
+    """(σ_k − σ_{k+1})/σ_k: below some 5 % the space of the k leading vectors is hardly defined."""
+    following = float(sigma[k]) if k < len(sigma) else 0.0
+    return 1 - following / float(sigma[k - 1])
