@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, make_dataclass
 from functools import partial
@@ -236,6 +237,10 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(
             "train.recompute_keep=bottleneck has no effect without recomputation: add train.recompute_every=1"
         )
+    try:
+        re.compile(config.spectra.parts or "")
+    except re.error as error:
+        raise ConfigError(f"spectra.parts={config.spectra.parts} is not a regular expression: {error}") from error
     if config.eval.compat not in (None, "galore"):
         raise ConfigError(f"eval.compat={config.eval.compat} is not galore or null")
     if train.batch_size % (world_size * train.micro_batch_size):

@@ -82,6 +82,11 @@ class FactorizedLinear(nn.Module, ABC):
 
         Of a nonlinear layer: those of the map with its activation taken as the identity."""
 
+    def parts(self) -> tuple[Tensor, Tensor] | None:
+        """L (out, in) of rank `rank` at the most and S (out, in) with W = L + S; None where W is not such a sum. Needs
+        whole parameters: see `gathered`. Of a nonlinear layer: with its activation taken as the identity."""
+        return None
+
     @abstractmethod
     def flops(self, tokens: int) -> int:
         """Floating-point operations (a multiply-add is two) of one forward pass over `tokens` tokens.

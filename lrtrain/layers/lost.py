@@ -118,6 +118,11 @@ class LOSTLinear(FactorizedLinear):
         low_rank = self.gamma * (self.B.weight @ self.A.weight)
         return low_rank.index_add(1, self.columns, self.sparse, alpha=1 - self.gamma)
 
+    def parts(self) -> tuple[Tensor, Tensor]:
+        low_rank = self.gamma * (self.B.weight @ self.A.weight)
+        sparse = torch.zeros_like(low_rank).index_add(1, self.columns, self.sparse, alpha=1 - self.gamma)
+        return low_rank, sparse
+
     def singular_values(self) -> Tensor:
         inner = self.rank + self.count
         if inner > min(self.in_features, self.out_features):

@@ -51,8 +51,13 @@ def compose(
 ) -> Tensor:
     """W = scale·B A + S: B (out, r), A (r, in), values (nnz,) on the support → (out, in)."""
     weight = (scale * left) @ right
-    weight.view(-1).index_add_(0, flat_positions(crow, col, block, right.shape[1]), values)
+    add_sparse_(weight, values, crow, col, block)
     return weight
+
+
+def add_sparse_(weight: Tensor, values: Tensor, crow: Tensor | None, col: Tensor, block: int) -> None:
+    """Add S to weight (out, in), in place."""
+    weight.view(-1).index_add_(0, flat_positions(crow, col, block, weight.shape[1]), values)
 
 
 class _Materialized(torch.autograd.Function):
@@ -234,6 +239,12 @@ class SLTrainLinear(RebalancedLinear):
 
     def dense_weight(self) -> Tensor:
         return compose(self.B.weight, self.A.weight, self.values, self.crow, self.col, self.block, self.scale)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        low_rank = (self.scale * self.B.weight) @ self.A.weight
+        sparse = torch.zeros_like(low_rank)
+        add_sparse_(sparse, self.values, self.crow, self.col, self.block)
+        return low_rank, sparse
 
     def singular_values(self) -> Tensor:
         return dense_singular_values(self.dense_weight())

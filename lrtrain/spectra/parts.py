@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrtrain.spectra.factors import dense_singular_values
+
 
 @dataclass(frozen=True)
 class Contributions:
@@ -21,10 +23,40 @@ class Contributions:
 
 
 def contributions(low_rank: Tensor, sparse: Tensor) -> Contributions:
-    """What L (out, in) and S (out, in) contribute to each singular value of L + S; one full SVD."""
+    """What L (out, in) and S (out, in) contribute to each singular value of L + S.
+
+    WWᵀ = UΣ²Uᵀ gives U, and c^L_i = u_iᵀ L Wᵀ u_i/σ_i: one eigenproblem of the smaller side in place of an SVD. Values
+    below 1e-7·σ_1 are noise in a squared matrix; their contributions are zero here.
+    """
+    if low_rank.shape[0] > low_rank.shape[1]:
+        low_rank, sparse = low_rank.T, sparse.T
     low_rank, sparse = low_rank.double(), sparse.double()
-    u, sigma, vh = torch.linalg.svd(low_rank + sparse, full_matrices=False)
-    return Contributions(sigma, ((u.T @ low_rank) * vh).sum(1), ((u.T @ sparse) * vh).sum(1))
+    weight = low_rank + sparse
+    energy, u = torch.linalg.eigh(weight @ weight.T)
+    sigma, u = energy.clamp(min=0).sqrt().flip(0), u.flip(1)
+    v = torch.where(sigma > 1e-7 * sigma[0], 1 / sigma, 0.0) * (weight.T @ u)  # (long side, short side)
+    return Contributions(sigma, (u * (low_rank @ v)).sum(0), (u * (sparse @ v)).sum(0))
+
+
+def head_and_tail(low_rank: Tensor, sparse: Tensor, rank: int, generator: torch.Generator) -> dict[str, float]:
+    """The shares of head and tail by name, and beside them (`_null`) those with the entries of S put elsewhere at
+    random: what the sizes of L and S alone explain. `sparse_over_low_rank` is σ_1(S)/σ_r(L).
+
+    Nothing for a W that is zero or not finite, and no share or ratio that is not defined (rank = min(out, in), L = 0).
+    """
+    weight = low_rank + sparse
+    if not torch.isfinite(weight).all() or not weight.any():
+        return {}
+    elsewhere = torch.randperm(sparse.numel(), generator=generator).to(sparse.device)
+    shuffled = sparse.flatten()[elsewhere].view(sparse.shape)
+    shares: dict[str, float | None] = {}
+    for suffix, part in (("", sparse), ("_null", shuffled)):
+        found = contributions(low_rank, part)
+        shares[f"head_share{suffix}"] = head_share(found, rank)
+        shares[f"tail_share{suffix}"] = tail_share(found, rank)
+    weakest = float(dense_singular_values(low_rank)[rank - 1])
+    shares["sparse_over_low_rank"] = float(dense_singular_values(sparse)[0]) / weakest if weakest > 0 else None
+    return {name: share for name, share in shares.items() if share is not None}
 
 
 def head_share(found: Contributions, rank: int) -> float:

@@ -1,19 +1,24 @@
 """Singular values of all weights of a model that may be spread over processes."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from statistics import fmean
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lrtrain.dealing import dealt_layers
+from lrtrain.initialize import generator_for
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.spectra.factors import dense_singular_values
 from lrtrain.spectra.metrics import is_finite, is_zero, summarize
 from lrtrain.spectra.names import projection_of
+from lrtrain.spectra.parts import head_and_tail
 
 LinearLayer = FactorizedLinear | nn.Linear
+L = TypeVar("L", bound=LinearLayer)
 
 
 @torch.no_grad()
@@ -24,7 +29,7 @@ def weight_spectra(layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
     those that are computed at the same time cost about the same.
     """
     by_cost = {name: layers[name] for name in sorted(layers, key=lambda name: (-_cost(layers[name]), name))}
-    found = dict(dealt_layers(by_cost, lambda _, layer: {"sigma": _singular_values(layer).cpu()}))
+    found = dict(dealt_layers(by_cost, lambda _, layer: {"sigma": _singular_values(_upcast(layer)).cpu()}))
     return {name: found[name]["sigma"] for name in layers}
 
 
@@ -35,17 +40,43 @@ def spectra_metrics(spectra: Mapping[str, Tensor]) -> dict[str, float]:
     share the last component of their name (q_proj, …) and under `all` over all of them, and in `spectra_meta/`
     how many matrices were zero or not finite. `erank_rel` is relative to the number of values in the spectrum.
     """
-    metrics: dict[str, float] = {}
-    groups: defaultdict[str, list[float]] = defaultdict(list)
-    for layer, sigma in spectra.items():
-        for metric, value in summarize(sigma, rank_cap=len(sigma)).items():
-            metrics[f"spectra/{layer}/{metric}"] = value
-            groups[f"spectra/summary/{projection_of(layer)}/{metric}_mean"].append(value)
-            groups[f"spectra/summary/all/{metric}_mean"].append(value)
-    metrics |= {name: fmean(values) for name, values in groups.items()}
+    metrics = by_layer_and_projection({name: summarize(sigma, len(sigma)) for name, sigma in spectra.items()})
     metrics["spectra_meta/zero_matrices"] = _count(is_finite(s) and is_zero(s) for s in spectra.values())
     metrics["spectra_meta/nonfinite"] = _count(not is_finite(s) for s in spectra.values())
     return metrics
+
+
+def by_layer_and_projection(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of layers under the names they are logged by, with the means over each projection and over all."""
+    metrics: dict[str, float] = {}
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    for layer, values in found.items():
+        for metric, value in values.items():
+            metrics[f"spectra/{layer}/{metric}"] = value
+            groups[f"spectra/summary/{projection_of(layer)}/{metric}_mean"].append(value)
+            groups[f"spectra/summary/all/{metric}_mean"].append(value)
+    return metrics | {name: fmean(values) for name, values in groups.items()}
+
+
+@torch.no_grad()
+def part_metrics(layers: Mapping[str, LinearLayer], pattern: str | None) -> dict[str, float]:
+    """`head_share`, `tail_share` and their nulls (see `head_and_tail`) of the sparse-plus-low-rank layers in whose name
+    `pattern` is found, named as in `spectra_metrics`. A collective; it costs several times what spectra do."""
+    chosen = {
+        name: layer
+        for name, layer in layers.items()
+        if pattern is not None and isinstance(layer, FactorizedLinear) and re.search(pattern, name)
+    }
+
+    def shares(name: str, layer: FactorizedLinear) -> dict[str, Tensor]:
+        parts = _upcast(layer).parts()
+        if parts is None:
+            return {}
+        found = head_and_tail(*parts, layer.rank, generator_for(0, f"null of {name}"))
+        return {metric: torch.tensor(value, dtype=torch.float64) for metric, value in found.items()}
+
+    found = {name: {k: v.item() for k, v in values.items()} for name, values in dealt_layers(chosen, shares)}
+    return by_layer_and_projection(found)
 
 
 def _cost(layer: LinearLayer) -> int:
@@ -54,6 +85,13 @@ def _cost(layer: LinearLayer) -> int:
 
 def _singular_values(layer: LinearLayer) -> Tensor:
     return layer.singular_values() if isinstance(layer, FactorizedLinear) else dense_singular_values(layer.weight)
+
+
+def _upcast(twin: L) -> L:
+    """The twin that `dealt_layers` made, with float32 parameters where they are stored in fewer bits."""
+    for p in twin.parameters():
+        p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
+    return twin
 
 
 def _count(flags: Iterable[bool]) -> float:

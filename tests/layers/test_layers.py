@@ -143,6 +143,18 @@ def test_singular_values_are_those_of_the_dense_weight(method: str):
     assert (expected[len(found) :] < 1e-8).all()
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if name.startswith(("sltrain", "lost"))])
+def test_the_parts_add_up_to_the_weight(method: str):
+    layer = make(method)
+    parts = layer.parts()
+    assert parts is not None
+    low_rank, sparse = parts
+    assert torch.linalg.matrix_rank(low_rank) <= layer.rank
+    assert torch.allclose(torch.linalg.svdvals(low_rank + sparse).double()[:1], layer.singular_values()[:1], rtol=1e-5)
+    if method not in NONLINEAR:
+        assert torch.allclose(low_rank + sparse, layer.dense_weight(), atol=1e-6)
+
+
 @every_method
 def test_initial_values_are_a_function_of_the_generator(method: str):
     layer = METHODS[method](12, 10, True, 3)

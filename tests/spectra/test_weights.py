@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
+from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
-from lrtrain.spectra.weights import LinearLayer, spectra_metrics, weight_spectra
+from lrtrain.spectra.weights import LinearLayer, part_metrics, spectra_metrics, weight_spectra
 
 
 class Block(nn.Module):
@@ -24,6 +25,8 @@ class Block(nn.Module):
         self.q_proj = LowRankLinear(12, 20, bias=False, rank=5, **own)
         self.up_proj = LowRankLinear(12, 32, bias=True, rank=13, **own)
         self.down_proj = nn.Linear(32, 12, bias=False)
+        self.gate_proj = LOSTLinear(12, 32, False, 3, 0.25, 0.7, "none", "svd_l2", None, 0.02)
+        self.gate_proj.load_state_dict(self.gate_proj.init_parameters(torch.Generator().manual_seed(0)))
 
 
 def small_model() -> nn.Module:
@@ -32,11 +35,11 @@ def small_model() -> nn.Module:
 
 
 def linear_layers(model: nn.Module) -> dict[str, LinearLayer]:
-    projections = ("q_proj", "up_proj", "down_proj")
+    projections = ("q_proj", "up_proj", "down_proj", "gate_proj")
     return {
         name: module
         for name, module in model.named_modules()
-        if name.endswith(projections) and isinstance(module, LowRankLinear | nn.Linear)
+        if name.endswith(projections) and isinstance(module, LowRankLinear | LOSTLinear | nn.Linear)
     }
 
 
@@ -69,6 +72,30 @@ def test_two_processes_with_sharded_weights_get_the_spectra_of_one(tmp_path: Pat
         assert list(sharded) == list(alone)
         for name, sigma in alone.items():
             torch.testing.assert_close(sharded[name], sigma, rtol=1e-9, atol=1e-12)
+    parts = part_metrics(linear_layers(small_model()), ".")
+    assert torch.load(tmp_path / "parts0.pt") == torch.load(tmp_path / "parts1.pt") == pytest.approx(parts, rel=1e-9)
+
+
+def test_head_and_tail_are_told_of_the_chosen_sparse_plus_low_rank_layers_alone():
+    layers = linear_layers(small_model())
+    metrics = part_metrics(layers, r"^1\.")
+    of_layers = {name.split("/")[1] for name in metrics if not name.startswith("spectra/summary/")}
+    assert of_layers == {"1.gate_proj"}
+    names = ("head_share", "tail_share", "head_share_null", "tail_share_null", "sparse_over_low_rank")
+    assert {name.rpartition("/")[2] for name in metrics if name.startswith("spectra/1.")} == set(names)
+    assert metrics["spectra/summary/gate_proj/head_share_mean"] == metrics["spectra/1.gate_proj/head_share"]
+    assert part_metrics(layers, None) == {}
+
+
+def test_bfloat16_weights_are_measured_in_more():
+    model = small_model()
+    rounded = {name: layer.bfloat16() for name, layer in linear_layers(model).items()}
+    found = weight_spectra(rounded)
+    for name, sigma in found.items():
+        layer = rounded[name].float()
+        weight = layer.weight if isinstance(layer, nn.Linear) else layer.dense_weight()
+        exact = torch.linalg.svdvals(weight.detach().double())[: len(sigma)]
+        torch.testing.assert_close(sigma, exact, rtol=1e-5, atol=1e-7)
 
 
 def _measure_sharded(rank: int, folder: str):
@@ -80,6 +107,7 @@ def _measure_sharded(rank: int, folder: str):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     torch.save(weight_spectra(linear_layers(model)), f"{folder}/{rank}.pt")
+    torch.save(part_metrics(linear_layers(model), "."), f"{folder}/parts{rank}.pt")
     dist.destroy_process_group()
 
 
