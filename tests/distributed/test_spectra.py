@@ -1,0 +1,45 @@
+"""Looking at a model never changes what it becomes."""
+
+from pathlib import Path
+
+import pytest
+from launching import TINY
+from runs import losses, run_jobs
+
+from lrtrain.tracking.jsonl import series
+
+METHODS = {
+    "dense": ["param=dense"],
+    "sltrain": ["param=sltrain", "param.execution=factored"],
+    "lost": ["param=lost"],
+    "sst": ["param=sst", "param.iteration=2", "param.round=2", "param.warmup=2"],  # with random choices of its own
+}
+MEASURED = {"off": ["spectra=off"], "full": ["spectra=full", "spectra.every=1"]}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, cache, corpus) -> Path:
+    folder = tmp_path_factory.mktemp("measured")
+    jobs = [
+        [*TINY, f"data.path={corpus}", *method, *measured, "train.steps=4", f"run.dir={folder}/{name}-{how}"]
+        for name, method in METHODS.items()
+        for how, measured in MEASURED.items()
+    ]
+    run_jobs(jobs, 2, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_measuring_after_every_step_leaves_the_losses_as_they_are_bit_for_bit(runs: Path, name: str):
+    assert len(losses(runs / f"{name}-off")) == 4
+    assert losses(runs / f"{name}-off") == losses(runs / f"{name}-full")
+    assert list(series(runs / f"{name}-full" / "metrics.jsonl", "perf/spectra_seconds")[0]) == [0, 1, 2, 3, 4]
+    assert not series(runs / f"{name}-off" / "metrics.jsonl", "perf/spectra_seconds")[0].size
+
+
+@pytest.mark.parametrize("name", ["sltrain", "lost"])
+def test_head_and_tail_are_logged_with_their_null(runs: Path, name: str):
+    for share in ("head_share", "tail_share"):
+        for suffix in ("", "_null"):
+            steps, values = series(runs / f"{name}-full" / "metrics.jsonl", f"spectra/summary/all/{share}{suffix}_mean")
+            assert steps[-1] == 4 and 0 <= values[-1] <= 1.01
