@@ -1,0 +1,102 @@
+"""Choose each layer's rank from the spectra that a run measured, within a budget of parameters.
+
+python scripts/suggest_ranks.py runs/llama_tiny-dense --budget 0.5              one threshold on the energy that is left
+python scripts/suggest_ranks.py runs/llama_tiny-dense --budget 0.5 --by tail    one on WeLore's normalized values
+
+Writes conf/experiment/<run>-<by>.yaml (or --out) with a `param.rank` for each layer, and says how to train with it. The
+budget is Σ rank·(out + in) over the measured layers, as a share of their dense Σ out·in.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lrtrain.config import typed
+from lrtrain.model import make_model, matrices
+from lrtrain.spectra.allocation import SCORES, Shape, allocate, factor_parameters, kept_energy, uniform_ranks
+from lrtrain.spectra.names import projection_of
+from lrtrain.tracking.spectra_files import load_spectra, spectra_steps
+
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "conf" / "experiment"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory with spectra/step-*.npz in it")
+    parser.add_argument("--budget", type=float, required=True, help="share of the dense parameters, as 0.5")
+    parser.add_argument("--by", choices=SCORES, default="energy", help="what a singular value counts by")
+    parser.add_argument("--param", default="lowrank", help="the parameterization that the file chooses")
+    parser.add_argument("--out", type=Path, help="where to write the file")
+    args = parser.parse_args()
+    out = args.out or EXPERIMENTS / f"{args.run.resolve().name}-{args.by}.yaml"
+    if not 0 < args.budget <= 1:
+        parser.error(f"--budget {args.budget} is not a share above 0 and at most 1")
+    if out.exists():
+        parser.error(f"{out} exists; choose another --out")
+    steps = spectra_steps(args.run)
+    if not steps or not (args.run / "config.yaml").exists():
+        parser.error(f"{args.run} has no spectra and config.yaml: train it with spectra=light")
+    spectra = {name: torch.from_numpy(sigma) for name, sigma in load_spectra(args.run, steps[-1]).items()}
+    shapes = shapes_of(args.run)
+    try:
+        ranks = allocate(spectra, shapes, args.budget, args.by)
+    except ValueError as error:
+        parser.error(str(error))
+    print_ranks(spectra, shapes, ranks, uniform_ranks(shapes, args.budget), steps[-1])
+    limited = sum(rank == len(spectra[name]) < min(shapes[name]) for name, rank in ranks.items())
+    if limited:
+        print(f"{limited} layers got all of the rank that they were measured at: a dense run can tell of larger ones")
+    write(out, ranks, args)
+    print(f"written: {out}\nuse it:  torchrun launch/pretrain.py experiment={out.stem}   (from conf/experiment/)")
+
+
+def shapes_of(run: Path) -> dict[str, Shape]:
+    """(out, in) of the layers that the run measured, from its own configuration."""
+    loaded = OmegaConf.load(run / "config.yaml")
+    assert isinstance(loaded, DictConfig)
+    config = typed(loaded)
+    layers = matrices(make_model(config), config.param["pattern"])
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+
+
+def print_ranks(
+    spectra: dict[str, Tensor], shapes: dict[str, Shape], ranks: dict[str, int], uniform: dict[str, int], step: int
+) -> None:
+    """One line per projection: ranks by depth, and the energy that they and the uniform rank keep."""
+    table = Table("projection", "out×in", "uniform", "ranks by depth", "energy kept", "uniform's", box=box.SIMPLE)
+    for projection in dict.fromkeys(map(projection_of, spectra)):
+        names = [name for name in spectra if projection_of(name) == projection]
+        kept, even = (
+            sum(kept_energy(spectra[name], chosen[name]) for name in names) / len(names) for chosen in (ranks, uniform)
+        )
+        m, n = shapes[names[0]]
+        by_depth = " ".join(str(ranks[name]) for name in names)
+        table.add_row(projection, f"{m}×{n}", str(uniform[names[0]]), by_depth, f"{kept:.1%}", f"{even:.1%}")
+    Console().print(table)
+    dense = sum(m * n for m, n in shapes.values())
+    total, even = factor_parameters(ranks, shapes), factor_parameters(uniform, shapes)
+    print(f"spectra of step {step}: {total:,} parameters, {total / dense:.1%} of the dense (uniform: {even:,})")
+
+
+def write(out: Path, ranks: dict[str, int], args: argparse.Namespace) -> None:
+    model = OmegaConf.load(args.run / "config.yaml").model.name
+    experiment = {
+        "defaults": [{"override /model": model}, {"override /param": args.param}, "_self_"],
+        "param": {"rank": {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}},
+    }
+    head = (
+        f"# @package _global_\n# Ranks by {args.by} at {args.budget:g} of the dense parameters, from {args.run.name}.\n"
+    )
+    out.write_text(head + yaml.safe_dump(experiment, sort_keys=False, width=120))
+
+
+if __name__ == "__main__":
+    main()
