@@ -222,7 +222,8 @@ def check(config: Config, world_size: int) -> None:
     for section, key, least in [
         ("train", "steps", 1), ("train", "batch_size", 1), ("train", "micro_batch_size", 1), ("train", "log_every", 1),
         ("train", "max_skipped", 1), ("train", "recompute_every", 0), ("eval", "every", 0), ("eval", "sequences", 1),
-        ("checkpoint", "every", 0), ("checkpoint", "keep", 1), ("spectra", "every", 0), ("data", "seq_len", 1),
+        ("checkpoint", "every", 0), ("checkpoint", "keep", 1), ("spectra", "every", 0), ("spectra", "hidden", 0),
+        ("data", "seq_len", 1),
     ]:  # fmt: skip
         value = getattr(getattr(config, section), key)
         if value < least:

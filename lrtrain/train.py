@@ -38,6 +38,7 @@ from lrtrain.model import (
 from lrtrain.report import print_ledger, summary_rows
 from lrtrain.resize import wanted_ranks
 from lrtrain.rundir import check_compatible, checkpoint_to_resume, claim, known_run
+from lrtrain.spectra.hidden import hidden_metrics
 from lrtrain.spectra.weights import part_metrics, spectra_metrics, weight_spectra
 from lrtrain.stop import StopRequest
 from lrtrain.throughput import Meter, matmul_peak, peak_memory_gib
@@ -331,6 +332,9 @@ class Trainer:
         started = time.perf_counter()
         spectra = weight_spectra(self.matrices)
         metrics = spectra_metrics(spectra) | part_metrics(self.matrices, self.config.spectra.parts)
+        if rows := spread(len(self.data.validation), self.config.spectra.hidden):
+            states = self.data.validation.rows(rows)
+            metrics |= hidden_metrics(self.engine.model, states, self.config.train.micro_batch_size, self.world)
         metrics["perf/spectra_seconds"] = time.perf_counter() - started
         self.tracker.log(self.progress.step, self.progress.tokens, metrics)
         self.tracker.log_spectra(self.progress.step, {name: s.numpy() for name, s in spectra.items()})

@@ -6,7 +6,7 @@ import pytest
 from launching import TINY
 from runs import losses, run_jobs
 
-from lrtrain.tracking.jsonl import series
+from lrtrain.tracking.jsonl import read_metrics, series
 
 METHODS = {
     "dense": ["param=dense"],
@@ -26,6 +26,8 @@ def runs(tmp_path_factory, cache, corpus) -> Path:
         for how, measured in MEASURED.items()
     ]
     run_jobs(jobs, 2, folder)
+    alone = [*TINY, f"data.path={corpus}", *METHODS["sltrain"], *MEASURED["full"], "train.steps=1"]
+    run_jobs([[*alone, f"run.dir={folder}/alone"]], 1, folder)
     return folder
 
 
@@ -43,3 +45,14 @@ def test_head_and_tail_are_logged_with_their_null(runs: Path, name: str):
         for suffix in ("", "_null"):
             steps, values = series(runs / f"{name}-full" / "metrics.jsonl", f"spectra/summary/all/{share}{suffix}_mean")
             assert steps[-1] == 4 and 0 <= values[-1] <= 1.01
+
+
+def test_two_processes_measure_what_one_does(runs: Path):
+    alone, shared = (read_metrics(runs / name / "metrics.jsonl")[0] for name in ("alone", "sltrain-full"))
+    assert alone["step"] == shared["step"] == 0
+    measured = {name: value for name, value in alone["metrics"].items() if name.startswith(("spectra/", "hidden/"))}
+    assert {name.rpartition("/")[0] for name in measured if name.startswith("hidden/")} == {
+        f"hidden/{metric}" for metric in ("rankme", "rankme_centered", "mnn", "matent")
+    }
+    for name, value in measured.items():
+        assert shared["metrics"][name] == pytest.approx(value, rel=1e-4), name

@@ -1,0 +1,88 @@
+"""How many dimensions the hidden states of a model use, after each block, on a fixed set of tokens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.distributed import World, total
+from lrtrain.model import blocks
+from lrtrain.spectra.representations import SecondMoment, matrix_entropy, matrix_nuclear_norm, rankme
+
+
+class States:
+    """What is kept of the states after one block: their second moment, and sums over sequences."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.moment = SecondMoment(width, device)
+        self.nuclear_norm = self.entropy = 0.0
+        self.sequences = 0
+
+    def add(self, hidden: Tensor) -> None:
+        """Take in states (sequences, tokens, width)."""
+        self.moment.add(hidden)
+        self.sequences += len(hidden)
+        for sequence in hidden:
+            self.nuclear_norm += matrix_nuclear_norm(sequence)
+            self.entropy += matrix_entropy(sequence)
+
+    def metrics(self) -> dict[str, float]:
+        """Over all processes; a collective."""
+        self.moment.reduce()
+        nuclear_norm, entropy, rows = total(self.nuclear_norm, self.entropy, self.sequences)
+        return {
+            "rankme": rankme(self.moment.singular_values(centered=False)),
+            "rankme_centered": rankme(self.moment.singular_values(centered=True)),
+            "mnn": nuclear_norm / rows,
+            "matent": entropy / rows,
+        }
+
+
+@torch.no_grad()
+def hidden_metrics(model: nn.Module, rows: Tensor, batch_size: int, world: World) -> dict[str, float]:
+    """`hidden/<metric>/L00`, … for the states after each block: `rankme`, `rankme_centered`, `mnn`, `matent`.
+
+    A collective. No states are kept: only a (width, width) sum per block. Runs uncompiled and in eval mode.
+
+    Args:
+        rows: token ids (sequences, seq_len + 1), the same on every process; each takes its share of them.
+        batch_size: sequences per process and forward pass.
+    """
+    layers = blocks(model)
+    width = model.config.get_text_config().hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    states = [States(width, world.device) for _ in layers]
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"), recorded(layers) as outputs:
+            for first in range(0, len(rows), batch_size * world.size):
+                mine = rows[first + world.dist_rank * batch_size :][:batch_size]
+                # Forward passes are collectives: a process that has no rows left runs one that does not count.
+                model((mine if len(mine) else rows[:1])[:, :-1].to(world.device), use_cache=False)
+                for found, hidden in zip(states, outputs, strict=True):
+                    if len(mine):
+                        found.add(hidden)
+                outputs.clear()
+    finally:
+        model.train()
+    return {
+        f"hidden/{metric}/L{depth:02d}": value
+        for depth, found in enumerate(states)
+        for metric, value in found.metrics().items()
+    }
+
+
+@contextmanager
+def recorded(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """What the blocks give out, appended as they do."""
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

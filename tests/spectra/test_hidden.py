@@ -1,0 +1,64 @@
+"""Measures of the states after each block against those computed from all states at once."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lrtrain import distributed
+from lrtrain.spectra.hidden import hidden_metrics
+from lrtrain.spectra.representations import matrix_entropy, matrix_nuclear_norm, rankme
+
+ROWS = torch.randint(64, (5, 13), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def world():
+    yield distributed.start()
+    distributed.stop()
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+            attention_dropout=0.3,
+        )
+    ).train()  # fmt: skip
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_the_metrics_are_those_of_all_states(world, model: LlamaForCausalLM, batch_size: int):
+    found = hidden_metrics(model, ROWS, batch_size, world)
+    assert len(found) == 3 * 4
+    with torch.no_grad():
+        states = copy.deepcopy(model).eval()(ROWS[:, :-1], output_hidden_states=True).hidden_states
+    for depth in (0, 1):  # of the last block transformers gives the normalized states
+        hidden = states[depth + 1].double()
+        rows = hidden.flatten(0, 1)
+        expected = {
+            "rankme": rankme(torch.linalg.svdvals(rows)),
+            "rankme_centered": rankme(torch.linalg.svdvals(rows - rows.mean(0))),
+            "mnn": sum(map(matrix_nuclear_norm, hidden)) / len(hidden),
+            "matent": sum(map(matrix_entropy, hidden)) / len(hidden),
+        }
+        for metric, value in expected.items():
+            assert found[f"hidden/{metric}/L{depth:02d}"] == pytest.approx(value, rel=1e-5)
+
+
+def test_measuring_leaves_mode_hooks_and_random_numbers_as_they_were(world, model: LlamaForCausalLM):
+    state = torch.get_rng_state()
+    hidden_metrics(model, ROWS, 2, world)
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert not any(layer._forward_hooks for layer in model.model.layers)
+
+
+def test_states_that_are_not_finite_give_nan(world, model: LlamaForCausalLM):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.fill_(torch.inf)
+    found = hidden_metrics(model, ROWS, 2, world)
+    assert found["hidden/rankme/L00"] > 1
+    assert found["hidden/rankme/L01"] != found["hidden/rankme/L01"]
