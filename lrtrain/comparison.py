@@ -160,7 +160,10 @@ def read_outcome(study: Study, arm: str) -> Outcome:
 
 # What to show ----------------------------------------------------------------------------------------------
 
-COLUMNS = ("arm", "parameters", "best lr", "eval perplexity", "seeds", "tokens/s", "effective rank", "remarks")
+COLUMNS = (
+    *("arm", "parameters", "optimizer MiB", "best lr", "eval perplexity", "seeds"),
+    *("tokens/s", "effective rank", "remarks"),
+)
 
 
 def table_rows(outcomes: list[Outcome]) -> list[tuple[str, ...]]:
@@ -169,6 +172,7 @@ def table_rows(outcomes: list[Outcome]) -> list[tuple[str, ...]]:
         (
             outcome.arm,
             _parameters(outcome),
+            _number(outcome.mean("optimizer_bytes"), ".1f", unit=2**20),
             f"{outcome.lr:g}" if outcome.lr else "-",
             mean_and_range(outcome.perplexities),
             str(len(outcome.summaries)),
@@ -211,8 +215,8 @@ def _parameters(outcome: Outcome) -> str:
     return f"{stored / 1e6:.2f} M" + (f" / {trainable / 1e6:.2f} M" if trainable not in (None, stored) else "")
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def _number(value: float | None, form: str, unit: float = 1) -> str:
+    return "-" if value is None else format(value / unit, form)
 
 
 def _remarks(outcome: Outcome) -> list[str]:
@@ -256,9 +260,14 @@ def plot_outcomes(outcomes: list[Outcome], title: str, out: Path) -> Path:
 
 
 def arm_styles(arms: list[str]) -> dict[str, dict[str, Any]]:
-    """A color for each method; a variant, named `method+variant`, has its method's color and a broken line."""
-    colors = dict(zip(dict.fromkeys(arm.split("+")[0] for arm in arms), cycle(RUN_COLORS), strict=False))
-    return {arm: {"color": colors[arm.split("+")[0]], "ls": "--" if "+" in arm else "-"} for arm in arms}
+    """A color for each method; variants, named `method+variant`, have their method's color and broken lines."""
+    methods = {arm: arm.split("+")[0] for arm in arms}
+    colors = dict(zip(dict.fromkeys(methods.values()), cycle(RUN_COLORS), strict=False))
+    broken = {method: cycle(("--", ":", "-.")) for method in colors}
+    return {
+        arm: {"color": colors[method], "ls": next(broken[method]) if "+" in arm else "-"}
+        for arm, method in methods.items()
+    }
 
 
 def _draw_losses(axes: Axes, outcome: Outcome, style: dict[str, Any]) -> None:

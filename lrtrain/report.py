@@ -28,6 +28,7 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
         "steps": f"{summary['step']:,} ({summary['tokens']:,} tokens, {summary['skipped']} skipped)",
         "parameters": f"{ours:,} ({ours / dense:.0%} of dense {dense:,}{frozen})",
         "memory": f"{summary['memory_gib']:.2f} GiB per process, peak",
+        "optimizer state": f"{summary['optimizer_bytes'] / 2**20:,.1f} MiB, over all processes",
     }
     if summary["eval_perplexity"] is not None:
         rows["eval perplexity"] = f"{summary['eval_perplexity']:.2f} (loss {summary['eval_loss']:.4f})"

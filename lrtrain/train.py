@@ -154,6 +154,7 @@ class Trainer:
             "parameters": parameter_count(model),
             "parameters_trainable": trainable_count(model),
             "parameters_dense": dense_parameter_count(model),
+            "optimizer_bytes": choice(self.config.optim)(model).state_bytes(),
         }
 
     # --- the loop ------------------------------------------------------------------------------------------------

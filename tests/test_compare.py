@@ -85,7 +85,8 @@ def finish(folder: Path, trial: Trial, perplexity: float, **more) -> None:
         tracker.log(step, 1000 * step, {"eval/loss": math.log(perplexity) + 2 - step})
     tracker.finish({}, 0)
     summary = {"eval_perplexity": perplexity, "parameters": 2_000_000, "tokens": 2000, "tokens_per_second": 100.0}
-    (run_dir / "summary.json").write_text(json.dumps(summary | {"effective_rank": None, "skipped": 0} | more))
+    summary |= {"optimizer_bytes": 3 * 2**20, "effective_rank": None, "skipped": 0}
+    (run_dir / "summary.json").write_text(json.dumps(summary | more))
 
 
 def diverge(folder: Path, trial: Trial) -> None:
@@ -109,6 +110,7 @@ def test_the_outcome_is_of_the_best_learning_rate(tmp_path: Path):
     assert rows[0] == {
         "arm": "a",
         "parameters": "2.00 M / 0.50 M",
+        "optimizer MiB": "3.0",
         "best lr": "0.002",
         "eval perplexity": "23.00 (20.00–26.00)",
         "seeds": "2",
@@ -133,9 +135,9 @@ def test_mean_and_range():
 
 
 def test_a_variant_shares_its_method_s_color():
-    styles = arm_styles(["a", "b", "a+x"])
+    styles = arm_styles(["a", "b", "a+x", "a+y"])
     assert styles["a"]["color"] == styles["a+x"]["color"] != styles["b"]["color"]
-    assert styles["a"]["ls"] != styles["a+x"]["ls"]
+    assert len({styles[arm]["ls"] for arm in ("a", "a+x", "a+y")}) == 3
 
 
 # --- from end to end -----------------------------------------------------------------------------------------------
