@@ -238,10 +238,12 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(
             "train.recompute_keep=bottleneck has no effect without recomputation: add train.recompute_every=1"
         )
-    try:
-        re.compile(config.spectra.parts or "")
-    except re.error as error:
-        raise ConfigError(f"spectra.parts={config.spectra.parts} is not a regular expression: {error}") from error
+    for key in ("parts", "gradients", "updates"):
+        pattern = getattr(config.spectra, key)
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ConfigError(f"spectra.{key}={pattern} is not a regular expression: {error}") from error
     if config.eval.compat not in (None, "galore"):
         raise ConfigError(f"eval.compat={config.eval.compat} is not galore or null")
     if train.batch_size % (world_size * train.micro_batch_size):
@@ -266,6 +268,11 @@ def check(config: Config, world_size: int) -> None:
             raise ConfigError(
                 f"param.lasso={config.param['lasso']} adds to the gradients after the backward pass, when "
                 f"optim.in_backward=true has used them; set optim.in_backward=false"
+            )
+        if config.spectra.gradients is not None and config.spectra.every:
+            raise ConfigError(
+                f"spectra.gradients={config.spectra.gradients} looks at the gradients of a whole step, which "
+                f"optim.in_backward=true never keeps; set spectra.gradients=null"
             )
     if not config.optim["lr"] > 0:
         raise ConfigError(f"optim.lr={config.optim['lr']} must be above 0")

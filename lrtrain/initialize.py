@@ -3,6 +3,7 @@
 So a model is the same at every world size and under every engine.
 """
 
+import copy
 import hashlib
 import inspect
 import os
@@ -47,10 +48,22 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device, fresh: 
     filled: set[int] = set()
     for name, module in model.named_modules():
         if id(module) not in inside and (values := dense_values(model, module, seed, name)):
-            values = zero_start(values, {"weight"}) if hasattr(module, "starts_at_zero") else values
             tied = {key for key in values if id(getattr(module, key)) in filled}  # valued by the module that came first
             take_over(module, {key: value for key, value in values.items() if key not in tied})
             filled.update(id(getattr(module, key)) for key in values)
+
+
+def initial_layer(model: PreTrainedModel, name: str, seed: int) -> nn.Module:
+    """A linear layer of the model, which is on meta, as `materialize` starts it: whole, on the CPU."""
+    layer = model.get_submodule(name)
+    if isinstance(layer, FactorizedLinear):
+        values = initial_state(layer, seed, name) | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+    else:
+        values = dense_values(model, layer, seed, name)
+    twin = copy.deepcopy(layer).to_empty(device="cpu")
+    with torch.no_grad():
+        take_over(twin, values)
+    return twin
 
 
 def initial_state(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
@@ -107,7 +120,8 @@ def take_over(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str) -> dict[str, Tensor]:
-    """The module's own parameters and buffers as transformers initializes them, on the CPU, by name."""
+    """The module's own parameters and buffers as transformers initializes them, on the CPU, by name; zero
+    where it is to start there."""
     own = dict(module.named_parameters(recurse=False))
     buffers = dict(module.named_buffers(recurse=False))
     if not own and not buffers:
@@ -120,7 +134,8 @@ def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(seed, name))
         model._init_weights(twin)
-    return {key: getattr(twin, key) for key in (*own, *buffers)}
+    values = {key: getattr(twin, key) for key in (*own, *buffers)}
+    return zero_start(values, {"weight"}) if hasattr(module, "starts_at_zero") else values
 
 
 def keep_shard(parameter: Tensor, value: Tensor) -> None:

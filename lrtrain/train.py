@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from lrtrain.distributed import World, agree, largest, on_main, total
 from lrtrain.engine.base import Engine, StepResult
 from lrtrain.errors import ConfigError
 from lrtrain.evaluate import Evaluation, evaluate, perplexity
-from lrtrain.initialize import generator_for, integer_seed
+from lrtrain.initialize import generator_for, initial_layer, integer_seed
 from lrtrain.model import (
     dense_parameter_count,
     factorized_layers,
@@ -38,8 +38,10 @@ from lrtrain.model import (
 from lrtrain.report import print_ledger, summary_rows
 from lrtrain.resize import wanted_ranks
 from lrtrain.rundir import check_compatible, checkpoint_to_resume, claim, known_run
+from lrtrain.spectra.gradients import GradientSpectra
 from lrtrain.spectra.hidden import hidden_metrics
-from lrtrain.spectra.weights import part_metrics, spectra_metrics, weight_spectra
+from lrtrain.spectra.movement import Movement
+from lrtrain.spectra.weights import matching, part_metrics, spectra_metrics, weight_spectra
 from lrtrain.stop import StopRequest
 from lrtrain.throughput import Meter, matmul_peak, peak_memory_gib
 from lrtrain.tracking import Tracker, open_tracker
@@ -134,6 +136,9 @@ class Trainer:
 
         self.schedule = choice(config.schedule)
         self.meter = Meter(matmul_peak(world.device, dtype), self.flops, world.size)
+        self.gradients = GradientSpectra()
+        unchanged = cache(lambda: make_model(config))  # on meta, and only if updates are measured
+        self.movement = Movement(lambda name: initial_layer(unchanged(), name, config.train.seed))
         self.read_seconds = 0.0
         ours = checkpoint and config.resume == "auto"  # another run's checkpoint does not save this one
         self.saved_at = (self.progress.step if ours else -1, time.monotonic())
@@ -233,16 +238,19 @@ class Trainer:
         self.engine.begin_step(progress.step, lr, config.train.clip, config.train.clip_by)
         losses = [self.engine.forward_backward(micro, tokens) for micro in rows.split(config.train.micro_batch_size)]
         (loss,) = total(torch.stack(losses).double().sum().item() / tokens)
+        gradients, looking = self._measure_gradients()
         result = self.engine.clip_and_step(loss)
 
         progress.step += 1
         self.engine.revise(progress.step)
         self._resize()
         progress.position += config.train.batch_size
-        seconds = time.perf_counter() - started + self.read_seconds
+        seconds = time.perf_counter() - started - looking + self.read_seconds
         progress.seconds += seconds
         self.meter.add(seconds, self.read_seconds, tokens)
         self._account(result, tokens)
+        if gradients:
+            self.tracker.log(progress.step, progress.tokens, gradients)
         if progress.step == 1 or progress.step % config.train.log_every == 0 or progress.step == config.train.steps:
             self._log(
                 {"train/loss": loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
@@ -332,14 +340,24 @@ class Trainer:
             return {}
         started = time.perf_counter()
         spectra = weight_spectra(self.matrices)
-        metrics = spectra_metrics(spectra) | part_metrics(self.matrices, self.config.spectra.parts)
+        metrics = spectra_metrics(spectra) | part_metrics(matching(self.matrices, self.config.spectra.parts))
         if rows := spread(len(self.data.validation), self.config.spectra.hidden):
             states = self.data.validation.rows(rows)
             metrics |= hidden_metrics(self.engine.model, states, self.config.train.micro_batch_size, self.world)
+        metrics |= self.movement.measure(matching(self.matrices, self.config.spectra.updates))
         metrics["perf/spectra_seconds"] = time.perf_counter() - started
         self.tracker.log(self.progress.step, self.progress.tokens, metrics)
         self.tracker.log_spectra(self.progress.step, {name: s.numpy() for name, s in spectra.items()})
         return metrics
+
+    def _measure_gradients(self) -> tuple[dict[str, float], float]:
+        """The metrics of the gradients of the step under way, if due, and the seconds that they took."""
+        spectra, step, last = self.config.spectra, self.progress.step + 1, self.config.train.steps
+        layers = matching(self.matrices, spectra.gradients)
+        if not layers or not 0 < spectra.every <= last or not (step in (1, last) or due(spectra.every, step)):
+            return {}, 0.0
+        started = time.perf_counter()
+        return self.gradients.measure(layers), time.perf_counter() - started
 
     def _log(self, metrics: dict[str, float]) -> None:
         memory = peak_memory_gib(self.world.device)

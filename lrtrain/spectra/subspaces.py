@@ -15,6 +15,13 @@ def orthonormal_basis(columns: Tensor) -> Tensor:
     return torch.linalg.qr(columns.double()).Q
 
 
+def leading_basis(matrix: Tensor, k: int) -> Tensor:
+    """The k leading singular vectors (short side, k) in float64 on the shorter side of a matrix (out, in)."""
+    matrix = matrix.double()
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -k:].flip(1)
+
+
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """The k angles (radians, ascending) between the spaces of two orthonormal bases (d, k).
 

@@ -1,9 +1,7 @@
 """Singular values of all weights of a model that may be spread over processes."""
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from statistics import fmean
 from typing import TypeVar
 
 import torch
@@ -14,7 +12,7 @@ from lrtrain.initialize import generator_for
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.spectra.factors import dense_singular_values
 from lrtrain.spectra.metrics import is_finite, is_zero, summarize
-from lrtrain.spectra.names import projection_of
+from lrtrain.spectra.names import by_layer_and_projection
 from lrtrain.spectra.parts import head_and_tail
 
 LinearLayer = FactorizedLinear | nn.Linear
@@ -40,33 +38,24 @@ def spectra_metrics(spectra: Mapping[str, Tensor]) -> dict[str, float]:
     share the last component of their name (q_proj, …) and under `all` over all of them, and in `spectra_meta/`
     how many matrices were zero or not finite. `erank_rel` is relative to the number of values in the spectrum.
     """
-    metrics = by_layer_and_projection({name: summarize(sigma, len(sigma)) for name, sigma in spectra.items()})
+    metrics = by_layer_and_projection(
+        {name: summarize(sigma, len(sigma)) for name, sigma in spectra.items()}, "spectra"
+    )
     metrics["spectra_meta/zero_matrices"] = _count(is_finite(s) and is_zero(s) for s in spectra.values())
     metrics["spectra_meta/nonfinite"] = _count(not is_finite(s) for s in spectra.values())
     return metrics
 
 
-def by_layer_and_projection(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of layers under the names they are logged by, with the means over each projection and over all."""
-    metrics: dict[str, float] = {}
-    groups: defaultdict[str, list[float]] = defaultdict(list)
-    for layer, values in found.items():
-        for metric, value in values.items():
-            metrics[f"spectra/{layer}/{metric}"] = value
-            groups[f"spectra/summary/{projection_of(layer)}/{metric}_mean"].append(value)
-            groups[f"spectra/summary/all/{metric}_mean"].append(value)
-    return metrics | {name: fmean(values) for name, values in groups.items()}
+def matching(layers: Mapping[str, L], pattern: str | None) -> dict[str, L]:
+    """The layers in whose name the regular expression `pattern` is found; none if it is None."""
+    return {name: layer for name, layer in layers.items() if pattern is not None and re.search(pattern, name)}
 
 
 @torch.no_grad()
-def part_metrics(layers: Mapping[str, LinearLayer], pattern: str | None) -> dict[str, float]:
-    """`head_share`, `tail_share` and their nulls (see `head_and_tail`) of the sparse-plus-low-rank layers in whose name
-    `pattern` is found, named as in `spectra_metrics`. A collective; it costs several times what spectra do."""
-    chosen = {
-        name: layer
-        for name, layer in layers.items()
-        if pattern is not None and isinstance(layer, FactorizedLinear) and re.search(pattern, name)
-    }
+def part_metrics(layers: Mapping[str, LinearLayer]) -> dict[str, float]:
+    """`head_share`, `tail_share` and their nulls (see `head_and_tail`) of the sparse-plus-low-rank layers among these,
+    named as in `spectra_metrics`. A collective; it costs several times what spectra do."""
+    chosen = {name: layer for name, layer in layers.items() if isinstance(layer, FactorizedLinear)}
 
     def shares(name: str, layer: FactorizedLinear) -> dict[str, Tensor]:
         parts = _upcast(layer).parts()
@@ -76,7 +65,7 @@ def part_metrics(layers: Mapping[str, LinearLayer], pattern: str | None) -> dict
         return {metric: torch.tensor(value, dtype=torch.float64) for metric, value in found.items()}
 
     found = {name: {k: v.item() for k, v in values.items()} for name, values in dealt_layers(chosen, shares)}
-    return by_layer_and_projection(found)
+    return by_layer_and_projection(found, "spectra")
 
 
 def _cost(layer: LinearLayer) -> int:

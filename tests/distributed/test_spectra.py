@@ -47,6 +47,38 @@ def test_head_and_tail_are_logged_with_their_null(runs: Path, name: str):
             assert steps[-1] == 4 and 0 <= values[-1] <= 1.01
 
 
+@pytest.mark.parametrize("metric", ["left_nuclear_norm", "right_erank", "left_captured_quarter", "induced_erank"])
+def test_the_gradients_of_every_method_with_factors_are_measured(runs: Path, metric: str):
+    for name in ("sltrain", "lost"):
+        steps, values = series(runs / f"{name}-full" / "metrics.jsonl", f"gradients/summary/all/{metric}_mean")
+        if (name, metric) == ("lost", "induced_erank"):
+            assert not steps.size  # its activation is between the factors
+        else:
+            assert steps[-1] == 4 and values[-1] > 0
+    overlaps = series(runs / "dense-full" / "metrics.jsonl", "gradients/summary/all/overlap_mean")
+    assert list(overlaps[0]) == [2, 3, 4] and ((0 < overlaps[1]) & (overlaps[1] < 1)).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_updates_of_every_method_are_measured(runs: Path, name: str):
+    found = runs / f"{name}-full" / "metrics.jsonl"
+    start, last = (
+        series(found, f"updates/summary/all/spectral_norm_since_{since}_mean") for since in ("start", "last")
+    )
+    assert list(start[0]) == list(last[0]) == [1, 2, 3, 4]
+    assert start[1][0] == last[1][0]  # nothing between W_0 and the first measurement
+    assert (start[1][1:] != last[1][1:]).all()
+
+
+def test_gradients_and_updates_are_those_of_one_process(runs: Path):
+    alone, shared = (read_metrics(runs / name / "metrics.jsonl")[1] for name in ("alone", "sltrain-full"))
+    assert alone["step"] == shared["step"] == 1
+    measured = {name for name in alone["metrics"] if name.startswith(("gradients/summary", "updates/summary"))}
+    assert len(measured) > 50
+    for name in measured:
+        assert shared["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-2), name
+
+
 def test_two_processes_measure_what_one_does(runs: Path):
     alone, shared = (read_metrics(runs / name / "metrics.jsonl")[0] for name in ("alone", "sltrain-full"))
     assert alone["step"] == shared["step"] == 0

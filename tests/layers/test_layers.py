@@ -18,6 +18,7 @@ from lrtrain.layers.nested import NestedLinear
 from lrtrain.layers.relora import ReLoRALinear
 from lrtrain.layers.sltrain import SLTrainLinear
 from lrtrain.layers.sst import SSTLinear
+from lrtrain.spectra.movement import linear_map
 
 SLTRAIN = partial(
     SLTrainLinear,
@@ -120,6 +121,13 @@ def test_a_nonlinear_layer_has_no_dense_weight_and_the_spectrum_of_its_linear_ma
     torch.testing.assert_close(found, expected[: len(found)], rtol=1e-8, atol=1e-8)
     x = torch.randn(5, 12, dtype=torch.float64)
     assert (layer(x) - linear(x)).abs().max() > 0.01
+
+
+@every_method
+def test_the_linear_map_has_the_singular_values(method: str):
+    layer = make(method)
+    found = layer.singular_values()
+    torch.testing.assert_close(torch.linalg.svdvals(linear_map(layer))[: len(found)], found, rtol=1e-8, atol=1e-8)
 
 
 @every_method

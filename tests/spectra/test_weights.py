@@ -13,7 +13,7 @@ from torch.multiprocessing.spawn import spawn
 
 from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
-from lrtrain.spectra.weights import LinearLayer, part_metrics, spectra_metrics, weight_spectra
+from lrtrain.spectra.weights import LinearLayer, matching, part_metrics, spectra_metrics, weight_spectra
 
 
 class Block(nn.Module):
@@ -72,19 +72,19 @@ def test_two_processes_with_sharded_weights_get_the_spectra_of_one(tmp_path: Pat
         assert list(sharded) == list(alone)
         for name, sigma in alone.items():
             torch.testing.assert_close(sharded[name], sigma, rtol=1e-9, atol=1e-12)
-    parts = part_metrics(linear_layers(small_model()), ".")
+    parts = part_metrics(linear_layers(small_model()))
     assert torch.load(tmp_path / "parts0.pt") == torch.load(tmp_path / "parts1.pt") == pytest.approx(parts, rel=1e-9)
 
 
 def test_head_and_tail_are_told_of_the_chosen_sparse_plus_low_rank_layers_alone():
     layers = linear_layers(small_model())
-    metrics = part_metrics(layers, r"^1\.")
+    metrics = part_metrics(matching(layers, r"^1\."))
     of_layers = {name.split("/")[1] for name in metrics if not name.startswith("spectra/summary/")}
     assert of_layers == {"1.gate_proj"}
     names = ("head_share", "tail_share", "head_share_null", "tail_share_null", "sparse_over_low_rank")
     assert {name.rpartition("/")[2] for name in metrics if name.startswith("spectra/1.")} == set(names)
     assert metrics["spectra/summary/gate_proj/head_share_mean"] == metrics["spectra/1.gate_proj/head_share"]
-    assert part_metrics(layers, None) == {}
+    assert matching(layers, None) == {}
 
 
 def test_bfloat16_weights_are_measured_in_more():
@@ -107,7 +107,7 @@ def _measure_sharded(rank: int, folder: str):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     torch.save(weight_spectra(linear_layers(model)), f"{folder}/{rank}.pt")
-    torch.save(part_metrics(linear_layers(model), "."), f"{folder}/parts{rank}.pt")
+    torch.save(part_metrics(linear_layers(model)), f"{folder}/parts{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -1,0 +1,89 @@
+"""Spectra of gradients: of a dense weight, or of the factors that stand in its place.
+
+Nuclear norm and effective rank per projection follow arXiv 2504.10766, there of single samples, here of the whole
+step's gradient, over all processes and before clipping. A factorized layer has no G = ∂L/∂W, only G_B = G Aᵀ and
+G_A = Bᵀ G, and the change G_B A + B G_A that a step of gradient descent on its factors makes to W.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.dealing import dealt_layers
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.spectra.factors import dense_singular_values
+from lrtrain.spectra.metrics import effective_rank, is_finite, is_zero
+from lrtrain.spectra.names import by_layer_and_projection
+from lrtrain.spectra.subspaces import leading_basis, overlap
+from lrtrain.spectra.updates import first_order_update
+
+PREFIXES = {"factor_left": "left_", "factor_right": "right_", "matrix": ""}
+
+
+class GradientSpectra:
+    """Measures gradients, and how far each one's leading quarter of singular vectors turned since the last time.
+
+    A process keeps these vectors for the layers that are dealt to it. They are not part of a checkpoint: after
+    resuming, the first measurement has no overlap.
+    """
+
+    def __init__(self) -> None:
+        self.bases: dict[tuple[str, str], Tensor] = {}
+
+    @torch.no_grad()
+    def measure(self, layers: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Metrics of the gradients that the layers' parameters have now. A collective."""
+        pairs = {name: nn.ModuleList([layer, with_gradients(layer)]) for name, layer in layers.items()}
+        found = {name: {k: v.item() for k, v in values.items()} for name, values in dealt_layers(pairs, self._of_layer)}
+        return by_layer_and_projection(found, "gradients")
+
+    def _of_layer(self, name: str, pair: nn.ModuleList) -> dict[str, Tensor]:
+        layer, gradients = pair
+        found: dict[str, float] = {}
+        for key, prefix in named_matrices(layer):
+            gradient = dict(gradients.named_parameters()).get(key)
+            if gradient is not None:
+                measured = self._of_matrix((name, key), gradient)
+                found |= {prefix + metric: value for metric, value in measured.items()}
+        names = layer.factor_pair() if isinstance(layer, FactorizedLinear) else None
+        if names is not None and found:
+            left, right = (layer.get_parameter(key) for key in names)
+            left_gradient, right_gradient = (gradients.get_parameter(key) for key in names)
+            sigma = first_order_update(left, right, left_gradient, right_gradient)
+            if not is_zero(sigma):
+                found["induced_erank"] = effective_rank(sigma)
+        return {metric: torch.tensor(value, dtype=torch.float64) for metric, value in found.items()}
+
+    def _of_matrix(self, place: tuple[str, str], gradient: Tensor) -> dict[str, float]:
+        """Nothing of a gradient that is zero or not finite."""
+        sigma = dense_singular_values(gradient)
+        if not is_finite(sigma) or is_zero(sigma):
+            return {}
+        quarter = max(1, len(sigma) // 4)
+        energy = sigma.square()
+        found = {
+            "nuclear_norm": float(sigma.sum()),
+            "erank": effective_rank(sigma),
+            "captured_quarter": float(energy[:quarter].sum() / energy.sum()),
+        }
+        basis, last = leading_basis(gradient, quarter), self.bases.get(place)
+        self.bases[place] = basis.float()
+        if last is not None and last.shape == basis.shape:
+            found["overlap"] = overlap(last, basis)
+        return found
+
+
+def named_matrices(layer: nn.Module) -> Iterator[tuple[str, str]]:
+    """The parameters of a layer that are trained as matrices: their name, and the prefix of their metrics."""
+    roles = layer.roles if isinstance(layer, FactorizedLinear) else {"weight": "matrix"}
+    return ((key, PREFIXES[role]) for key, role in roles.items() if role in PREFIXES)
+
+
+def with_gradients(module: nn.Module) -> nn.Module:
+    """A twin of the module that has its gradients (maybe sharded) in place of its parameters; None where none is."""
+    twin = copy.copy(module)
+    twin._parameters = {key: None if p is None else p.grad for key, p in module._parameters.items()}  # pyright: ignore
+    twin._modules = {key: child and with_gradients(child) for key, child in module._modules.items()}
+    return twin
