@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from lrtrain.spectra.names import projection_of
+from lrtrain.spectra.names import depth_of, projection_of
 from lrtrain.tracking.base import Tracker, Value
 from lrtrain.tracking.config import TrackingConfig
 
 STEP = "train/step"
+LAYERED = ("spectra", "gradients", "updates")  # the sections of metrics that each layer has
+DEPTHS_SHOWN = 8  # wandb slows down with some 10,000 distinct keys
 FLUSH_SECONDS = 1.0  # wandb's own 15 s of buffer would be lost with a killed process
 
 
@@ -44,7 +46,24 @@ class WandbTracker(Tracker):
         self._run.define_metric("*", step_metric=STEP)
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({STEP: step, "train/tokens": tokens, **metrics})
+        """Scalars, those of layers at no more than 8 depths; all layers in a table for each section, and a heatmap of
+        their effective rank."""
+        by_layer = layer_metrics(metrics)
+        shown = {depth_of(layer) for layers in by_layer.values() for layer in layers}
+        depths = {None, *evenly(sorted(depth for depth in shown if depth is not None), DEPTHS_SHOWN)}
+        hidden = {
+            f"{section}/{layer}/{metric}"
+            for section, layers in by_layer.items()
+            for layer, found in layers.items()
+            if depth_of(layer) not in depths
+            for metric in found
+        }
+        row: dict[str, Any] = {name: value for name, value in metrics.items() if name not in hidden}
+        row |= {f"layers/{section}": self._table(step, layers) for section, layers in by_layer.items()}
+        erank = {layer: m["erank"] for layer, m in by_layer.get("spectra", {}).items() if "erank" in m}
+        if erank:
+            row["layers/erank"] = self._heatmap(erank, f"effective rank at step {step}")
+        self._run.log({STEP: step, "train/tokens": tokens, **row})
 
     def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
         """For each projection a table of σ and a chart of it over the index, one line per layer."""
@@ -60,6 +79,24 @@ class WandbTracker(Tracker):
     def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
         self._run.summary.update(dict(summary))
         self._run.finish(exit_code=exit_code)
+
+    def _table(self, step: int, layers: Mapping[str, Mapping[str, float]]):
+        """A row for each layer; what it has no value of stays empty."""
+        metrics = sorted({metric for found in layers.values() for metric in found})
+        rows: list[Any] = [
+            [step, layer, projection_of(layer), depth_of(layer), *(found.get(metric) for metric in metrics)]
+            for layer, found in layers.items()
+        ]
+        return self._wandb.Table(columns=["step", "layer", "projection", "depth", *metrics], data=rows)
+
+    def _heatmap(self, values: Mapping[str, float], title: str):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a while: only where there are spectra
+
+        from lrtrain.spectra.heatmap import layer_heatmap
+
+        canvas = FigureCanvasAgg(layer_heatmap(values, title))
+        canvas.draw()
+        return self._wandb.Image(np.asarray(canvas.buffer_rgba()))
 
     def _chart(self, step: int, projection: str, layers: Mapping[str, np.ndarray]):
         rows: list[Any] = [
@@ -77,6 +114,24 @@ class WandbTracker(Tracker):
             fields={"step": "index", "lineKey": "layer", "lineVal": "sigma"},
             string_fields={"title": f"Singular values of {projection} at step {step}", "xname": "index"},
         )
+
+
+def layer_metrics(metrics: Mapping[str, float]) -> dict[str, dict[str, dict[str, float]]]:
+    """Section → layer → metric → value of what is named `<section>/<layer>/<metric>` in the sections of `LAYERED`."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, value in metrics.items():
+        section, _, rest = name.partition("/")
+        layer, _, metric = rest.partition("/")
+        if section in LAYERED and metric and layer != "summary":
+            found.setdefault(section, {}).setdefault(layer, {})[metric] = value
+    return found
+
+
+def evenly(values: list[int], most: int) -> list[int]:
+    """At most so many of the values, the first and the last among them, the others evenly between."""
+    if len(values) <= most:
+        return values
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def shown_indices(length: int) -> np.ndarray:

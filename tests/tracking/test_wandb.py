@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lrtrain.tracking.config import TrackingConfig, WandbMode
-from lrtrain.tracking.wandb_sink import STEP, WandbTracker, shown_indices
+from lrtrain.tracking.wandb_sink import DEPTHS_SHOWN, STEP, WandbTracker, evenly, layer_metrics, shown_indices
 
 pytest.importorskip("wandb")
 
@@ -88,12 +88,14 @@ def test_a_killed_process_loses_little(tmp_path: Path):
     program = f"""
 import time
 from pathlib import Path
+import numpy as np
 from lrtrain.tracking.config import TrackingConfig, WandbMode
 from lrtrain.tracking.wandb_sink import WandbTracker
 config = TrackingConfig(WandbMode.offline, "p", None, None, [])
 run = WandbTracker(config, Path({str(tmp_path)!r}), "run-id", {{}})
 for step in range(10):
-    run.log(step, step, {{"train/loss": 1.0}})
+    run.log_spectra(step, {{"layers.0.q_proj": np.ones(8)}})
+    run.log(step, step, {{"train/loss": 1.0, "spectra/layers.0.q_proj/erank": 8.0}})
 time.sleep(3)
 print("flushed", flush=True)
 time.sleep(60)
@@ -107,6 +109,9 @@ time.sleep(60)
         process.send_signal(signal.SIGKILL)
     (folder,) = segments(tmp_path)
     assert len(history(folder, "train/loss")) >= 9  # wandb holds the last row open
+    assert len(history(folder, "spectra/layers.0.q_proj/erank")) >= 9
+    for files in ("table/layers/spectra*.json", "table/spectra_curves/q_proj*.json", "images/layers/erank*.png"):
+        assert len([*folder.glob(f"files/media/{files}")]) >= 9, files
 
 
 def test_spectra_are_a_table_and_a_chart_per_projection(tmp_path: Path):
@@ -122,6 +127,43 @@ def test_spectra_are_a_table_and_a_chart_per_projection(tmp_path: Path):
     assert table["data"][0] == [5, "layers.0.q_proj", 0, 3.0]
     charts = json.dumps(of_type(segments(tmp_path)[0], "config"))
     assert "spectra_curves/q_proj" in charts and "spectra_curves/up_proj" in charts
+
+
+def of_layers(depth: int) -> dict[str, float]:
+    return {f"spectra/layers.{i}.{p}/erank": i + 0.5 for i in range(depth) for p in ("q_proj", "up_proj")}
+
+
+def test_metrics_of_layers_are_scalars_a_table_and_a_heatmap(tmp_path: Path):
+    run = open_run(tmp_path)
+    for step in (0, 10):
+        run.log(
+            step, step, of_layers(20) | {"spectra/summary/all/erank_mean": 1.0, "gradients/layers.0.q_proj/erank": 2.0}
+        )
+    run.finish({}, exit_code=0)
+
+    (folder,) = segments(tmp_path)
+    for depth in (0, 3, 19):
+        assert history(folder, f"spectra/layers.{depth}.q_proj/erank") == [(0, depth + 0.5), (10, depth + 0.5)]
+    scalars = {
+        key for record in of_type(folder, "history") for key in record["item"] if key.startswith("spectra/layers")
+    }
+    assert len(scalars) == 2 * DEPTHS_SHOWN
+    assert history(folder, "spectra/summary/all/erank_mean") == [(0, 1.0), (10, 1.0)]
+    for path in folder.glob("files/media/table/layers/spectra*.json"):
+        table = json.loads(path.read_text())
+        assert table["columns"] == ["step", "layer", "projection", "depth", "erank"]
+        assert table["data"][3][1:] == ["layers.1.up_proj", "up_proj", 1, 1.5] and len(table["data"]) == 40
+    assert len([*folder.glob("files/media/table/layers/spectra*.json")]) == 2
+    assert len([*folder.glob("files/media/table/layers/gradients*.json")]) == 2
+    assert len([*folder.glob("files/media/images/layers/erank*.png")]) == 2
+    assert history(folder, "layers/erank._type") == [(0, "image-file"), (10, "image-file")]
+
+
+def test_a_few_layers_are_all_shown():
+    assert evenly([0, 1, 2], 8) == [0, 1, 2]
+    assert evenly(list(range(32)), 8) == [0, 4, 9, 13, 18, 22, 27, 31]
+    found = layer_metrics({**of_layers(1), "train/loss": 1.0, "spectra_meta/nonfinite": 0.0, "hidden/rankme/L00": 2.0})
+    assert found == {"spectra": {"layers.0.q_proj": {"erank": 0.5}, "layers.0.up_proj": {"erank": 0.5}}}
 
 
 def test_images_are_kept_with_their_step(tmp_path: Path):
