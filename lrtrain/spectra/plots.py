@@ -5,6 +5,7 @@ import html
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -171,7 +172,7 @@ def draw_history(axes: Axes, run: Measured, projection: str) -> None:
     everything = [value for found in eranks.values() for value in found.values()]
     image = axes.imshow(cells, aspect="auto", cmap="viridis", vmin=min(everything), vmax=max(everything))
     axes.grid(visible=False)
-    places = np.unique(np.linspace(0, len(eranks) - 1, 3).round().astype(int))
+    places = np.unique(np.linspace(0, len(eranks) - 1, 4).round().astype(int))
     axes.set_xticks(places, [f"{[*eranks][i]:,}" for i in places])
     axes.set_xlabel("step")
     axes.set_yticks(range(len(depths)), [str(depth) for depth in depths])
@@ -182,11 +183,10 @@ def draw_history(axes: Axes, run: Measured, projection: str) -> None:
 
 def draw_depths(axes: Axes, run: Measured, _: str) -> None:
     eranks = run.eranks()
-    for projection, color in zip(run.projections, PROJECTION_COLORS * 3, strict=False):
+    styles = ({"ls": "--", "lw": 0.9}, {"lw": 1.8, "marker": "o", "ms": 3})
+    for projection, color in zip(run.projections, cycle(PROJECTION_COLORS), strict=False):
         moments = [found for found in eranks.values() if any(name == projection for name, _ in found)]
-        for found, style in zip(
-            moments[:1] + moments[-1:], ({"ls": "--", "lw": 0.9}, {"lw": 1.8, "marker": "o", "ms": 3})
-        ):
+        for found, style in zip(moments[:1] + moments[-1:], styles, strict=False):
             points = sorted((depth, value) for (name, depth), value in found.items() if name == projection)
             axes.plot(*zip(*points, strict=True), color=color, label=projection if "marker" in style else None, **style)
     axes.set_xlabel("depth")
@@ -223,7 +223,7 @@ PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #20262d; max-width: 1500px; margin: 2em auto; padding: 0 1.5em }}
-table {{ border-collapse: collapse }} td, th {{ padding: .2em .9em; text-align: right; border-bottom: 1px solid #e8ebee }}
+table {{ border-collapse: collapse }} td, th {{ padding: .2em .9em; text-align: right }}
 td:first-child, th:first-child {{ text-align: left }} img {{ max-width: 100% }} figure {{ margin: 2em 0 }}
 figcaption {{ color: #4a525b }}
 </style>
