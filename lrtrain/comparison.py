@@ -290,7 +290,8 @@ def _draw_sweep(axes: Axes, outcome: Outcome, style: dict[str, Any]) -> None:
 
 
 def _plain_ticks(axes: Axes, lrs: list[float]) -> None:
-    axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+    slant = {"rotation": 40, "ha": "right"} if len(lrs) > 8 else {}
+    axes.set_xticks(lrs, [f"{lr:g}" for lr in lrs], **slant)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()

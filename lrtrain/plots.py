@@ -39,7 +39,10 @@ HEADLINE = {"x": 0.012, "ha": "left", "fontsize": 14, "weight": "bold"}
 CAPTION = {"x": 0.012, "ha": "left", "fontsize": 10.5}
 # Neighbours are alike, since q, k, v, o and gate, up, down belong together; runs want contrast instead.
 PROJECTION_COLORS = ("#1f4e79", "#4a90c2", "#2a9d8f", "#84b59f", "#c8553d", "#e9a03b", "#8a5a83", "#6b7280")
-RUN_COLORS = ("#1f4e79", "#c8553d", "#2a9d8f", "#e9a03b", "#8a5a83", "#4a90c2", "#84b59f", "#6b7280")
+RUN_COLORS = (
+    *("#1f4e79", "#c8553d", "#2a9d8f", "#e9a03b", "#8a5a83"),
+    *("#4a90c2", "#84b59f", "#6b7280", "#c2477f", "#20262d"),
+)
 INK, MUTED, ACCENT = "#20262d", "#aab4bf", "#c8553d"
 LOSS_NAMES = {"eval/loss": "Evaluation loss", "train/loss": "Training loss"}
 FAINT = 1e-5  # of the largest singular value: what is smaller would only stretch the axis
