@@ -133,3 +133,15 @@ def test_updates_in_backward_refuse_to_accumulate():
     config = compose("optim.in_backward=true", "train.clip_by=parameter", "train.batch_size=16")
     with pytest.raises(ConfigError, match="accumulates gradients, .* set train.micro_batch_size=8"):
         check(config, 2)
+
+
+def test_updates_in_backward_keep_no_gradients_to_look_at():
+    config = compose("optim.in_backward=true", "train.clip_by=parameter", "spectra=full")
+    with pytest.raises(ConfigError, match="spectra.gradients=. looks at the gradients of a whole step, .* set spectra"):
+        check(config, 2)
+
+
+@pytest.mark.parametrize("key", ["parts", "gradients", "updates"])
+def test_a_choice_of_layers_is_a_regular_expression(key: str):
+    with pytest.raises(ConfigError, match=rf"spectra.{key}=\* is not a regular expression"):
+        check(compose(f"spectra.{key}=*"), 1)
