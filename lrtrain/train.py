@@ -85,6 +85,8 @@ class Progress:
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     """Time spent in steps, evaluation, spectra and checkpoints aside."""
+    spectra_seconds: float = 0.0
+    """Time spent in measuring spectra."""
 
 
 class Trainer:
@@ -345,7 +347,13 @@ class Trainer:
             states = self.data.validation.rows(rows)
             metrics |= hidden_metrics(self.engine.model, states, self.config.train.micro_batch_size, self.world)
         metrics |= self.movement.measure(matching(self.matrices, self.config.spectra.updates))
-        metrics["perf/spectra_seconds"] = time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        progress = self.progress
+        progress.spectra_seconds += seconds
+        metrics["perf/spectra_seconds"] = seconds
+        if progress.seconds:
+            everything = progress.seconds + progress.spectra_seconds
+            metrics["perf/spectra_pct"] = 100 * progress.spectra_seconds / everything
         self.tracker.log(self.progress.step, self.progress.tokens, metrics)
         self.tracker.log_spectra(self.progress.step, {name: s.numpy() for name, s in spectra.items()})
         return metrics
@@ -357,7 +365,10 @@ class Trainer:
         if not layers or not 0 < spectra.every <= last or not (step in (1, last) or due(spectra.every, step)):
             return {}, 0.0
         started = time.perf_counter()
-        return self.gradients.measure(layers), time.perf_counter() - started
+        metrics = self.gradients.measure(layers)
+        seconds = time.perf_counter() - started
+        self.progress.spectra_seconds += seconds
+        return metrics, seconds
 
     def _log(self, metrics: dict[str, float]) -> None:
         memory = peak_memory_gib(self.world.device)

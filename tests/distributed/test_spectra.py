@@ -36,6 +36,8 @@ def test_measuring_after_every_step_leaves_the_losses_as_they_are_bit_for_bit(ru
     assert len(losses(runs / f"{name}-off")) == 4
     assert losses(runs / f"{name}-off") == losses(runs / f"{name}-full")
     assert list(series(runs / f"{name}-full" / "metrics.jsonl", "perf/spectra_seconds")[0]) == [0, 1, 2, 3, 4]
+    steps, shares = series(runs / f"{name}-full" / "metrics.jsonl", "perf/spectra_pct")
+    assert list(steps) == [1, 2, 3, 4] and ((0 < shares) & (shares < 100)).all()
     assert not series(runs / f"{name}-off" / "metrics.jsonl", "perf/spectra_seconds")[0].size
 
 
