@@ -6,10 +6,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from lrtrain.checkpoint import find_checkpoint, whole_checkpoints, write_durably
+from lrtrain.checkpoint import find_checkpoint, newest_sound, write_durably
 from lrtrain.config import Config, as_dict, differing
 from lrtrain.errors import ConfigError
 
@@ -18,13 +19,12 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     """The checkpoint that `resume` asks for; None for a fresh start.
 
     Raises:
-        ConfigError: if a path was given that has none.
+        ConfigError: if a path was given that has none, or all that a run has are damaged.
     """
     if config.resume == "never":
         return None
     if config.resume == "auto":
-        found = whole_checkpoints(Path(config.run.dir) / "checkpoints")
-        return found[-1] if found else None
+        return newest_sound(Path(config.run.dir) / "checkpoints")
     return find_checkpoint(Path(config.resume))
 
 
@@ -74,3 +74,16 @@ def claim(config: Config, executions: dict[str, str], tokenizer: PreTrainedToken
     tokenizer.save_pretrained(folder / "tokenizer")
     write_durably(folder / "run.json", json.dumps(run))
     return run
+
+
+def hold(lock: FileLock) -> None:
+    """Keep every other process out of the lock's folder until this one releases it or ends, however it ends.
+
+    Raises:
+        ConfigError: if another one has it.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        folder = Path(lock.lock_file).parent
+        raise ConfigError(f"run.dir={folder} is in use by a run that has not ended; choose another run.name") from error

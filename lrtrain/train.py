@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from transformers import PreTrainedModel
 
 from lrtrain import data, distributed
@@ -37,7 +38,7 @@ from lrtrain.model import (
 )
 from lrtrain.report import print_ledger, summary_rows
 from lrtrain.resize import wanted_ranks
-from lrtrain.rundir import check_compatible, checkpoint_to_resume, claim, known_run
+from lrtrain.rundir import check_compatible, checkpoint_to_resume, claim, hold, known_run
 from lrtrain.spectra.gradients import GradientSpectra
 from lrtrain.spectra.hidden import hidden_metrics
 from lrtrain.spectra.movement import Movement
@@ -111,6 +112,8 @@ class Trainer:
             check_compatible(config, self.data.fingerprint, checkpoint, self.meta)
         dtype = compute_dtype(config, world.device)
         run = on_main(lambda: known_run(config) or claim(config, self._settle(model, dtype), self.data.tokenizer))
+        self.lock = FileLock(self.run_dir / "lock")
+        on_main(lambda: hold(self.lock))
         self.executions: dict[str, str] = run["executions"]
         self._take_stock(model)
         if world.main:
@@ -175,10 +178,12 @@ class Trainer:
             self.tracker.finish({"step": self.progress.step}, exit_code=1)
             raise
         self.tracker.finish(summary, exit_code=0)
+        self.lock.release()
         if self.world.main and stopped:
+            saved = "the checkpoint is saved" if self.checkpointer.saved else "its checkpoint could not be saved"
             print(
-                f"stopped by {stopped} at step {self.progress.step} of {self.config.train.steps}; the checkpoint is "
-                f"saved: go on with the same command and resume=auto",
+                f"stopped by {stopped} at step {self.progress.step} of {self.config.train.steps}; {saved}: go on with "
+                f"the same command and resume=auto",
                 flush=True,
             )
 

@@ -1,13 +1,26 @@
 """A checkpoint is whole or it is not there."""
 
-import json
+import os
+import pickle
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
 
 from lrtrain import distributed
-from lrtrain.checkpoint import MARKER, Checkpointer, find_checkpoint, read_meta, remove, whole_checkpoints
+from lrtrain.checkpoint import (
+    MARKER,
+    Checkpointer,
+    damage_of,
+    find_checkpoint,
+    newest_sound,
+    read_meta,
+    remove,
+    whole_checkpoints,
+)
 from lrtrain.errors import ConfigError
 
 
@@ -21,7 +34,7 @@ def make(folder: Path, step: int, whole: bool = True) -> Path:
     path = folder / f"step-{step:08d}"
     path.mkdir(parents=True)
     if whole:
-        (path / MARKER).write_text(json.dumps({"step": step}))
+        (path / MARKER).write_text("{}")
     return path
 
 
@@ -76,3 +89,90 @@ def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_whole(tmp_path:
     with pytest.raises(KeyboardInterrupt):
         remove(made)
     assert whole_checkpoints(tmp_path) == []
+
+
+def saved(folder: Path, world: distributed.World, *steps: int) -> Checkpointer:
+    saver = Checkpointer(folder, world, keep=9, keep_every=None, asynchronous=False)
+    for step in steps:
+        saver.save({"w": torch.full((1000,), float(step))}, step, {})
+    return saver
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "meta.json", "checksums.json"])
+@pytest.mark.parametrize("spoil", [flip_a_bit, cut_off, Path.unlink])
+def test_a_checkpoint_that_was_changed_is_left_aside_for_the_one_before(tmp_path: Path, world, capsys, file, spoil):
+    saved(tmp_path, world, 1, 2)
+    first, second = whole_checkpoints(tmp_path)
+    assert newest_sound(tmp_path) == second and damage_of(first) is None
+    spoil(second / file)
+    assert newest_sound(tmp_path) == first
+    if (second / MARKER).exists():  # else it is not seen at all
+        named = file if file != MARKER else ""  # of a marker that is wrong itself any file may seem to be
+        assert f"{second} is damaged and left aside: {named}" in capsys.readouterr().err
+        with pytest.raises(ConfigError, match=f"resume={second} is damaged: {named}"):
+            find_checkpoint(second)
+    spoil(first / "__0_0.distcp")
+    with pytest.raises(ConfigError, match="all checkpoints in .* are damaged"):
+        newest_sound(tmp_path)
+
+
+class Harmful:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, touched: Path):
+        self.touched = touched
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.touched}",)
+
+
+def test_what_a_checkpoint_pickles_is_not_run(tmp_path: Path, world):
+    saver = saved(tmp_path, world, 1)
+    (checkpoint,) = whole_checkpoints(tmp_path)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "touched")))
+    with pytest.raises(ConfigError, match="system does not belong into a checkpoint"):
+        saver.load({"w": torch.zeros(1000)}, checkpoint)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_values_that_are_no_tensors_are_refused(tmp_path: Path, world):
+    saver = Checkpointer(tmp_path, world, keep=9, keep_every=None, asynchronous=False)
+    saver.save({"w": torch.zeros(3), "harmful": Harmful(tmp_path / "touched")}, 1, {})
+    (checkpoint,) = whole_checkpoints(tmp_path)
+    with pytest.raises(ConfigError, match="harmful is not a tensor"):
+        saver.load({"w": torch.zeros(3), "harmful": 1}, checkpoint)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_is_full_on_one_process_costs_one_checkpoint(tmp_path: Path, capfd, asynchronous: bool, full: int):
+    spawn(_save_on_a_full_disk, (str(tmp_path), asynchronous, full), nprocs=2)
+    assert [p.name for p in whole_checkpoints(tmp_path)] == ["step-00000001", "step-00000003"]
+    assert not list(tmp_path.glob(".step*"))
+    assert capfd.readouterr().err.count("the checkpoint of step 2 failed: ") == 1
+
+
+def _save_on_a_full_disk(dist_rank: int, folder: str, asynchronous: bool, full: int) -> None:
+    os.environ |= {"RANK": str(dist_rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "LOCAL_WORLD_SIZE": "2"}
+    os.environ["MASTER_PORT"] = str(20000 + os.getppid() % 20000 + 2 * asynchronous + full)
+    world = distributed.start()
+    saver = Checkpointer(Path(folder), world, keep=9, keep_every=None, asynchronous=asynchronous)
+    state = {name: torch.ones(2**16) for name in "ab"}  # a file of its own for each process
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for step, disk in enumerate((resource.RLIM_INFINITY, 2**16, resource.RLIM_INFINITY), start=1):
+        if dist_rank == full:  # no file of this process may grow beyond
+            resource.setrlimit(resource.RLIMIT_FSIZE, (disk, resource.RLIM_INFINITY))
+        saver.save(state, step, {})
+        assert saver.wait() == (step != 2)
+    distributed.stop()

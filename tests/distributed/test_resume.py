@@ -167,3 +167,35 @@ def test_a_loss_that_stays_infinite_ends_the_run_with_the_last_checkpoint_intact
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "train.max_skipped=3" in done.stderr and "step-00000004" in done.stderr
     assert {p: p.stat().st_mtime_ns for p in (run / "checkpoints").rglob("*")} == before
+
+
+def test_a_second_run_on_the_same_directory_is_refused_and_the_first_goes_on(tmp_path: Path, tiny: list[str], launch):
+    run = tmp_path / "run"
+    job = [*tiny, "train.steps=100000", f"run.dir={run}", "resume=auto", "schedule=constant"]
+    first = start(job, 1, tmp_path)
+    wait_for(lambda: logged_steps(run) > 3, first)
+    second = launch(job)
+    assert second.returncode == 2
+    assert second.stderr.strip() == (f"run.dir={run} is in use by a run that has not ended; choose another run.name")
+    steps = logged_steps(run)
+    wait_for(lambda: logged_steps(run) > steps, first)
+    first.kill()
+    first.wait()
+    done = launch([*job, "train.steps=1", "tracking=none"])  # the lock went with its process
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path: Path, tiny: list[str], launch):
+    base = [*tiny, "schedule=constant", "param.execution=factored", "checkpoint.every=2"]
+    run = tmp_path / "damaged"
+    run_jobs([[*base, f"run.dir={tmp_path}/whole", "train.steps=6"]], 2, tmp_path)
+    run_jobs([[*base, f"run.dir={run}", "train.steps=4"]], 2, tmp_path)
+    newest = whole_checkpoints(run / "checkpoints")[-1]
+    shard = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = launch([*base, f"run.dir={run}", "resume=auto", "train.steps=6"], processes=2)
+    assert done.returncode == 0, done.stderr
+    assert f"{newest} is damaged and left aside: {shard.name} has another checksum" in done.stderr
+    assert losses(run) == losses(tmp_path / "whole")
