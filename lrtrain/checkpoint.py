@@ -165,8 +165,12 @@ class Checkpointer:
         Raises:
             ConfigError: if it holds anything but tensors.
         """
+        reader = TensorReader(checkpoint)
         try:
-            dcp.load(state, storage_reader=TensorReader(checkpoint), planner=TensorPlanner())
+            reader.read_metadata()  # of a refusal dcp.load itself says only that there is no metadata
+            dcp.load(state, storage_reader=reader, planner=TensorPlanner())
+        except UnpicklingError as error:
+            raise ConfigError(f"{checkpoint} is not loaded: {error}") from error
         except CheckpointException as error:
             causes = {failure for failure, _ in error.failures.values() if isinstance(failure, UnpicklingError)}
             if not causes:
