@@ -177,8 +177,9 @@ class Trainer:
         except BaseException:
             self.tracker.finish({"step": self.progress.step}, exit_code=1)
             raise
+        finally:
+            self.lock.release()
         self.tracker.finish(summary, exit_code=0)
-        self.lock.release()
         if self.world.main and stopped:
             saved = "the checkpoint is saved" if self.checkpointer.saved else "its checkpoint could not be saved"
             print(
