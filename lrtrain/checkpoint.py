@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there.
 
 `checkpoints/step-00001000/` holds the shards of torch.distributed.checkpoint, `meta.json`, and `checksums.json` with
-the size and CRC-32 of each, the marker of a whole checkpoint. It is written as `.step-00001000.partial` and renamed
-when every process is done; a removal renames it away first. So whatever bears the final name and has the marker was
-complete, wherever a process was killed; the checksums tell if it still is.
+the CRC-32 of each, the marker of a whole checkpoint. It is written as `.step-00001000.partial` and renamed when every
+process is done; a removal renames it away first. So whatever bears the final name and has the marker was complete,
+wherever a process was killed; the checksums tell if it still is.
 """
 
 import json
@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -33,20 +32,23 @@ NAME = re.compile(r"step-(\d{8})")
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in a `checkpoints` folder, by ascending step."""
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name) and (p / MARKER).is_file())
+    return [checkpoint for checkpoint in _named(folder) if (checkpoint / MARKER).is_file()]
+
+
+def _named(folder: Path) -> list[Path]:
+    """What bears the final name of a checkpoint, by ascending step."""
+    return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name)) if folder.is_dir() else []
 
 
 def newest_sound(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a `checkpoints` folder that is as it was written; None if there is none.
+    """The newest checkpoint in a `checkpoints` folder that is as it was written; None if there is none.
 
     Each one that is not is named on stderr.
 
     Raises:
-        ConfigError: if all that there are were changed since.
+        ConfigError: if there are some, but not one is as it was written.
     """
-    found = whole_checkpoints(folder)
+    found = _named(folder)
     for checkpoint in reversed(found):
         damage = damage_of(checkpoint)
         if damage is None:
@@ -76,24 +78,18 @@ def find_checkpoint(path: Path) -> Path:
 def damage_of(checkpoint: Path) -> str | None:
     """What differs from the checkpoint that was written, in a few words; None if nothing does. Reads all of it."""
     try:
-        expected = json.loads((checkpoint / MARKER).read_text())
-        files = {name: checkpoint / name for name in expected}
-        for name, file in files.items():
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != expected[name]["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {expected[name]['bytes']}"
-        found = checksums([*files.values()])
-        return next((f"{name} has another checksum" for name in files if found[name] != expected[name]), None)
-    except (ValueError, AttributeError, KeyError, TypeError):
-        return f"{MARKER} is not readable"
+        written = json.loads((checkpoint / MARKER).read_text())
+    except (OSError, ValueError):
+        return f"{MARKER} is missing or not readable"
+    found = checksums([file for name in written if (file := checkpoint / name).is_file()])
+    differing = [name for name in written if found.get(name) != written[name]]
+    return f"{differing[0]} is missing or not as it was written" if differing else None
 
 
-def checksums(files: list[Path]) -> dict[str, dict[str, int]]:
-    """File name → its bytes and their CRC-32; several files at a time."""
+def checksums(files: list[Path]) -> dict[str, int]:
+    """File name → CRC-32; several files at a time."""
     with ThreadPoolExecutor() as pool:
-        found = pool.map(checksum, files)
-        return {file.name: {"bytes": file.stat().st_size, "crc32": crc} for file, crc in zip(files, found, strict=True)}
+        return dict(zip((file.name for file in files), pool.map(checksum, files), strict=True))
 
 
 def checksum(path: Path) -> int:
@@ -121,7 +117,7 @@ class Checkpointer:
         self.asynchronous = asynchronous
         # The background save talks over a group of its own: its collectives must not mix with the training's.
         self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if asynchronous else None
-        self.pending: Future | None = None
+        self.pending: Callable[[], Any] | None = None
         self.step = 0
         self.saved = True
         if world.main:
@@ -141,41 +137,34 @@ class Checkpointer:
         if self.asynchronous:
             future = dcp.async_save(state, checkpoint_id=partial, process_group=self.group)
             assert isinstance(future, Future)
-            self.pending = _then(future, commit)
+            self.pending = _then(future, commit).result
         else:
-            self.pending = _result_of(lambda: (dcp.save(state, checkpoint_id=partial), commit()))
+            self.pending = lambda: (dcp.save(state, checkpoint_id=partial), commit())
             self.wait()
 
-    def wait(self) -> bool:
-        """Until the save in flight has ended on all processes; whether the last one is on the disk. A collective."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            failure = _failure_of(pending)
-            failed = total(failure is not None)[0] > 0
-            self.saved = not failed
-            if failed and self.world.main:
-                shutil.rmtree(self._partial(self.step), ignore_errors=True)
-                reason = failure or "another process could not write its part"
-                print(f"the checkpoint of step {self.step} failed: {reason}", file=sys.stderr, flush=True)
-        return self.saved
+    def wait(self) -> None:
+        """Until the save in flight has ended on all processes, and `saved` tells of the last one whether it is on the
+        disk. A collective."""
+        if self.pending is None:
+            return
+        failure = _failure_of(self.pending)
+        self.pending = None
+        self.saved = total(failure is not None)[0] == 0
+        if not self.saved and self.world.main:
+            shutil.rmtree(self._partial(self.step), ignore_errors=True)
+            reason = failure or "another process could not write its part"
+            print(f"the checkpoint of step {self.step} failed: {reason}", file=sys.stderr, flush=True)
 
     def load(self, state: dict[str, Any], checkpoint: Path) -> None:
         """Fill the tensors of `state` in place from a checkpoint of any world size; a collective.
 
         Raises:
-            ConfigError: if it holds anything but tensors.
+            ConfigError: with the reason if it cannot be loaded, as when it holds anything but tensors.
         """
-        reader = TensorReader(checkpoint)
         try:
-            reader.read_metadata()  # of a refusal dcp.load itself says only that there is no metadata
-            dcp.load(state, storage_reader=reader, planner=TensorPlanner())
-        except UnpicklingError as error:
-            raise ConfigError(f"{checkpoint} is not loaded: {error}") from error
+            dcp.load(state, storage_reader=TensorReader(checkpoint), planner=TensorPlanner())
         except CheckpointException as error:
-            causes = {failure for failure, _ in error.failures.values() if isinstance(failure, UnpicklingError)}
-            if not causes:
-                raise
-            raise ConfigError(f"{checkpoint} is not loaded: {causes.pop()}") from error
+            raise ConfigError(f"{checkpoint} is not loaded: {_reasons(error)}") from error
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.partial"
@@ -216,26 +205,20 @@ def _then(future: Future, action: Callable[[], None]) -> Future:
     return chained
 
 
-def _result_of(action: Callable[[], Any]) -> Future:
-    """A future that is done: with what `action` returned or raised."""
-    future: Future = Future()
+def _failure_of(save: Callable[[], Any]) -> str | None:
+    """Why a save failed on this process, in one line; None if it did not."""
     try:
-        future.set_result(action())
-    except (OSError, CheckpointException) as error:
-        future.set_exception(error)
-    return future
-
-
-def _failure_of(save: Future) -> str | None:
-    """Why a save failed on this process, in one line; None if it did not. What is no failure to write is raised."""
-    try:
-        save.result()
+        save()
     except OSError as error:
         return str(error)
     except CheckpointException as error:
-        causes = {str(failure).splitlines()[0] for failure, _ in error.failures.values()}
-        return "; ".join(sorted(causes))
+        return _reasons(error)
     return None
+
+
+def _reasons(error: CheckpointException) -> str:
+    """What went wrong on the processes, in one line."""
+    return "; ".join(sorted({str(failure).splitlines()[0] for failure, _ in error.failures.values()}))
 
 
 def remove(checkpoint: Path) -> None:
