@@ -23,16 +23,14 @@ def dealt(names: Sequence[str], compute: Callable[[str], Values]) -> Iterator[tu
 def dealt_layers(layers: Mapping[str, M], compute: Callable[[str, M], Values]) -> Iterator[tuple[str, Values]]:
     """(name, compute(name, layer)) for all layers on every process, the layer being a whole twin (see `gathered`).
 
-    A collective. Each layer is made whole for one process only, so a process holds two whole layers at the most.
+    A collective. Each layer is made whole for one process only, so a process holds one whole layer at the most.
     """
     dist_rank, size = _place()
     for turn in _turns([*layers], size):
         mine = None
         for owner, name in enumerate(turn):
-            twin = gathered(layers[name])
-            if owner == dist_rank:
-                mine = twin
-            del twin  # else the next one would be gathered on top of it
+            twin = gathered(layers[name], owner)
+            mine = mine if twin is None else twin
         values = compute(turn[dist_rank], mine) if mine is not None else None
         del mine
         yield from _shared(turn, values)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -179,14 +180,41 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(module: M) -> M:
-    """A twin of the module whose parameters are whole plain tensors on every process.
+def gathered(module: M, owner: int) -> M | None:
+    """A twin of the module whose parameters are whole plain tensors on the process `owner`; None on the others.
 
     A collective: all processes of the mesh must call it. Buffers are shared with the original, nothing is trained.
     """
+    parameters = {name: p if p is None else whole_at(p, owner) for name, p in module._parameters.items()}
+    modules = {name: child and gathered(child, owner) for name, child in module._modules.items()}
+    if owner != (dist.get_rank() if dist.is_initialized() else 0):
+        return None
     twin = copy.copy(module)
     twin._parameters = {
-        name: p if p is None else nn.Parameter(whole(p), requires_grad=False) for name, p in module._parameters.items()
+        name: p if p is None else nn.Parameter(p, requires_grad=False) for name, p in parameters.items()
     }
-    twin._modules = {name: child and gathered(child) for name, child in module._modules.items()}
+    twin._modules = modules
     return twin
+
+
+def whole_at(tensor: Tensor, owner: int) -> Tensor | None:
+    """The unsharded tensor on the process `owner`, detached; None on the others, which never hold more than shards.
+
+    Shards are of dimension 0, along the last dimension of the mesh, as FSDP2 makes them; a collective of each group.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    group = tensor.device_mesh.get_group(-1)
+    members = dist.get_process_group_ranks(group)
+    if owner not in members:
+        return None
+    rows = -(-tensor.shape[0] // len(members))  # of all shards but the last ones
+    mine = tensor.to_local().detach()
+    padded = mine.new_zeros(rows, *tensor.shape[1:])
+    padded[: len(mine)] = mine
+    if owner != dist.get_rank():
+        dist.gather(padded.view(torch.uint8), dst=owner, group=group)
+        return None
+    found = mine.new_empty(len(members) * rows, *tensor.shape[1:])
+    dist.gather(padded.view(torch.uint8), [part.view(torch.uint8) for part in found.split(rows)], owner, group)
+    return found[: tensor.shape[0]]

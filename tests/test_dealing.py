@@ -1,0 +1,67 @@
+"""Layers that are dealt out: whole on one process at a time, and on no process more than one."""
+
+import os
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lrtrain import distributed
+from lrtrain.dealing import dealt_layers
+
+SHAPES = [(64, 64), (63, 65), (64, 64), (5, 900), (64, 64)]  # (out, in); 63 and 5 rows are not even shares
+
+
+class LargestHeld(TorchDispatchMode):
+    """Counts how many pieces of memory of `size` bytes or more, made under it, are alive at the same time."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.most, self.made = size, 0, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, list | tuple) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= self.size:
+                self.made.append(weakref.ref(tensor))
+        alive = {tensor.untyped_storage().data_ptr() for made in self.made if (tensor := made()) is not None}
+        self.most = max(self.most, len(alive))
+        return out
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_process_holds_more_than_one_whole_layer(replicas: int, dtype: torch.dtype):
+    port = 20000 + os.getpid() % 20000 + 2 * replicas + (dtype == torch.bfloat16)
+    spawn(_deal, (replicas, dtype, port), nprocs=4)
+
+
+def _deal(dist_rank: int, replicas: int, dtype: torch.dtype, port: int) -> None:
+    os.environ |= {"RANK": str(dist_rank), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    distributed.start()
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(shape[1], shape[0], bias=True, dtype=dtype) for shape in SHAPES))
+    expected = [{key: p.detach().clone() for key, p in layer.named_parameters()} for layer in model]
+    mesh = init_device_mesh("cpu", (replicas, 4 // replicas), mesh_dim_names=("replicate", "shard"))
+    fully_shard(model, mesh=mesh if replicas > 1 else mesh["shard"])
+    computed = []
+
+    def compute(name: str, layer: nn.Module) -> dict[str, torch.Tensor]:
+        computed.append(name)
+        for key, p in layer.named_parameters():
+            assert torch.equal(p, expected[int(name)][key])
+        return {"sum": layer.get_parameter("weight").sum(dtype=torch.float64)}
+
+    with LargestHeld(4096 * dtype.itemsize - 8) as held:
+        found = dict(dealt_layers(dict(model.named_children()), compute))
+    weights = [parameters["weight"] for parameters in expected]
+    assert [found[name]["sum"] for name in found] == [weight.sum(dtype=torch.float64) for weight in weights]
+    assert computed == [str(i) for i in range(len(SHAPES)) if i % 4 == dist_rank]
+    assert held.most == 1
+    distributed.stop()
