@@ -76,7 +76,9 @@ class LOSTLinear(FactorizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         z = ACTIVATIONS[self.activation](self.A(x))  # (..., rank)
         chosen = x.index_select(-1, self.columns)  # (..., k)
-        return self.B(self.gamma * z) + F.linear((1 - self.gamma) * chosen, self.sparse)
+        # One product: the sum of two would write and read (..., out) once more.
+        inner = torch.cat([self.gamma * z, (1 - self.gamma) * chosen], dim=-1)  # (..., rank + k)
+        return F.linear(inner, torch.cat([self.B.weight, self.sparse], dim=1), self.B.bias)
 
     def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
         weight = normal((self.out_features, self.in_features), self.init_std, generator)
