@@ -276,6 +276,7 @@ def check(config: Config, world_size: int) -> None:
             )
     if not config.optim["lr"] > 0:
         raise ConfigError(f"optim.lr={config.optim['lr']} must be above 0")
+    hydra.utils.get_object(config.engine["_target_"]).check(config, world_size)
     if config.resume == "never" and Path(config.run.dir).exists():
         raise ConfigError(
             f"run.dir={config.run.dir} exists; go on with resume=auto, or choose another run.name or run.dir"

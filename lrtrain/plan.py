@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedModel
 
 from lrtrain.config import Config, check, choice, compute_dtype
-from lrtrain.engine.fsdp import recompute, sharded_units
+from lrtrain.engine.blocks import recompute
+from lrtrain.engine.fsdp import sharded_units
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.loss import next_token_loss
 from lrtrain.model import dense_parameter_count, make_model, parameter_count, trainable_count, training_flops
@@ -114,7 +115,7 @@ def parameters_by_kind(model: nn.Module) -> dict[str, int]:
 
 def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Memory:
     """Weights, gradients and optimizer state in shards; supports and one gathered unit whole; activations."""
-    shards = world_size // config.engine["replicas"]
+    shards = world_size // config.engine.get("replicas", world_size)
     own = next(model.parameters()).dtype.itemsize
     parameters, trainable = parameter_count(model), trainable_count(model)
     units = sharded_units(model)

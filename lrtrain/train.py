@@ -244,7 +244,8 @@ class Trainer:
             layer.draw(generator_for(config.train.seed, f"draw of step {progress.step}"))
         lr = config.optim["lr"] * self.schedule(progress.step, config.train.steps)
         self.engine.begin_step(progress.step, lr, config.train.clip, config.train.clip_by)
-        losses = [self.engine.forward_backward(micro, tokens) for micro in rows.split(config.train.micro_batch_size)]
+        micros = rows.split(config.train.micro_batch_size)
+        losses = [self.engine.forward_backward(micro, tokens, micro is micros[-1]) for micro in micros]
         (loss,) = total(torch.stack(losses).double().sum().item() / tokens)
         gradients, looking = self._measure_gradients()
         result = self.engine.clip_and_step(loss)

@@ -7,7 +7,7 @@ import torch
 from launching import ROOT
 
 from lrtrain.config import choice, compose
-from lrtrain.engine.fsdp import recompute
+from lrtrain.engine.blocks import recompute
 from lrtrain.initialize import materialize
 from lrtrain.loss import next_token_loss
 from lrtrain.model import make_model

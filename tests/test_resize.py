@@ -24,7 +24,13 @@ ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
 def engine():
     """After two steps, when all layers are due."""
     made = FSDPEngine(
-        distributed.start(), torch.float32, compile=False, recompute_every=0, recompute_keep="inputs", replicas=1
+        distributed.start(),
+        torch.float32,
+        compile=False,
+        recompute_every=0,
+        recompute_keep="inputs",
+        replicas=1,
+        reduce_dtype="fp32",
     )
     made.prepare(make_model(CONFIG), 0, choice(CONFIG.optim))
     for step in range(2):
@@ -87,7 +93,13 @@ def test_training_goes_on_and_the_smaller_model_is_saved_and_loaded(engine: FSDP
     losses = [train(engine, step) for step in range(2, 12)]
     assert losses[-1] < losses[0]
     other = FSDPEngine(
-        engine.world, torch.float32, compile=False, recompute_every=0, recompute_keep="inputs", replicas=1
+        engine.world,
+        torch.float32,
+        compile=False,
+        recompute_every=0,
+        recompute_keep="inputs",
+        replicas=1,
+        reduce_dtype="fp32",
     )
     other.prepare(make_model(CONFIG, ranks), 1, choice(CONFIG.optim))
     other.load_state_dict(copy.deepcopy(engine.state_dict()))

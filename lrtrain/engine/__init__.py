@@ -1,1 +1,1 @@
-"""Engines shard the model and run the step; the only place that knows FSDP."""
+"""Engines shard the model and run the step; the only place that knows FSDP and DeepSpeed."""

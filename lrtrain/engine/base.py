@@ -1,15 +1,27 @@
-"""What the training loop needs of an engine."""
+"""What the training loop needs of an engine, and what all engines do alike."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import PreTrainedModel
 
+from lrtrain.config import Config
 from lrtrain.distributed import World
+from lrtrain.engine.blocks import compile_blocks, recompute
+from lrtrain.engine.in_backward import InBackward, clip_one
+from lrtrain.engine.revision import revise_layers
+from lrtrain.layers.base import local
+from lrtrain.model import factorized_layers
 from lrtrain.optim.base import ShardedOptimizer
+from lrtrain.resize import carry_over
+
+MakeOptimizer = Callable[[PreTrainedModel], ShardedOptimizer]
 
 
 @dataclass(frozen=True)
@@ -24,26 +36,64 @@ class StepResult:
 
 
 class Engine(ABC):
-    """Shards a model over the processes and runs its steps. All methods are collectives."""
+    """Shards a model over the processes and runs its steps. All methods are collectives.
 
-    world: World
+    An engine says how a model gets its storage (`_place`) and how gradients come about (`forward_backward`); what is
+    done with them is the same for all.
+
+    Args:
+        dtype: of activations and of the parameters in use; what the optimizer steps keeps its own.
+        compile: compile each block.
+        recompute_every, recompute_keep: what the backward pass recomputes; see `recompute`.
+    """
+
     model: PreTrainedModel
+    """Computes."""
+    shards: PreTrainedModel
+    """The same model, or a twin of it, whose parameters are the shards that the optimizer steps: what reads or writes
+    parameters does it there (`local`, `whole`, `gathered`, `keep_shard`), and then calls for `_publish`."""
     optimizer: ShardedOptimizer
 
+    def __init__(self, world: World, dtype: torch.dtype, compile: bool, recompute_every: int, recompute_keep: str):
+        self.world = world
+        self.dtype = dtype
+        self.compile = compile
+        self.recompute_every = recompute_every
+        self.recompute_keep = recompute_keep
+
+    @classmethod
     @abstractmethod
-    def prepare(
-        self,
-        model: PreTrainedModel,
-        seed: int,
-        make_optimizer: Callable[[PreTrainedModel], ShardedOptimizer],
-        fresh: bool = True,
-    ) -> None:
+    def check(cls, config: Config, world_size: int) -> None:
+        """Refuse what this engine cannot do, before anything is built.
+
+        Raises:
+            ConfigError: naming the keys and what would be right.
+        """
+
+    @abstractmethod
+    def _place(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
+        """Spread a model on meta over the processes, with its initial values; returns what becomes `shards`."""
+
+    def prepare(self, model: PreTrainedModel, seed: int, make_optimizer: MakeOptimizer, fresh: bool = True) -> None:
         """Take a model on meta: shard it, give it storage and initial values, and make its optimizer.
 
         Without `fresh` its state is about to be loaded, and values that are costly to draw are not.
         """
+        self.seed = seed
+        recompute(model, self.recompute_every, self.recompute_keep)
+        if self.compile:
+            compile_blocks(model)
+        self.model = model.train()
+        self.shards = self._place(model, seed, fresh)
+        self.layers = [*factorized_layers(self.shards).values()]
+        self.optimizer = make_optimizer(self.shards)
+        self.in_backward = InBackward(self.optimizer, self._clip_of_one) if self.optimizer.in_backward else None
 
-    @abstractmethod
+    def _publish(self) -> None:  # noqa: B027
+        """Let the model compute with what was written into `shards`."""
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
     def begin_step(self, step: int, lr: float, clip: float | None, clip_by: str) -> None:
         """Before the first micro-batch of a step: its learning rate and clipping.
 
@@ -52,39 +102,115 @@ class Engine(ABC):
             clip: the largest norm of the gradient, or None.
             clip_by: `global`, or `parameter`: each of n parameters is clipped to clip/√n.
         """
+        self.clip, self.clip_by = clip, clip_by
+        pace = next((layer.lr_factor(step) for layer in self.layers if layer.paced), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"] * (pace if group["paced"] else 1.0)
+        if self.in_backward is not None:
+            self.in_backward.begin()
 
     @abstractmethod
-    def forward_backward(self, rows: Tensor, tokens: int) -> Tensor:
+    def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
         """Add the gradient of (sum of this micro-batch's token losses) / tokens to the gradients.
 
         Args:
             rows: this process's token ids (sequences, seq_len + 1).
             tokens: target tokens of the whole step over all processes and micro-batches.
+            last: whether this is the step's last micro-batch, after which the gradients of `shards` are whole sums.
 
         Returns:
             The sum of the token losses of this process's rows, a detached scalar on the device.
         """
 
-    @abstractmethod
     def clip_and_step(self, loss: float) -> StepResult:
         """Clip, take one optimizer step, and clear the gradients.
 
         If the gradient norm or `loss` (the step's, over all processes) is not finite the step is skipped.
         """
+        if self.in_backward is None:
+            result = self._step(loss)
+        else:
+            result = StepResult(self.in_backward.norm, self.in_backward.skipped or not math.isfinite(loss))
+        if self.in_backward is not None or not result.skipped:
+            self._after_step()
+        self.optimizer.zero_grad()
+        return result
 
-    @abstractmethod
+    def _step(self, loss: float) -> StepResult:
+        self._add_penalties()
+        norm = self._gradient_norm()
+        finite = math.isfinite(norm.item()) and math.isfinite(loss)
+        if finite:
+            self._clip(norm)
+        self._update(finite)
+        return StepResult(grad_norm=norm.item(), skipped=not finite)
+
+    def _add_penalties(self) -> None:
+        for layer in self.layers:
+            layer.add_penalty()
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        for layer in self.layers:
+            layer.after_step()
+
+    def _update(self, finite: bool) -> None:
+        """Step the parameters along their gradients, if these are finite."""
+        if finite:
+            self.optimizer.step()
+
+    def _gradients(self) -> list[Tensor]:
+        """This process's part of each gradient."""
+        return [local(p.grad) for p in self.optimizer.names if p.grad is not None]
+
+    @torch.no_grad()
+    def _gradient_norm(self) -> Tensor:
+        """L2 norm of the whole gradient."""
+        squares = torch.stack(torch._foreach_norm(self._gradients(), dtype=torch.float32)).square().sum()
+        anyone = next(iter(self.optimizer.rows.values()))  # the same processes share all parameters
+        return anyone.sum(squares).sqrt()
+
+    @torch.no_grad()
+    def _clip(self, norm: Tensor) -> None:
+        if self.clip is None:
+            return
+        if self.clip_by == "global":
+            torch._foreach_mul_(self._gradients(), (self.clip / (norm + 1e-6)).clamp(max=1.0))
+            return
+        for p, rows in self.optimizer.rows.items():
+            if p.grad is not None:
+                clip_one(p, rows, self._clip_of_one())
+
+    def _clip_of_one(self) -> float | None:
+        """The largest norm of one parameter's gradient, so that all together have `clip` at the most."""
+        return None if self.clip is None else self.clip / math.sqrt(len(self.optimizer.names))
+
+    # --- between steps -----------------------------------------------------------------------------------------------
+
     def revise(self, step: int) -> None:
         """Let the layers that have something to do when `step` steps are done do it, optimizer states included."""
+        if revise_layers(self.shards, self.optimizer, step, self.seed):
+            self._publish()
 
-    @abstractmethod
-    def resize(self, model: PreTrainedModel, make_optimizer: Callable[[PreTrainedModel], ShardedOptimizer]) -> None:
+    def resize(self, model: PreTrainedModel, make_optimizer: MakeOptimizer) -> None:
         """Go on with a model on meta that differs from the present one by smaller ranks: it takes over the leading
         part of each parameter and optimizer state."""
+        old, old_optimizer = self.shards, self.optimizer
+        if self.compile:
+            torch.compiler.reset()  # the old shapes' graphs count towards the limit of recompilations
+        self.prepare(model, self.seed, make_optimizer, fresh=False)
+        carry_over(old, old_optimizer, self.shards, self.optimizer)
+        self._publish()
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Model and optimizer in the canonical form: keyed by qualified parameter names, unsharded shapes."""
+        """Model and optimizer in the canonical form: keyed by qualified parameter names, unsharded shapes. They are the
+        tensors themselves, so what is read into them is there."""
+        return {"model": get_model_state_dict(self.shards), "optimizer": self.optimizer.named_state()}
 
-    @abstractmethod
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, at any world size."""
+        """Take over what `state_dict` gave, filled in place or with other tensors of the same shards."""
+        for part, own in self.state_dict().items():
+            for name, value in own.items():
+                local(value).copy_(local(state[part][name]))
+        self._publish()

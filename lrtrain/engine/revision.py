@@ -13,10 +13,10 @@ from lrtrain.optim.base import ShardedOptimizer
 
 
 @torch.no_grad()
-def revise_layers(model: nn.Module, optimizer: ShardedOptimizer, step: int, seed: int) -> None:
+def revise_layers(model: nn.Module, optimizer: ShardedOptimizer, step: int, seed: int) -> bool:
     """`FactorizedLinear.revise` for the layers that are due when `step` steps are done, and their resets; a collective.
 
-    Parameters and optimizer states may be sharded (DTensors).
+    Parameters and optimizer states may be sharded (DTensors). Returns whether there was any.
     """
     layers = {name: layer for name, layer in factorized_layers(model).items() if layer.revision_due(step)}
 
@@ -32,6 +32,7 @@ def revise_layers(model: nn.Module, optimizer: ShardedOptimizer, step: int, seed
             if parameter.requires_grad:
                 generator = generator_for(seed, f"{name}.{key}/reset at {step}")
                 reset_parameter(optimizer, parameter, reset, generator)
+    return bool(layers)
 
 
 def _values(layer: FactorizedLinear) -> dict[str, Tensor]:

@@ -39,21 +39,29 @@ VARIANTS = {
 
 TOLERANCE = {"bf16": 0.02}
 
+# What differs in how the model lies on the processes, with the variants that it is run for.
+ENGINES = {
+    "hsdp": (["engine.replicas=2"], ["dense", "lowrank"]),
+    "ddp": (
+        ["engine=ddp"],
+        ["dense", "sltrain-factored", "sst", "nested-lasso", "nested-shrinking", "bf16", "opt-tied"],
+    ),
+}
+ELSEWHERE = [(engine, name) for engine, (_, names) in ENGINES.items() for name in names]
+
 
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory, cache, corpus) -> Path:
-    """Every variant for 6 steps on one process, on two, and on two with two replicas of the model."""
+    """Every variant for 6 steps on one process and on two, and some on two by another engine."""
     folder = tmp_path_factory.mktemp("variants")
     base = [*TINY, f"data.path={corpus}", "train.steps=6", "spectra.every=3", "optim.weight_decay=0.1"]
 
-    def jobs(where: str, *more: str) -> list[list[str]]:
-        return [
-            [*base_of(name, base), *change, *more, f"run.dir={folder}/{where}-{name}"]
-            for name, change in VARIANTS.items()
-        ]
+    def job(where: str, name: str, *more: str) -> list[str]:
+        return [*base_of(name, base), *VARIANTS[name], *more, f"run.dir={folder}/{where}-{name}"]
 
-    run_jobs(jobs("one"), 1, folder)
-    run_jobs(jobs("two") + jobs("hsdp", "engine.replicas=2")[:2], 2, folder)
+    run_jobs([job("one", name) for name in VARIANTS], 1, folder)
+    others = [job(engine, name, *ENGINES[engine][0]) for engine, name in ELSEWHERE]
+    run_jobs([job("two", name) for name in VARIANTS] + others, 2, folder)
     return folder
 
 
@@ -62,9 +70,14 @@ def test_two_processes_give_the_losses_of_one(variants: Path, name: str):
     assert gap(losses(variants / f"one-{name}"), losses(variants / f"two-{name}")) < TOLERANCE.get(name, 2e-5)
 
 
-@pytest.mark.parametrize("name", ["dense", "lowrank"])
-def test_replicated_shards_give_the_losses_of_one(variants: Path, name: str):
-    assert gap(losses(variants / f"one-{name}"), losses(variants / f"hsdp-{name}")) < 2e-5
+@pytest.mark.parametrize("engine,name", ELSEWHERE)
+def test_every_engine_gives_the_losses_gradients_and_spectra_of_fsdp_on_one_process(
+    variants: Path, engine: str, name: str
+):
+    assert gap(losses(variants / f"one-{name}"), losses(variants / f"{engine}-{name}")) < TOLERANCE.get(name, 2e-5)
+    for key in ("eval/loss", "train/grad_norm", "spectra/summary/all/erank_mean"):
+        (_, one), (_, other) = (series(variants / f"{n}-{name}" / "metrics.jsonl", key) for n in ("one", engine))
+        assert one == pytest.approx(other, rel=TOLERANCE.get(name, 1e-4)), key
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -82,7 +95,7 @@ def test_executions_recomputation_and_compilation_do_not_change_the_losses(varia
 
 
 def test_a_run_directory_holds_what_it_should(variants: Path):
-    run = variants / "hsdp-lowrank"  # the last job, which draws a picture
+    run = variants / "ddp-opt-tied"  # the last job, which draws a picture
     names = {p.name for p in run.iterdir()}
     assert {
         "tokenizer",

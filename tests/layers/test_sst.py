@@ -180,7 +180,13 @@ ROWS = torch.randint(128, (4, 17), generator=generator())
 def engine():
     config = compose(*SMALL, "param=sst", "param.iteration=3", "param.round=2", "param.warmup=2")
     made = FSDPEngine(
-        distributed.start(), torch.float32, compile=False, recompute_every=0, recompute_keep="inputs", replicas=1
+        distributed.start(),
+        torch.float32,
+        compile=False,
+        recompute_every=0,
+        recompute_keep="inputs",
+        replicas=1,
+        reduce_dtype="fp32",
     )
     made.prepare(make_model(config), 0, choice(config.optim))
     yield made

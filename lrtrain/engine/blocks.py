@@ -1,0 +1,44 @@
+"""What is done to the blocks of a model whichever engine runs it: compiled, recomputed in the backward pass."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from lrtrain.model import blocks, factorized_layers
+
+GRAPHS_PER_BLOCK = 16
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Compile each block by itself."""
+    # All blocks share one function: each may need graphs of its own, for its ranks and in its modes.
+    torch._dynamo.config.recompile_limit = GRAPHS_PER_BLOCK * len(blocks(model))
+    torch._dynamo.config.accumulated_recompile_limit = 4 * torch._dynamo.config.recompile_limit
+    for block in blocks(model):
+        block.compile()
+
+
+def recompute(model: PreTrainedModel, every: int, keep: str) -> None:
+    """Run every `every`-th block again in the backward pass (0: none) and keep only the block's inputs (`inputs`) or
+    also the products A x of its factorized layers (`bottleneck`), which then are not computed a second time."""
+    contexts = {}
+    if keep == "bottleneck":
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, keep_latents(model))
+    if every:
+        for block in list(blocks(model))[::every]:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+
+
+def keep_latents(model: PreTrainedModel) -> Callable[..., CheckpointPolicy]:
+    """The policy that keeps the products of activations and a transposed A (in, rank), told by its shape."""
+    shapes = {(layer.in_features, layer.rank) for layer in factorized_layers(model).values()}
+
+    def policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        latent = operator == torch.ops.aten.mm.default and tuple(args[1].shape) in shapes
+        return CheckpointPolicy.MUST_SAVE if latent else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
