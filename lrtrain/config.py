@@ -300,13 +300,19 @@ def run_name(composed: DictConfig, overrides: list[str]) -> str:
     experiments = [o.removeprefix("experiment=") for o in overrides if o.startswith("experiment=")]
     name = experiments[-1] if experiments else f"{composed.model.name}-{composed.param.name}"
     named = ("experiment=",) if experiments else ("model=", "param=")
-    others = sorted(
-        o
-        for o in overrides
-        if not o.lstrip("+~").startswith((*named, "resume=", "dry_run=", "run.", "tracking", "hydra"))
-    )
-    suffix = "-" + hashlib.blake2b("\n".join(others).encode(), digest_size=4).hexdigest() if others else ""
-    return f"{name}{suffix}"
+    others = [o for o in telling(overrides) if not o.lstrip("+~").startswith(named)]
+    return f"{name}-{short_hash(others)}" if others else name
+
+
+def telling(overrides: list[str]) -> list[str]:
+    """The overrides that change what a run computes: not where it is kept, shown or taken up from."""
+    aside = ("resume=", "dry_run=", "run.", "tracking", "hydra")
+    return [o for o in overrides if not o.lstrip("+~").startswith(aside)]
+
+
+def short_hash(overrides: list[str]) -> str:
+    """Eight digits that stand for overrides, in whatever order."""
+    return hashlib.blake2b("\n".join(sorted(overrides)).encode(), digest_size=4).hexdigest()
 
 
 def composition_sentence(error: Exception) -> str:

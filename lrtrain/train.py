@@ -57,20 +57,28 @@ class Diverged(RuntimeError):
 
 
 def pretrain(config: Config) -> None:
+    """Join the process group, `train` until a signal or the end, and leave the group."""
+    world = distributed.start(save_memory=config.optim["in_backward"])
+    stop = StopRequest()
+    try:
+        train(config, world, stop)
+    finally:
+        stop.restore()
+        distributed.stop()
+
+
+def train(config: Config, world: World, stop: StopRequest) -> dict[str, Any]:
     """Train as configured, from the start or from where the run stopped. Every process of the group calls it.
+
+    Returns:
+        What summary.json holds; `stopped_by` and `step` of a run that a signal ended before its end.
 
     Raises:
         ConfigError: for whatever the configuration has wrong, on every process.
         Diverged: after `train.max_skipped` steps in a row without a finite loss and gradient.
     """
-    world = distributed.start(save_memory=config.optim["in_backward"])
-    stop = StopRequest()
-    try:
-        agree(fingerprint(config), "the configuration")
-        Trainer(config, world, stop).run()
-    finally:
-        stop.restore()
-        distributed.stop()
+    agree(fingerprint(config), "the configuration")
+    return Trainer(config, world, stop).run()
 
 
 @dataclass
@@ -169,27 +177,30 @@ class Trainer:
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Train to `train.steps`, or to a signal; then report."""
+    def run(self) -> dict[str, Any]:
+        """Train to `train.steps`, or to a signal; then report, and return the report."""
         try:
-            stopped = self._train()
-            summary = {"stopped_by": stopped, "step": self.progress.step} if stopped else self._conclude()
+            summary = (self._train() and self._conclude()) or {
+                "stopped_by": self.stop.signal or "a signal to another process",
+                "step": self.progress.step,
+            }
         except BaseException:
             self.tracker.finish({"step": self.progress.step}, exit_code=1)
             raise
         finally:
             self.lock.release()
         self.tracker.finish(summary, exit_code=0)
-        if self.world.main and stopped:
+        if self.world.main and "stopped_by" in summary:
             saved = "the checkpoint is saved" if self.checkpointer.saved else "its checkpoint could not be saved"
             print(
-                f"stopped by {stopped} at step {self.progress.step} of {self.config.train.steps}; {saved}: go on with "
-                f"the same command and resume=auto",
+                f"stopped by {summary['stopped_by']} at step {self.progress.step} of {self.config.train.steps}; {saved}: "
+                f"go on with the same command and resume=auto",
                 flush=True,
             )
+        return summary
 
-    def _train(self) -> str | None:
-        """The steps; the name of the signal if one ended them."""
+    def _train(self) -> bool:
+        """The steps; whether no signal ended them."""
         config, progress = self.config, self.progress
         if progress.step == 0:
             self._measure_spectra()
@@ -198,7 +209,7 @@ class Trainer:
             if rows is None:
                 self._save()
                 self.checkpointer.wait()
-                return self.stop.signal or "a signal to another process"
+                return False
             self._step(rows)
             if due(config.checkpoint.every, progress.step):
                 self._save()
@@ -207,7 +218,7 @@ class Trainer:
                 self._measure_spectra()
             if due(config.eval.every, progress.step) and not last:
                 self._evaluate()
-        return None
+        return True
 
     def _next_rows(self) -> torch.Tensor | None:
         """This process's rows of the next step; None if a signal to any process came first.
@@ -386,11 +397,14 @@ class Trainer:
             metrics | {"train/ppl": perplexity(metrics["train/loss"]), "perf/memory_gib": most} | self.meter.read(),
         )
 
-    def _conclude(self) -> dict[str, Any]:
-        """Save, evaluate, measure, and write summary and plot of a finished run."""
+    def _conclude(self) -> dict[str, Any] | None:
+        """Save, evaluate, measure, and write summary and plot of a finished run; None if a signal came first."""
         progress = self.progress
         self._save()
         found = self._evaluate() if self.config.eval.every <= progress.step else None  # too short for its cadence
+        if found is None and self._stop_requested():
+            self.checkpointer.wait()
+            return None
         truncations = self._evaluate_truncated() if found else []
         spectra = self._measure_spectra()
         self.checkpointer.wait()
