@@ -193,8 +193,8 @@ class Trainer:
         if self.world.main and "stopped_by" in summary:
             saved = "the checkpoint is saved" if self.checkpointer.saved else "its checkpoint could not be saved"
             print(
-                f"stopped by {summary['stopped_by']} at step {self.progress.step} of {self.config.train.steps}; {saved}: "
-                f"go on with the same command and resume=auto",
+                f"stopped by {summary['stopped_by']} at step {self.progress.step} of {self.config.train.steps}; "
+                f"{saved}: go on with the same command and resume=auto",
                 flush=True,
             )
         return summary
