@@ -59,19 +59,22 @@ def newest_sound(folder: Path) -> Path | None:
     return None
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, key: str = "resume=") -> Path:
     """The checkpoint that `path` means: itself, or the newest sound one of the run that it is the folder of.
+
+    Args:
+        key: what the path was given as, for the error.
 
     Raises:
         ConfigError: if there is none, or the one named is damaged.
     """
     if (path / MARKER).is_file():
         if damage := damage_of(path):
-            raise ConfigError(f"resume={path} is damaged: {damage}")
+            raise ConfigError(f"{key}{path} is damaged: {damage}")
         return path
     found = newest_sound(path / "checkpoints")
     if found is None:
-        raise ConfigError(f"resume={path} holds no complete checkpoint; give a run directory or one of its checkpoints")
+        raise ConfigError(f"{key}{path} holds no complete checkpoint; give a run directory or one of its checkpoints")
     return found
 
 

@@ -343,6 +343,21 @@ def compose(*overrides: str) -> Config:
     return typed(composed)
 
 
+def from_stored(stored: DictConfig) -> Config:
+    """The configuration of a run as its files have it; keys that came later have their defaults.
+
+    Raises:
+        ConfigError: as `typed`.
+    """
+    for section, defaults in default_composition().items():
+        if section not in stored:
+            stored[section] = defaults
+        elif isinstance(defaults, DictConfig) and "_target_" not in defaults:
+            for key in defaults.keys() - stored[section].keys():
+                stored[section][key] = defaults[key]
+    return typed(stored)
+
+
 def as_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain containers."""
     return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]

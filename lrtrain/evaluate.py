@@ -67,3 +67,9 @@ def evaluate(
     loss, galore = total(loss, galore / (batches + 1))
     tokens = rows[:, 1:].numel()
     return Evaluation(loss=loss / tokens, tokens=tokens, galore_loss=galore / world.size)
+
+
+def spread(available: int, wanted: int) -> list[int]:
+    """At most `wanted` indices, evenly spaced over `available`: always the same ones."""
+    count = min(available, wanted)
+    return [i * available // count for i in range(count)]

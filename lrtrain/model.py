@@ -7,13 +7,13 @@ it, and `lrtrain.initialize` fills it.
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -51,14 +51,25 @@ def architecture(path: str | None, overrides: dict[str, Any]) -> PreTrainedConfi
     return config
 
 
-def make_model(config: Config, ranks: Mapping[str, int] | None = None) -> PreTrainedModel:
-    """The model of the configuration, factorized as `param` says, on the meta device; `ranks` are those of layers that
-    have taken on other ones."""
-    param = config.param
+def make_model(
+    config: Config, ranks: Mapping[str, int] | None = None, known: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """The model of the configuration, factorized as `param` says, on the meta device.
+
+    Args:
+        ranks: of layers that have others than `param.rank`.
+        known: the transformers config as a checkpoint keeps it, so that what model.path names is not needed again.
+    """
+    shape = architecture(None, known) if known else architecture(config.model.path, config.model.config)
+    return factorized_model(shape, config.param, ranks or {}, parameter_dtype(config))
+
+
+def factorized_model(
+    shape: PreTrainedConfig, param: dict[str, Any], ranks: Mapping[str, int], dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of a transformers config, factorized as `param` says, with parameters of `dtype` on the meta device."""
     make_layer = choice(param) if param["_target_"] else None
-    model = build_model(
-        architecture(config.model.path, config.model.config), make_layer, param["pattern"], param["rank"], ranks or {}
-    )
+    model = build_model(shape, make_layer, param["pattern"], param["rank"], ranks)
     if zeros := param.get("zero_init"):
         found = [layer for name, layer in matrices(model, r"\.\d+\.").items() if re.search(zeros, name)]
         if not found:
@@ -66,7 +77,7 @@ def make_model(config: Config, ranks: Mapping[str, int] | None = None) -> PreTra
         for layer in found:
             layer.starts_at_zero = True  # pyright: ignore[reportArgumentType]  (`materialize` reads it)
     for p in model.parameters():  # not the buffers: rotary frequencies need float32
-        p.data = p.data.to(parameter_dtype(config))
+        p.data = p.data.to(dtype)
     return model
 
 
@@ -224,11 +235,17 @@ def training_flops(model: PreTrainedModel, seq_len: int) -> Flops:
 
 def support_hash(model: nn.Module) -> str:
     """A hash over all buffers that a seed gives back: a checkpoint keeps it to notice if a seed ever did not."""
+    return hash_of_supports(
+        (name, {k: b for k, b in layer.named_buffers(recurse=False) if k in layer._non_persistent_buffers_set})
+        for name, layer in factorized_layers(model).items()
+    )
+
+
+def hash_of_supports(supports: Iterable[tuple[str, Mapping[str, Tensor]]]) -> str:
+    """The same, over the buffers of each layer in turn."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, layer in factorized_layers(model).items():
-        for key, buffer in sorted(layer.named_buffers(recurse=False)):
-            if key not in layer._non_persistent_buffers_set:
-                continue
+    for name, buffers in supports:
+        for key, buffer in sorted(buffers.items()):
             digest.update(f"{name}.{key}".encode())
             digest.update(buffer.cpu().numpy().tobytes())
     return digest.hexdigest()

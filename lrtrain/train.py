@@ -23,7 +23,7 @@ from lrtrain.config import Config, as_dict, choice, compute_dtype, fingerprint
 from lrtrain.distributed import World, agree, largest, on_main, total
 from lrtrain.engine.base import Engine, StepResult
 from lrtrain.errors import ConfigError
-from lrtrain.evaluate import Evaluation, evaluate, perplexity
+from lrtrain.evaluate import Evaluation, evaluate, perplexity, spread
 from lrtrain.initialize import generator_for, initial_layer, integer_seed
 from lrtrain.model import (
     dense_parameter_count,
@@ -447,6 +447,7 @@ class Trainer:
             "config": as_dict(self.config),
             "executions": self.executions,
             "ranks": self.ranks,
+            "architecture": self.engine.model.config.to_dict(),
             "support_hash": self.support_hash,
             "versions": {name: version(name) for name in ("torch", "transformers", "datasets")},
             "world_size": self.world.size,
@@ -509,9 +510,3 @@ def in_background(call: Callable[[], T]) -> Future[tuple[T, float]]:
 def due(every: int, step: int) -> bool:
     """Whether something that happens every so many steps (0: never) happens after `step`."""
     return every > 0 and step % every == 0
-
-
-def spread(available: int, wanted: int) -> list[int]:
-    """At most `wanted` indices, evenly spaced over `available`: always the same ones."""
-    count = min(available, wanted)
-    return [i * available // count for i in range(count)]

@@ -1,0 +1,123 @@
+"""Perplexity on a text, and lm-eval's tasks: of a run, one of its checkpoints, an export, or any transformers folder.
+
+python scripts/evaluate.py runs/llama_tiny-sltrain                               the text that the run held out
+python scripts/evaluate.py runs/llama_tiny-sltrain data=local data.path=FOLDER   the held-out share of another text
+python scripts/evaluate.py PATH data=local data.path=FILE data.validation_fraction=0 eval.sequences=100000    all of it
+torchrun --nproc_per_node=2 scripts/evaluate.py PATH data=c4                     shared out over processes
+python scripts/evaluate.py PATH --tasks NAME --include_path DIR                  tasks of lm-eval (pip install .[eval])
+
+What is said of the text are overrides as of launch/pretrain.py; the tokenizer is always the model's own.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lrtrain import data, distributed
+from lrtrain.config import DTYPES, Config, compose
+from lrtrain.distributed import World, environment_rank, environment_world_size
+from lrtrain.errors import ConfigError
+from lrtrain.evaluate import evaluate, perplexity, spread
+from lrtrain.loading import Loaded, load
+from lrtrain.tracking.console import print_summary
+from lrtrain.weights import RunWeights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, metavar="RUN|PATH", help="a run, a checkpoint, or a folder with a model")
+    parser.add_argument(
+        "overrides", nargs="*", help="data=…, data.seq_len=…, eval.sequences=…, train.micro_batch_size=…"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model; default: as it was saved")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks of lm-eval, instead of a perplexity")
+    parser.add_argument("--include_path", type=Path, metavar="DIR", help="a folder with more tasks")
+    parser.add_argument("--limit", type=int, help="samples of each task at the most")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results too")
+    args = parser.parse_args()
+    try:
+        world = distributed.start()
+        loaded = load(args.path, world.device, DTYPES[args.dtype] if args.dtype else None)
+        results = run_tasks(loaded, args, world) if args.tasks else measure(loaded, args.overrides, world)
+    except ConfigError as error:
+        sys.exit(str(error) if environment_rank() == 0 else 1)
+    finally:
+        distributed.stop()
+    if world.main:
+        print_summary({k: f"{v:.4f}" if isinstance(v, float) else str(v) for k, v in results.items()}, sys.stdout)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1))
+
+
+def measure(loaded: Loaded, overrides: list[str], world: World) -> dict[str, Any]:
+    """Loss and perplexity on the text that `overrides` choose, or that the run held out; a collective."""
+    config = settings(loaded.run, overrides)
+    tokenizer = dataclasses.replace(config.data.tokenizer, path=str(loaded.tokenizer.name_or_path))
+    chosen = dataclasses.replace(config.data, tokenizer=tokenizer)
+    data.check(chosen)
+    text = data.prepare(chosen, config.train.seed)
+    rows = rows_of(text, config.eval.sequences, chosen.seq_len)
+    found = evaluate(loaded.model, rows, config.train.micro_batch_size, world)
+    assert found is not None
+    return {
+        "text": chosen.name,
+        "sequences": len(rows),
+        "tokens": found.tokens,
+        "loss": found.loss,
+        "perplexity": perplexity(found.loss),
+    }
+
+
+def rows_of(text: data.Data, most: int, seq_len: int) -> torch.Tensor:
+    """At most so many sequences that are held out, evenly spread; of a text that holds none out any of them."""
+    if len(text.validation):
+        return text.validation.rows(spread(len(text.validation), most))
+    return text.train.batch(0, min(most, text.train_tokens // seq_len) if text.train_tokens else most, 0, 1)
+
+
+def settings(run: RunWeights | None, overrides: list[str]) -> Config:
+    """The configuration of these overrides; of a run, sections that they do not touch are its own."""
+    if run is None:
+        return compose(*overrides)
+    touched = {override.split("=")[0].split(".")[0] for override in overrides}
+    config = compose(*[f"data={run.config.data.name}"] * ("data" in touched), *overrides)
+    for section in {"data", "eval", "train"} - touched:
+        setattr(config, section, getattr(run.config, section))
+    return config
+
+
+def run_tasks(loaded: Loaded, args: argparse.Namespace, world: World) -> dict[str, Any]:
+    """The metrics of lm-eval's tasks."""
+    if environment_world_size() > 1:
+        raise ConfigError("--tasks runs on one process: start it without torchrun")
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError("--tasks needs lm-eval: pip install .[eval]") from error
+    # decorators hide the arguments of both from the type checker
+    model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8)  # pyright: ignore[reportCallIssue]
+    manager = TaskManager(include_path=None if args.include_path is None else str(args.include_path))
+    if unknown := [task for task in args.tasks if task not in manager.all_tasks]:
+        raise ConfigError(f"--tasks {' '.join(unknown)}: lm-eval has no such task; give its folder as --include_path")
+    settings = {"tasks": args.tasks, "limit": args.limit, "task_manager": manager, "log_samples": False}
+    found = simple_evaluate(model, **settings)  # pyright: ignore
+    assert found is not None and "results" in found
+    return {
+        f"{task} {metric.removesuffix(',none')}": value
+        for task, metrics in found["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, float) and "stderr" not in metric
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Write a run's model for others to load.
+
+python scripts/export.py runs/llama_tiny-sltrain --to hf-dense         a plain transformers checkpoint, factors merged
+python scripts/export.py runs/llama_tiny-sltrain --to hf-factorized    with its factors, for lrtrain.load(FOLDER)
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lrtrain.config import DTYPES
+from lrtrain.errors import ConfigError
+from lrtrain.export import export_dense, export_factorized
+from lrtrain.weights import RunWeights
+
+FORMS = {"hf-dense": export_dense, "hf-factorized": export_factorized}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory or one of its checkpoints")
+    parser.add_argument("--to", choices=FORMS, required=True, help="merged into plain weights, or with the factors")
+    parser.add_argument("--out", type=Path, help="the folder to write; default: RUN/export/<--to>")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were trained")
+    parser.add_argument("--shard", type=float, default=5.0, metavar="GB", help="size of a file; default: %(default)s")
+    args = parser.parse_args()
+    try:
+        run = RunWeights(args.run)
+        out = args.out or run.run_dir / "export" / args.to
+        FORMS[args.to](run, out, DTYPES[args.dtype] if args.dtype else None, int(args.shard * 1e9))
+    except ConfigError as error:
+        sys.exit(str(error))
+    print(f"{run.checkpoint} → {out}")
+
+
+if __name__ == "__main__":
+    main()
