@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lrtrain import data
 from lrtrain.config import check, composition_sentence, run_name, typed
 from lrtrain.distributed import environment_rank, environment_world_size
-from lrtrain.errors import ConfigError
+from lrtrain.errors import ConfigError, RunFailed
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="pretrain")
@@ -36,6 +36,8 @@ def main(composed: DictConfig) -> None:
         job(composed)
     except ConfigError as error:
         fail(error, str(error), code=2)
+    except RunFailed as error:
+        fail(error, str(error), code=1)
 
 
 def job(composed: DictConfig) -> None:
@@ -53,12 +55,9 @@ def job(composed: DictConfig) -> None:
     if environment_rank() == 0:  # if this fails, the others still wait at the rendezvous and torchrun ends them
         check(config, world_size)
         data.check(config.data)
-    from lrtrain.train import Diverged, pretrain
+    from lrtrain.train import pretrain
 
-    try:
-        pretrain(config)
-    except Diverged as error:
-        fail(error, str(error), code=1)
+    pretrain(config)
 
 
 def fail(error: Exception, message: str, code: int) -> None:

@@ -70,6 +70,7 @@ class TrainConfig:
     recompute_every: int
     recompute_keep: str
     max_skipped: int
+    timeout_minutes: float
     log_every: int
 
 
@@ -228,6 +229,8 @@ def check(config: Config, world_size: int) -> None:
         value = getattr(getattr(config, section), key)
         if value < least:
             raise ConfigError(f"{section}.{key}={value} must be at least {least}")
+    if not train.timeout_minutes > 0:
+        raise ConfigError(f"train.timeout_minutes={train.timeout_minutes} must be above 0")
     if train.dtype not in (*DTYPES, "bf16_sr", "auto"):
         raise ConfigError(f"train.dtype={train.dtype} is not one of {', '.join(DTYPES)}, bf16_sr, auto")
     if train.clip_by not in ("global", "parameter"):

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import itertools
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,10 +56,11 @@ def rendezvous() -> dist.Store:
     return next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
 
 
-def start(save_memory: bool = False) -> World:
+def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
     """Join the process group (of one, without torchrun) and set device and threads (cores ÷ local processes).
 
-    On a CPU freed memory is kept for the next step (see `keep_freed_memory`) unless `save_memory`.
+    A collective that takes longer than `timeout_minutes` fails. On a CPU freed memory is kept for the next step (see
+    `keep_freed_memory`) unless `save_memory`.
     """
     size, local_size = environment_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -71,9 +73,8 @@ def start(save_memory: bool = False) -> World:
         give_back_freed_memory() if save_memory else keep_freed_memory()
     # A prefix of its own for each group: a second run in the same processes must not find the first one's keys.
     store = dist.PrefixStore(f"run {next(_runs)}", rendezvous())
-    dist.init_process_group(
-        backend, store=store, rank=environment_rank(), world_size=size, timeout=timedelta(minutes=30)
-    )
+    timeout = timedelta(minutes=timeout_minutes)
+    dist.init_process_group(backend, store=store, rank=environment_rank(), world_size=size, timeout=timeout)
     return World(environment_rank(), local_rank, size, local_size, device)
 
 
@@ -139,6 +140,30 @@ def on_main(action: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return result
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """Run `action` on every process; its result.
+
+    Raises:
+        ConfigError: on every process, if `action` raised one on any; naming these, if it did not on all.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except ConfigError as raised:
+        error = raised
+    mine = None if error is None else (dist.get_rank(), socket.gethostname(), str(error))
+    told: list[tuple[int, str, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    failed = [one for one in told if one is not None]
+    if not failed:
+        return result  # type: ignore[return-value]
+    rank, host, sentence = failed[0]
+    where = "" if len(failed) == len(told) else f"on process {rank} (host {host}) alone: "
+    if 1 < len(failed) < len(told):
+        where = f"on {len(failed)} of {len(told)} processes, the first is {rank} (host {host}): "
+    raise ConfigError(f"{where}{sentence}") from error
 
 
 def agree(value: str, what: str) -> None:

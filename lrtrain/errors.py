@@ -1,8 +1,15 @@
-"""The one error a user can mend: something in the configuration."""
+"""The errors that are told in one sentence, without a traceback."""
 
 
 class ConfigError(ValueError):
     """One sentence that names the config key, its value and what would be right.
 
     `launch/pretrain.py` prints it from one process, without a traceback, and exits with code 2.
+    """
+
+
+class RunFailed(RuntimeError):
+    """One sentence that says why a run came to no good end, and how to go on.
+
+    `launch/pretrain.py` prints it from one process, without a traceback, and exits with code 1.
     """

@@ -62,17 +62,17 @@ def claim(config: Config, executions: dict[str, str], tokenizer: PreTrainedToken
     The measured executions belong to it: another one rounds differently, and resuming would not be exact.
 
     Raises:
-        ConfigError: if the directory cannot be created or is another run's.
+        ConfigError: if the directory cannot be created or written, or is another run's.
     """
     folder = Path(config.run.dir)
+    run = {"id": uuid.uuid4().hex[:12], "name": config.run.name, "executions": executions}
     try:
         folder.mkdir(parents=True, exist_ok=config.resume == "auto")
+        write_durably(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        tokenizer.save_pretrained(folder / "tokenizer")
+        write_durably(folder / "run.json", json.dumps(run))
     except OSError as error:
-        raise ConfigError(f"run.dir={folder} cannot be created: {error.strerror}") from error
-    run = {"id": uuid.uuid4().hex[:12], "name": config.run.name, "executions": executions}
-    write_durably(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-    tokenizer.save_pretrained(folder / "tokenizer")
-    write_durably(folder / "run.json", json.dumps(run))
+        raise ConfigError(f"run.dir={folder} cannot be written: {error.strerror}") from error
     return run
 
 

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from lrtrain import data, distributed
 from lrtrain.checkpoint import Checkpointer, read_meta, whole_checkpoints, write_durably
 from lrtrain.config import Config, as_dict, choice, compute_dtype, fingerprint
-from lrtrain.distributed import World, agree, largest, on_main, total
+from lrtrain.distributed import World, agree, largest, on_all, on_main, total
 from lrtrain.engine.base import Engine, StepResult
-from lrtrain.errors import ConfigError
+from lrtrain.errors import ConfigError, RunFailed
 from lrtrain.evaluate import Evaluation, evaluate, perplexity, spread
+from lrtrain.heartbeat import Heartbeat
 from lrtrain.initialize import generator_for, initial_layer, integer_seed
 from lrtrain.model import (
     dense_parameter_count,
@@ -52,13 +53,13 @@ from lrtrain.truncation import Truncation, evaluate_truncated, truncation_rows
 T = TypeVar("T")
 
 
-class Diverged(RuntimeError):
+class Diverged(RunFailed):
     """The loss or gradient was not finite for too many steps in a row."""
 
 
 def pretrain(config: Config) -> None:
     """Join the process group, `train` until a signal or the end, and leave the group."""
-    world = distributed.start(save_memory=config.optim["in_backward"])
+    world = distributed.start(config.optim["in_backward"], config.train.timeout_minutes)
     stop = StopRequest()
     try:
         train(config, world, stop)
@@ -76,9 +77,11 @@ def train(config: Config, world: World, stop: StopRequest) -> dict[str, Any]:
     Raises:
         ConfigError: for whatever the configuration has wrong, on every process.
         Diverged: after `train.max_skipped` steps in a row without a finite loss and gradient.
+        RunFailed: if the last checkpoint could not be saved.
     """
-    agree(fingerprint(config), "the configuration")
-    return Trainer(config, world, stop).run()
+    with Heartbeat(world, config.train.timeout_minutes) as heartbeat:
+        agree(fingerprint(config), "the configuration")
+        return Trainer(config, world, stop, heartbeat).run()
 
 
 @dataclass
@@ -101,10 +104,11 @@ class Progress:
 class Trainer:
     """One run on one process among others: what it owns, in the order in which it is built."""
 
-    def __init__(self, config: Config, world: World, stop: StopRequest):
+    def __init__(self, config: Config, world: World, stop: StopRequest, heartbeat: Heartbeat):
         self.config = config
         self.world = world
         self.stop = stop
+        self.heartbeat = heartbeat
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
 
@@ -113,8 +117,11 @@ class Trainer:
         self.ranks: dict[str, int] = self.meta.get("ranks", {})
         model = make_model(config, self.ranks)
         choice(config.optim)(model)  # on meta: whatever it refuses is said before anything is built
-        self.data = data.prepare(config.data, config.train.seed)
+        self.data = on_all(lambda: data.prepare(config.data, config.train.seed))
         agree(self.data.fingerprint, "the data")
+        self.unreadable = self.data.faults.count
+        if self.unreadable and world.main:
+            print(f"data: {self.unreadable} unreadable documents are left out, the first: {self.data.faults.first}")
         self._check_sizes(model)
         if checkpoint:
             check_compatible(config, self.data.fingerprint, checkpoint, self.meta)
@@ -189,15 +196,22 @@ class Trainer:
             raise
         finally:
             self.lock.release()
-        self.tracker.finish(summary, exit_code=0)
-        if self.world.main and "stopped_by" in summary:
-            saved = "the checkpoint is saved" if self.checkpointer.saved else "its checkpoint could not be saved"
+        self.tracker.finish(summary, exit_code=0 if self.checkpointer.saved else 1)
+        stopped = summary.get("stopped_by")
+        at = f"at step {self.progress.step} of {self.config.train.steps}"
+        if not self.checkpointer.saved:
+            raise RunFailed(f"{f'stopped by {stopped}' if stopped else 'ended'} {at}, {self._unsaved()}")
+        if self.world.main and stopped:
             print(
-                f"stopped by {summary['stopped_by']} at step {self.progress.step} of {self.config.train.steps}; "
-                f"{saved}: go on with the same command and resume=auto",
+                f"stopped by {stopped} {at}; the checkpoint is saved: go on with the same command and resume=auto",
                 flush=True,
             )
         return summary
+
+    def _unsaved(self) -> str:
+        kept = whole_checkpoints(self.checkpointer.folder)
+        left = f"the last good one is {kept[-1]}: go on from there with resume=auto" if kept else "there is no other"
+        return f"but its checkpoint could not be saved; {left}"
 
     def _train(self) -> bool:
         """The steps; whether no signal ended them."""
@@ -205,6 +219,7 @@ class Trainer:
         if progress.step == 0:
             self._measure_spectra()
         while progress.step < config.train.steps:
+            self.heartbeat.step = progress.step
             rows = self._next_rows()
             if rows is None:
                 self._save()
@@ -233,16 +248,37 @@ class Trainer:
             self.world.size,
         )
         reading = in_background(read)
+        minutes = self.config.train.timeout_minutes
+        deadline = time.monotonic() + 60 * minutes
         while True:
             wait([reading], timeout=1.0)
-            waiting, stop, overdue = total(not reading.done(), self.stop.signal is not None, self._overdue())
+            done = reading.done()
+            waiting, failed, stop, overdue, unreadable = total(
+                not done,
+                done and reading.exception() is not None,
+                self.stop.signal is not None,
+                self._overdue(),
+                self.data.train.faults.count,
+            )
             if stop:
                 return None
             if overdue:
                 self._save()
             if not waiting:
-                rows, self.read_seconds = reading.result()
+                self._count_unreadable(self.data.faults.count + int(unreadable))
+                rows, self.read_seconds = on_all(reading.result) if failed else reading.result()
                 return rows
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"{waiting:g} of {self.world.size} processes have waited for the batch of step "
+                    f"{self.progress.step + 1} for train.timeout_minutes={minutes:g}"
+                )
+
+    def _count_unreadable(self, count: int) -> None:
+        """Log what was left out of the data, if it became more."""
+        if count > self.unreadable:
+            self.tracker.log(self.progress.step, self.progress.tokens, {"data/unreadable": count})
+        self.unreadable = count
 
     def _step(self, rows: torch.Tensor) -> None:
         """One optimizer step on this process's `rows` of the global batch."""
@@ -426,21 +462,31 @@ class Trainer:
             **{f"eval_loss_at_rank_share_{t.share:g}": t.loss for t in truncations},
         }
         if self.world.main:
-            from lrtrain.plots import plot_run  # matplotlib takes a while to import: not before the first step
-
-            write_durably(self.run_dir / "summary.json", json.dumps(summary, indent=1))
-            picture = plot_run(self.run_dir)
-            self.tracker.log_image(progress.step, "plots/run", picture)
-            rows = summary_rows(summary) | truncation_rows(truncations) | {"picture": str(picture)}
+            rows = summary_rows(summary) | truncation_rows(truncations)
+            try:
+                rows |= {"picture": str(self._write_summary(summary))}
+            except OSError as error:
+                print(f"summary.json and its picture could not be written: {error}", file=sys.stderr, flush=True)
             print_summary(rows, sys.stdout)
         return {key: value for key, value in summary.items() if value is not None}
+
+    def _write_summary(self, summary: dict[str, Any]) -> Path:
+        """summary.json and the picture of the run, whose path this gives."""
+        from lrtrain.plots import plot_run  # matplotlib takes a while to import: not before the first step
+
+        write_durably(self.run_dir / "summary.json", json.dumps(summary, indent=1))
+        picture = plot_run(self.run_dir)
+        self.tracker.log_image(self.progress.step, "plots/run", picture)
+        return picture
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         """Begin a checkpoint of this step, unless it has one."""
         if self.saved_at[0] == self.progress.step:
-            return
+            self.checkpointer.wait()
+            if self.checkpointer.saved:
+                return
         meta = {
             "progress": asdict(self.progress),
             "data": {"fingerprint": self.data.fingerprint, "state": self.data.train.state()},

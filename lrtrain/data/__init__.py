@@ -1,5 +1,6 @@
 """Text to batches: sources → tokenizer → packed rows → order → loader."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lrtrain.data.cache import build_once, fingerprint
 from lrtrain.data.config import DataConfig, TokenizerConfig
+from lrtrain.data.faults import ON_ERROR, Faults, known
 from lrtrain.data.loader import PackedTrain, StreamedTrain, TrainData
 from lrtrain.data.packing import Rows, pack_first, pack_split
 from lrtrain.data.sources import JsonStream, TextSource
@@ -18,6 +20,7 @@ from lrtrain.errors import ConfigError
 
 __all__ = ["Data", "DataConfig", "Rows", "TokenizerConfig", "TrainData", "check", "prepare"]
 
+FAULTS = "faults.json"
 PACKING_VERSION = 1  # raised when the same text gives other rows
 
 
@@ -30,6 +33,7 @@ class Data:
     validation: Rows
     fingerprint: str  # of source, tokenizer, seq_len and split: the meaning of a position
     train_tokens: int | None  # targets in one epoch; None for a stream
+    faults: Faults  # what was left out before training; `train.faults` has what a stream leaves out
 
 
 def check(cfg: DataConfig) -> None:
@@ -38,6 +42,8 @@ def check(cfg: DataConfig) -> None:
         raise ConfigError(f"data.seq_len={cfg.seq_len} must be at least 1")
     if not 0 <= cfg.validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction={cfg.validation_fraction} must be in [0, 1)")
+    if cfg.on_error not in ON_ERROR:
+        raise ConfigError(f"data.on_error={cfg.on_error} is not one of {', '.join(ON_ERROR)}")
     _check_writable(_cache_dir(cfg))
     if cfg.tokenizer.path is not None:
         load_saved(cfg.tokenizer.path)
@@ -53,7 +59,7 @@ def prepare(cfg: DataConfig, seed: int) -> Data:
     Raises ConfigError where the corpus cannot give what `cfg` asks for.
     """
     source = _source(cfg)
-    tokenizer = load_tokenizer(cfg.tokenizer, source, _cache_dir(cfg))
+    tokenizer = load_tokenizer(cfg.tokenizer, source, _cache_dir(cfg), _faults(cfg))
     identity = fingerprint(
         PACKING_VERSION,
         source.fingerprint(_cache_dir(cfg)),
@@ -68,9 +74,12 @@ def prepare(cfg: DataConfig, seed: int) -> Data:
 
 def _packed(cfg: DataConfig, source: TextSource, tokenizer: PreTrainedTokenizerFast, identity: str, seed: int) -> Data:
     def build(folder: Path) -> None:
-        pack_split(source.documents(), tokenizer, cfg.seq_len, cfg.validation_fraction, folder)
+        faults = _faults(cfg)
+        pack_split(source.documents(faults), tokenizer, cfg.seq_len, cfg.validation_fraction, folder)
+        (folder / FAULTS).write_text(json.dumps(faults.as_dict()))
 
     folder = build_once(_cache_dir(cfg) / f"packed-{identity}", build)
+    faults = _known_faults(folder, cfg)
     train, validation = Rows(folder / "train.arrow"), Rows(folder / "validation.arrow")
     if not len(train):
         raise ConfigError(f"data.seq_len={cfg.seq_len} leaves no training sequence; give less, or more text")
@@ -79,18 +88,30 @@ def _packed(cfg: DataConfig, source: TextSource, tokenizer: PreTrainedTokenizerF
             f"data.validation_fraction={cfg.validation_fraction} holds out less than one sequence of "
             f"data.seq_len={cfg.seq_len}; give more or smaller documents, a larger fraction, or 0 for none"
         )
-    return Data(tokenizer, PackedTrain(train, seed), validation, identity, len(train) * cfg.seq_len)
+    return Data(tokenizer, PackedTrain(train, seed), validation, identity, len(train) * cfg.seq_len, faults)
 
 
 def _streamed(cfg: DataConfig, source: JsonStream, tokenizer: PreTrainedTokenizerFast, identity: str) -> Data:
     count = source.validation_sequences
 
     def build(folder: Path) -> None:
-        pack_first(source.validation_documents(), tokenizer, cfg.seq_len, count, folder)
+        faults = _faults(cfg)
+        pack_first(source.validation_documents(faults), tokenizer, cfg.seq_len, count, folder)
+        (folder / FAULTS).write_text(json.dumps(faults.as_dict()))
 
     folder = build_once(_cache_dir(cfg) / f"validation-{fingerprint(identity, count)}", build)
-    train = StreamedTrain(source.train_files(), source.text_field, source.streams, tokenizer, cfg.seq_len)
-    return Data(tokenizer, train, Rows(folder / "validation.arrow"), identity, None)
+    train = StreamedTrain(source.train_files(), source.text_field, source.streams, tokenizer, cfg.seq_len, _faults(cfg))
+    return Data(tokenizer, train, Rows(folder / "validation.arrow"), identity, None, _known_faults(folder, cfg))
+
+
+def _faults(cfg: DataConfig) -> Faults:
+    return Faults(refuse=cfg.on_error == "refuse")
+
+
+def _known_faults(folder: Path, cfg: DataConfig) -> Faults:
+    """What was left out when the rows in `folder` were packed, perhaps by an earlier run."""
+    path = folder / FAULTS
+    return known(json.loads(path.read_text()), cfg.on_error == "refuse") if path.exists() else _faults(cfg)
 
 
 def _source(cfg: DataConfig) -> TextSource:

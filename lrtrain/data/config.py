@@ -21,6 +21,7 @@ class DataConfig:
     path: Any  # files, folders or globs: a string or a list of strings; null where the source has its own
     text_field: str  # of the .jsonl, .json and .parquet rows
     streams: int | None  # canonical streams of a streamed source
+    on_error: str  # skip or refuse: what to do about a document that cannot be read
     seq_len: int  # tokens the model sees; a stored row has one more
     validation_fraction: float  # of the documents, chosen by a hash of their text; 0 holds none out
     cache_dir: str

@@ -4,7 +4,6 @@ import bz2
 import gzip
 import io
 import json
-import logging
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -14,29 +13,24 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-log = logging.getLogger(__name__)
+from lrtrain.data.faults import Faults
 
 Reader = Callable[[Path, str], Iterator[tuple[int, Any]]]  # (file, text field) → (line, text or not a text)
 
 READ_ERRORS = (OSError, EOFError, ValueError, KeyError, zlib.error, lzma.LZMAError, pa.ArrowException)
 
 
-def read_documents(files: Iterable[Path], text_field: str) -> Iterator[str]:
+def read_documents(files: Iterable[Path], text_field: str, faults: Faults) -> Iterator[str]:
     """The texts of `files` in order, without the empty ones.
 
-    What cannot be read is skipped, a line or the rest of a file at a time; a warning after the last file
-    says how many and where the first is.
+    What cannot be read is added to `faults`, a row or the rest of a file at a time.
     """
-    skipped, first = 0, ""
     for path in files:
-        for line, text, fault in _checked(path, text_field):
+        for row, text, fault in _checked(path, text_field):
             if fault:
-                skipped += 1
-                first = first or f"{path}:{line}: {fault}"
+                faults.add(path, row, fault)
             elif text and not text.isspace():
                 yield text
-    if skipped:
-        log.warning("skipped %d unreadable documents, the first: %s", skipped, first)
 
 
 def reader_of(path: Path) -> Reader:
@@ -68,7 +62,7 @@ def json_lines(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
     with open_binary(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.isspace():
-                yield number, _field(line, text_field)
+                yield number, field_of(line, text_field)
 
 
 def parquet_rows(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
@@ -118,7 +112,8 @@ OPENERS: dict[str, Callable[[Path, str], Any]] = {
 }
 
 
-def _field(line: bytes, text_field: str) -> Any:
+def field_of(line: bytes | str, text_field: str) -> Any:
+    """A field of a JSON object; None for a line that is none with this field."""
     try:
         return json.loads(line)[text_field]
     except (ValueError, KeyError, TypeError):
@@ -130,13 +125,18 @@ def _checked(path: Path, text_field: str) -> Iterator[tuple[int, str, str]]:
     line = 0
     try:
         for line, text in reader_of(path)(path, text_field):
-            readable = _is_text(text)
-            yield line, text if readable else "", "" if readable else f"no text in field {text_field!r}"
+            readable = is_text(text)
+            yield line, text if readable else "", "" if readable else no_text(text_field)
     except READ_ERRORS as error:
         yield line + 1, "", str(error)
 
 
-def _is_text(text: Any) -> bool:
+def no_text(text_field: str) -> str:
+    """What is wrong with a row without a text."""
+    return f"no text in field {text_field!r}"
+
+
+def is_text(text: Any) -> bool:
     """Whether a tokenizer takes it: JSON can hold half of a surrogate pair, UTF-8 cannot."""
     try:
         return isinstance(text, str) and text.encode() is not None

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
+from lrtrain.data.faults import Faults
 from lrtrain.data.order import sample_rows
 from lrtrain.data.packing import Rows
 from lrtrain.data.streams import Cursor, TokenStream
@@ -16,6 +17,9 @@ from lrtrain.errors import ConfigError
 
 class TrainData(Protocol):
     """The contract of the trainer. Sample p is the same for every batch size and number of processes."""
+
+    faults: Faults
+    """What this process has left out while it read batches."""
 
     def batch(self, position: int, batch_size: int, dist_rank: int, world_size: int) -> torch.Tensor:
         """This process's share of samples position … position + batch_size - 1.
@@ -36,6 +40,7 @@ class PackedTrain:
     """Packed rows in the order of lrtrain.data.order. A process takes a contiguous slice of the batch."""
 
     def __init__(self, rows: Rows, seed: int):
+        self.faults = Faults(refuse=True)  # packed rows have none
         self._rows = rows
         self._seed = seed
 
@@ -66,7 +71,9 @@ class StreamedTrain:
         streams: int,
         tokenizer: PreTrainedTokenizerFast,
         seq_len: int,
+        faults: Faults,
     ):
+        self.faults = faults
         self._files = files
         self._text_field = text_field
         self._tokenizer = tokenizer
@@ -114,6 +121,7 @@ class StreamedTrain:
                 self._tokenizer,
                 self._seq_len,
                 self._cursors[k],
+                self.faults,
             )
         return self._open[k]
 

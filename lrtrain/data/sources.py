@@ -5,23 +5,32 @@ check of what the user asked for.
 """
 
 import glob
+import json
+import lzma
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from gzip import BadGzipFile
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from datasets import load_dataset
+from datasets import StreamingDownloadManager
 from datasets.data_files import resolve_pattern
+from datasets.utils.file_utils import xopen
 
 from lrtrain.data.cache import content_digests, fingerprint
-from lrtrain.data.files import field_names, is_supported, read_documents
+from lrtrain.data.faults import Faults
+from lrtrain.data.files import field_names, field_of, is_supported, is_text, no_text, read_documents
 from lrtrain.errors import ConfigError
 
 FORMATS = "give files, folders or globs of .txt, .md, .jsonl or .parquet"
 SAMPLE_DOCUMENTS = 20_000  # of a stream, for its tokenizer: some 40 MB of C4
+DAMAGE = (EOFError, BadGzipFile, zlib.error, lzma.LZMAError)  # of a compressed file; other errors may pass
+BATCH = 64  # documents of a stream that are tokenized at a time
+CHUNK = 1 << 20  # bytes of a stream that are read at a time
 
 
 class TextSource(Protocol):
@@ -35,8 +44,8 @@ class TextSource(Protocol):
         """A digest of the documents' content; `cache_dir` remembers the digests of files."""
         ...
 
-    def documents(self) -> Iterator[str]:
-        """The documents in order, none of them empty."""
+    def documents(self, faults: Faults) -> Iterator[str]:
+        """The documents in order, none of them empty; what cannot be read is added to `faults`."""
         ...
 
 
@@ -51,7 +60,7 @@ class PythonStdlib:
     def fingerprint(self, cache_dir: Path) -> str:
         return fingerprint("pystdlib", content_digests(self.files(), cache_dir))
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, faults: Faults) -> Iterator[str]:
         for path in self.files():
             try:
                 text = path.read_text(encoding="utf-8")
@@ -96,8 +105,8 @@ class LocalFiles:
         names = [file.name for file in files]  # their suffixes decide how the bytes are read
         return fingerprint("local", self.text_field, names, content_digests(files, cache_dir))
 
-    def documents(self) -> Iterator[str]:
-        return read_documents(self.files(), self.text_field)
+    def documents(self, faults: Faults) -> Iterator[str]:
+        return read_documents(self.files(), self.text_field, faults)
 
     def files(self) -> list[Path]:
         """The files, sorted by path, each once. Raises ConfigError when a pattern matches none."""
@@ -151,12 +160,12 @@ class JsonStream:
         names = [os.path.basename(file) for file in files]
         return fingerprint("stream", self.text_field, self.streams, names, sizes)
 
-    def documents(self) -> Iterator[str]:
+    def documents(self, faults: Faults) -> Iterator[str]:
         """The beginning of the first training file: what a tokenizer is trained on."""
-        return islice(self._read(self.train_files()[:1]), SAMPLE_DOCUMENTS)
+        return islice(self._read(self.train_files()[:1], faults), SAMPLE_DOCUMENTS)
 
-    def validation_documents(self) -> Iterator[str]:
-        return self._read(self.validation_files())
+    def validation_documents(self, faults: Faults) -> Iterator[str]:
+        return self._read(self.validation_files(), faults)
 
     def train_files(self) -> list[str]:
         """Sorted. Raises ConfigError when there are fewer files than streams."""
@@ -168,23 +177,57 @@ class JsonStream:
     def validation_files(self) -> list[str]:
         return _resolve("data.source.validation", self.validation)
 
-    def _read(self, files: list[str]) -> Iterator[str]:
+    def _read(self, files: list[str], faults: Faults) -> Iterator[str]:
         for file in files:
-            for _, texts in json_batches(file, self.text_field, start=0):
-                yield from (text for text in texts if text)
+            for rows in json_batches(file, self.text_field, 0, faults):
+                yield from (text for _, text in rows)
 
 
-def json_batches(file: str, text_field: str, start: int) -> Iterator[tuple[int, list[str | None]]]:
-    """(row of the first text, texts) of a file of JSON lines from row `start` on, some at a time.
+def json_batches(file: str, text_field: str, start: int, faults: Faults) -> Iterator[list[tuple[int, str]]]:
+    """(row, text) of a file of JSON lines from row `start` on, some at a time, without those that have no text.
 
-    Raises ConfigError when the rows have no `text_field`.
+    The rows that cannot be read, and the rest of a file that is damaged, are added to `faults`. Raises ConfigError when
+    the first row is an object without `text_field`.
     """
-    rows = load_dataset("json", data_files=[file], split="train", streaming=True).skip(start)
-    for batch in rows.iter(batch_size=64):
-        if text_field not in batch:
-            raise ConfigError(f"data.text_field={text_field} is not a field of {file}; give one of {list(batch)}")
-        yield start, batch[text_field]
-        start += len(batch[text_field])
+    batch: list[tuple[int, str]] = []
+    row = start
+    try:
+        for row, line in enumerate(_lines(file, start), start):
+            text = field_of(line, text_field)
+            if row == 0:
+                _check_field(file, line, text_field)
+            if not is_text(text) and line and not line.isspace():
+                faults.add(file, row + 1, no_text(text_field))
+            elif text:
+                batch.append((row, text))
+            if len(batch) == BATCH:
+                yield batch
+                batch = []
+    except DAMAGE as error:
+        faults.add(file, row + 1, str(error))
+    if batch:
+        yield batch
+
+
+def _lines(file: str, start: int) -> Iterator[bytes]:
+    """The lines of a local or remote file, compressed or not, from line `start` on; lost connections are made again."""
+    with xopen(StreamingDownloadManager().extract(file), "rb") as stream:
+        rest, row = b"", 0
+        while chunk := stream.read(CHUNK):
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines[max(0, start - row) :]
+            row += len(lines)
+        if rest and row >= start:
+            yield rest
+
+
+def _check_field(file: str, line: bytes, text_field: str) -> None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return
+    if isinstance(row, dict) and text_field not in row:
+        raise ConfigError(f"data.text_field={text_field} is not a field of {file}; give one of {list(row)}")
 
 
 def _resolve(key: str, patterns: str | list[str]) -> list[str]:

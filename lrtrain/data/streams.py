@@ -12,6 +12,7 @@ from itertools import count
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from lrtrain.data.faults import Faults
 from lrtrain.data.sources import json_batches
 from lrtrain.data.tokenizer import encode_documents
 from lrtrain.errors import ConfigError
@@ -37,12 +38,14 @@ class TokenStream:
         tokenizer: PreTrainedTokenizerFast,
         seq_len: int,
         cursor: Cursor,
+        faults: Faults,
     ):
         self.cursor = cursor
         self._files = files
         self._text_field = text_field
         self._tokenizer = tokenizer
         self._seq_len = seq_len
+        self._faults = faults
         self._ahead = self._documents(cursor)
         self._queue: deque[tuple[Cursor, np.ndarray]] = deque()  # begins with the document of the cursor
 
@@ -79,7 +82,6 @@ class TokenStream:
 
     def _rows(self, file: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
         """(row, ids and EOS) of a file's rows from `start` on, without the empty ones."""
-        for first, texts in json_batches(self._files[file], self._text_field, start):
-            rows = [(first + i, text) for i, text in enumerate(texts) if text]
+        for rows in json_batches(self._files[file], self._text_field, start, self._faults):
             documents = encode_documents(self._tokenizer, [text for _, text in rows])
             yield from ((row, tokens) for (row, _), tokens in zip(rows, documents, strict=True))

@@ -18,6 +18,7 @@ from transformers.convert_slow_tokenizer import generate_merges
 
 from lrtrain.data.cache import build_once, fingerprint
 from lrtrain.data.config import TokenizerConfig
+from lrtrain.data.faults import Faults
 from lrtrain.data.sources import TextSource
 from lrtrain.errors import ConfigError
 
@@ -38,7 +39,9 @@ SETTINGS = {
 }
 
 
-def load_tokenizer(cfg: TokenizerConfig, source: TextSource, cache_dir: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    cfg: TokenizerConfig, source: TextSource, cache_dir: Path, faults: Faults
+) -> PreTrainedTokenizerFast:
     """The tokenizer of `cfg`; a trained one is built once for each (source, size) and loaded afterwards.
 
     Raises ConfigError when the saved one cannot serve, or the corpus cannot support the size.
@@ -50,7 +53,7 @@ def load_tokenizer(cfg: TokenizerConfig, source: TextSource, cache_dir: Path) ->
 
     def build(folder: Path) -> None:
         log.info("training a tokenizer of %d pieces", size)
-        model = train_sentencepiece(sample(source.documents(), SAMPLE_CHARACTERS), size)
+        model = train_sentencepiece(sample(source.documents(faults), SAMPLE_CHARACTERS), size)
         from_sentencepiece(model).save_pretrained(folder)
 
     return AutoTokenizer.from_pretrained(build_once(cache_dir / f"tokenizer-{key}", build))

@@ -7,6 +7,7 @@ metrics (name → number, null where it was not finite) and nonfinite (the names
 
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -44,7 +45,9 @@ class JsonlTracker(Tracker):
         self._run_dir = run_dir
         self._run_id = run_id
         self._began = time.time()
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # a killed process then loses no row: the system has it
+        self._waiting = b""
+        self._failed: set[str] = set()
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         now = time.time()
@@ -60,14 +63,34 @@ class JsonlTracker(Tracker):
             metrics=values,
             nonfinite=_names_of_none(values),
         )
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()  # a killed process then loses no row: the system has it
+        self._waiting += json.dumps(row, allow_nan=False).encode() + b"\n"
+        self._write()
 
     def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
-        save_spectra(self._run_dir, step, spectra)
+        try:
+            save_spectra(self._run_dir, step, spectra)
+        except OSError as error:
+            self._tell("spectra/", f"{error}; this and what else finds no room is left out")
 
     def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
+        self._write()
         self._file.close()
+        if self._waiting:
+            lost = self._waiting.count(b"\n")
+            print(f"tracking: metrics.jsonl has not got its last {lost} rows", file=sys.stderr, flush=True)
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]  # it takes what there is room for
+        except OSError as error:
+            self._tell("metrics.jsonl", f"{error}; its rows wait in memory until there is room")
+
+    def _tell(self, what: str, reason: str) -> None:
+        """Once for each thing: a full disk is no reason to stop, and no news at every step."""
+        if what not in self._failed:
+            print(f"tracking: {what} cannot be written: {reason}", file=sys.stderr, flush=True)
+        self._failed.add(what)
 
 
 def read_metrics(path: Path) -> list[Row]:

@@ -11,9 +11,13 @@ def save_spectra(run_dir: Path, step: int, spectra: Mapping[str, np.ndarray]) ->
     path = _path(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        arrays = {layer: np.asarray(sigma, dtype=np.float32) for layer, sigma in spectra.items()}
-        np.savez(file, allow_pickle=False, **arrays)
+    arrays = {layer: np.asarray(sigma, dtype=np.float32) for layer, sigma in spectra.items()}
+    try:
+        with unfinished.open("wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+    except OSError:
+        unfinished.unlink(missing_ok=True)  # on a full disk half a file is only in the way
+        raise
     os.replace(unfinished, path)
 
 

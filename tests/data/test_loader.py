@@ -5,6 +5,7 @@ import torch
 from corpora import write_json_gz
 
 from lrtrain.data import check, prepare
+from lrtrain.data.faults import Faults
 from lrtrain.data.loader import StreamedTrain
 from lrtrain.data.sources import JsonStream
 from lrtrain.data.streams import Cursor, TokenStream
@@ -65,7 +66,7 @@ def test_streamed_samples_are_dealt_from_canonical_streams(c4):
     rows = data.train.batch(0, 48, 0, 1)
     source = JsonStream(**{key: value for key, value in config.source.items() if key != "_target_"})
     for k in range(4):
-        stream = TokenStream(source.train_files()[k::4], "text", data.tokenizer, 16, Cursor())
+        stream = TokenStream(source.train_files()[k::4], "text", data.tokenizer, 16, Cursor(), Faults(refuse=True))
         assert rows[k::4].tolist() == [stream.next_sequence().tolist() for _ in range(12)]
     texts = str(data.tokenizer.decode(rows[::4, :-1].flatten())).split("</s>")
     assert texts[0].startswith("0")
@@ -160,4 +161,4 @@ def test_a_field_that_a_stream_lacks_is_named(c4):
 def test_a_stream_of_empty_texts_ends_with_a_sentence(tmp_path, tokenizer):
     file = write_json_gz(tmp_path / "empty.json.gz", ["", ""])
     with pytest.raises(ConfigError, match="data.path: no text in"):
-        TokenStream([str(file)], "text", tokenizer, 16, Cursor()).next_sequence()
+        TokenStream([str(file)], "text", tokenizer, 16, Cursor(), Faults(refuse=True)).next_sequence()

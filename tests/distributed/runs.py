@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from launching import ROOT
+from launching import ROOT, command
 
 from lrtrain.tracking.jsonl import series
 
@@ -50,3 +52,36 @@ def gap(one: dict[int, float], other: dict[int, float]) -> float:
 def base_of(name: str, tiny: list[str]) -> list[str]:
     """The tiny run, or for OPT the same with that architecture."""
     return [*OPT, *(o for o in tiny if not o.startswith("model"))] if name.startswith("opt") else tiny
+
+
+def start(overrides: list[str], processes: int, folder: Path) -> subprocess.Popen:
+    """The user's command, running."""
+    return subprocess.Popen(
+        command(overrides, processes), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 120) -> None:
+    """Until the condition holds; fails if the process ends before."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def logged_steps(run: Path) -> int:
+    """Rows of losses that a run has written so far."""
+    path = run / "metrics.jsonl"
+    return path.read_text().count("train/loss") if path.exists() else 0
+
+
+def workers(torchrun: subprocess.Popen) -> dict[int, int]:
+    """Rank → process id of what torchrun started."""
+    children = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True, text=True).stdout.split()
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+    return {
+        int(entry.removeprefix(b"RANK=")): pid
+        for pid, environment in environments.items()
+        for entry in environment
+        if entry.startswith(b"RANK=")
+    }

@@ -7,12 +7,11 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launching import command
-from runs import REVISED, base_of, losses, run_jobs
+from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, wait_for, workers
 
 from lrtrain.checkpoint import read_meta, whole_checkpoints
 
@@ -84,24 +83,6 @@ def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[s
     assert len(losses(tmp_path / "whole")) == 9
 
 
-def start(overrides: list[str], processes: int, folder: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(overrides, processes), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
-def logged_steps(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_text().count("train/loss") if path.exists() else 0
-
-
 def test_killed_at_ten_random_moments_it_loses_nothing_but_the_steps_since_the_last_checkpoint(
     tmp_path: Path, tiny: list[str]
 ):
@@ -132,11 +113,7 @@ def test_a_signal_to_one_process_saves_on_all_and_says_how_to_go_on(tmp_path: Pa
     job = [*tiny, "train.steps=100000", f"run.dir={run}", "resume=auto", "schedule=constant"]
     process = start(job, 2, tmp_path)
     wait_for(lambda: logged_steps(run) > 3, process)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    workers = [pid for pid in map(int, children) if b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    rank = {int(dict(e.split(b"=", 1) for e in Path(f"/proc/{p}/environ").read_bytes().split(b"\0") if e)[b"RANK"]): p
-            for p in workers}  # fmt: skip
-    os.kill(rank[1], signal.SIGTERM)
+    os.kill(workers(process)[1], signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     saved = whole_checkpoints(run / "checkpoints")[-1]

@@ -1,0 +1,186 @@
+"""What happens to others when something goes wrong on one: real processes, real signals, real limits of a disk."""
+
+import itertools
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from crew import crew, train
+from launching import ROOT, command
+from runs import gap, logged_steps, losses, wait_for, workers
+from torch import Tensor
+from torch.nn import Embedding
+
+from lrtrain.checkpoint import whole_checkpoints
+
+ENDLESS = ["train.steps=100000", "schedule=constant", "param.execution=factored"]
+
+
+def start(overrides: list[str], processes: int, output: Path) -> subprocess.Popen:
+    """The user's command, running; what it says goes to `output`."""
+    process = subprocess.Popen(
+        command(overrides, processes), cwd=output.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    with output.open("w") as file:
+        subprocess.Popen(["cat"], stdin=process.stdout, stdout=file)  # no limit of the run's files is one of this
+    return process
+
+
+def at_most(process: int, size: int) -> None:
+    """Let a running process write no file beyond so many bytes, as on a full disk."""
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_disk_that_fills_up_does_not_end_a_run_and_its_last_checkpoint_decides_how_it_ends(tmp_path: Path, tiny):
+    """Full: it goes on and says so once. Room again: every row is there. Full at the end: it does not end with 0."""
+    run, output = tmp_path / "run", tmp_path / "output"
+    job = [*tiny, *ENDLESS, f"run.dir={run}", "spectra=light", "spectra.every=5", "checkpoint.every=10"]
+    process = start(job, 1, output)
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: logged_steps(run) > 12, process)
+    size = metrics.stat().st_size
+    at_most(process.pid, 1000)
+
+    said = lambda: output.read_text()  # noqa: E731
+    wait_for(lambda: "the checkpoint of step" in said() and said().count("spectra") > 3, process)
+    assert metrics.stat().st_size <= size + 9_000
+    assert said().count("metrics.jsonl cannot be written: [Errno 27] File too large") == 1
+    assert said().count("spectra/ cannot be written") == 1
+    at_most(process.pid, resource.RLIM_INFINITY)
+    steps = logged_steps(run)
+    wait_for(lambda: logged_steps(run) > steps + 12, process)
+    assert [*losses(run)] == [*range(1, 1 + len(losses(run)))]
+
+    kept = whole_checkpoints(run / "checkpoints")[-1]
+    at_most(process.pid, 1000)
+    process.terminate()
+    assert process.wait(60) == 1
+    kept = whole_checkpoints(run / "checkpoints")[-1]
+    assert f"but its checkpoint could not be saved; the last good one is {kept}" in said()
+    assert "Traceback" not in said()
+
+
+def test_a_stopped_process_keeps_its_run_and_is_named_when_the_others_have_waited_long_enough(tmp_path: Path, tiny):
+    """All stopped, longer than the timeout: a second run is refused, and they go on. One stopped: the run ends."""
+    run, output = tmp_path / "run", tmp_path / "output"
+    job = [*tiny, *ENDLESS, f"run.dir={run}", "resume=auto", "train.timeout_minutes=0.05"]
+    process = start(job, 2, output)
+    wait_for(lambda: logged_steps(run) > 3, process)
+    ranks = workers(process)
+    for worker in ranks.values():
+        os.kill(worker, signal.SIGSTOP)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    second = subprocess.run(command(job, 2), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 1 and f"run.dir={run} is in use by a run that has not ended" in second.stderr
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    for worker in ranks.values():
+        os.kill(worker, signal.SIGCONT)
+    steps = logged_steps(run)
+    wait_for(lambda: logged_steps(run) > steps + 3, process)
+
+    os.kill(ranks[1], signal.SIGSTOP)
+    wait_for(lambda: "no sign of life" in output.read_text(), process)
+    os.kill(ranks[1], signal.SIGKILL)  # torchrun would, after 30 seconds
+    assert process.wait(60) == 1
+    (sentence,) = [line for line in output.read_text().splitlines() if "no sign of life" in line]
+    assert re.fullmatch(
+        rf"no sign of life for train.timeout_minutes=0.05 of process 1 \(host \S+, pid {ranks[1]}\) at step \d+ in .+, "
+        rf"while process 0 is \(host \S+, pid {ranks[0]}\) at step \d+ in \w+ of \w+.py:\w+; go on with .*resume=auto",
+        sentence,
+    )
+
+
+def hang_at_step_3(overrides: list[str]) -> None:
+    """Process 1 never comes back from the forward pass of step 3."""
+    forward = Embedding.forward
+    calls = itertools.count(1)
+
+    def hang(self: Embedding, rows: Tensor) -> Tensor:
+        if os.environ["RANK"] == "1" and next(calls) == 3:
+            time.sleep(1000)
+        return forward(self, rows)
+
+    Embedding.forward = hang
+    train(overrides)
+
+
+def test_a_process_that_lives_but_does_not_come_is_named_with_where_it_is(tmp_path: Path, tiny):
+    run = tmp_path / "run"
+    job = [*tiny, *ENDLESS, f"run.dir={run}", "train.timeout_minutes=0.08", "train.micro_batch_size=4"]
+    first, second = crew(hang_at_step_3, (job,), tmp_path)
+    first.join(120)
+    second.kill()
+    assert first.exitcode == 1
+    assert re.search(
+        r"RunFailed: .+ did not end within train.timeout_minutes=0.08 on process 0 at step 3, while there is process 1 "
+        rf"\(host \S+, pid {second.pid}\) at step 3 in loss.py:next_token_loss",
+        (tmp_path / "0.txt").read_text(),
+    )
+
+
+def spoil_step_3(overrides: list[str], spoiled: int) -> None:
+    """One process's gradient at step 3 is not a number; its loss is."""
+    forward = Embedding.forward
+    calls = itertools.count(1)
+
+    def spoil(self: Embedding, rows: Tensor) -> Tensor:
+        out = forward(self, rows)
+        if os.environ["RANK"] == str(spoiled) and next(calls) == 3:
+            out.register_hook(lambda gradient: gradient * math.nan)
+        return out
+
+    Embedding.forward = spoil
+    train(overrides)
+
+
+@pytest.mark.parametrize("engine", ["fsdp"])
+def test_a_gradient_that_is_no_number_on_one_process_skips_the_step_on_all(tmp_path: Path, tiny, engine: str):
+    """Wherever it is: the same step is skipped, the same losses follow, and they are those of a single process."""
+    found = {}
+    for processes, spoiled in ((2, 1), (2, 0), (1, 0)):
+        run = tmp_path / f"{processes}-{spoiled}"
+        job = [*tiny, f"engine={engine}", f"run.dir={run}", "train.steps=6", "param.execution=factored"]
+        members = crew(spoil_step_3, ([*job, f"train.micro_batch_size={8 // processes}"], spoiled), tmp_path, processes)
+        for member in members:
+            member.join(120)
+        said = (tmp_path / "0.txt").read_text()
+        assert [member.exitcode for member in members] == [0] * processes, said
+        assert said.count("step 3 skipped: its loss or gradient is not finite") == len(found) + 1
+        found[run.name] = losses(run)
+    assert gap(found["2-0"], found["2-1"]) == 0
+    assert gap(found["2-0"], found["1-0"]) < 2e-5
+    assert all(math.isfinite(loss) for loss in found["2-0"].values()) and len(found["2-0"]) == 6
+
+
+ELSEWHERE = """
+import os, runpy, sys
+os.chdir(sys.argv.pop(1) + os.environ["RANK"])
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_path_that_is_missing_on_one_host_is_said_once_and_ends_all(tmp_path: Path, tiny, corpus: Path):
+    """Two working folders stand for two hosts, of which one has no data."""
+    for host in ("0", "1"):
+        (tmp_path / host).mkdir()
+    (tmp_path / "0" / "corpus").symlink_to(corpus)
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    job = [*tiny, "data.path=corpus", f"run.dir={tmp_path}/run"]
+    script = [str(tmp_path / "elsewhere.py"), f"{tmp_path}/", str(ROOT / "launch" / "pretrain.py")]
+    done = subprocess.run([*torchrun, *script, *job], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    sentence = (
+        r"^on process 1 \(host \S+\) alone: data.path=corpus matches no file; give files, folders or globs of .*$"
+    )
+    assert len(re.findall(sentence, done.stderr, re.MULTILINE)) == 1
+    assert not (tmp_path / "run").exists() and "matches no file" not in done.stdout
+    assert "Traceback" not in done.stderr.split("ChildFailedError")[0].rsplit("Traceback", 1)[0]
