@@ -10,6 +10,18 @@ import pytest
 from launching import TINY, command
 
 
+def one_core_for_each_worker() -> None:
+    """Parallel tests (pytest -n) do not share cores: OpenMP's threads spin while they wait for one another, and where
+    several processes have two threads on the same two cores each, that takes several times as long."""
+    cores = sorted(os.sched_getaffinity(0))
+    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    os.sched_setaffinity(0, {cores[worker % len(cores)]})
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    one_core_for_each_worker()  # before torch is imported, and for all that the tests start
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where this session keeps tokenizers, packed rows, initial values and measurements: never in the user's cache."""
