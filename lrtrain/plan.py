@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from rich import box
@@ -18,7 +19,7 @@ from lrtrain.config import Config, check, choice, compute_dtype
 from lrtrain.engine.blocks import recompute
 from lrtrain.engine.fsdp import sharded_units
 from lrtrain.layers.base import FactorizedLinear
-from lrtrain.loss import next_token_loss
+from lrtrain.loss import CHUNK, ends_with_head, next_token_loss
 from lrtrain.model import dense_parameter_count, make_model, parameter_count, trainable_count, training_flops
 
 FP32 = 4  # bytes
@@ -137,7 +138,7 @@ def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtyp
 
 
 def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Bytes that one micro-batch's forward pass keeps for its backward pass, and the logits' gradient.
+    """Bytes that one micro-batch's forward pass keeps for its backward pass, and the logits of which it ends.
 
     The forward pass really runs, on the meta device.
     """
@@ -147,8 +148,12 @@ def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype)
     shape = (config.train.micro_batch_size, config.data.seq_len + 1)
     rows = torch.empty(shape, dtype=torch.int64, device="meta")
     kept = kept_bytes(lambda: next_token_loss(model.train(), rows))
-    logits = shape[0] * config.data.seq_len * model.config.get_text_config().vocab_size
-    return kept + FP32 * logits
+    tokens, vocabulary = shape[0] * config.data.seq_len, model.config.get_text_config().vocab_size
+    if not ends_with_head(model, rows):
+        return kept + FP32 * tokens * vocabulary  # the logits' gradient
+    head = sum(p.nbytes for p in cast(nn.Module, model.get_output_embeddings()).parameters() if p.requires_grad)
+    narrow = 2 * dtype.itemsize if dtype.itemsize < FP32 else 0  # logits and their gradient besides float32 ones
+    return kept - head + (FP32 + narrow) * min(tokens, CHUNK) * vocabulary  # the head's gradient is counted with others
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor]) -> int:
