@@ -7,11 +7,14 @@ for its backward pass, embeddings and logits included. Also printed: what a bloc
 """
 
 import argparse
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_training import interleaved, ours
+from bench_training import ours
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -62,6 +65,18 @@ def main() -> None:
     table.add_row("formula: inputs and bottlenecks", "", mib(inputs + latents), "")
     Console(width=100).print(table)
     distributed.stop()
+
+
+def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median seconds of one step of each contender, which take turns; the first turn warms up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def mib(size: int) -> str:

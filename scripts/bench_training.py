@@ -1,96 +1,259 @@
-"""Training throughput of lrtrain against a plain PyTorch loop over the same transformers model.
+"""Training throughput and peak memory: lrtrain, a plain PyTorch loop over the same transformers model, and the methods
+as published in that same loop.
 
-All contenders live in one process and take turns, so that a drifting machine slows them alike; what is printed is the
-ratio of medians. The peer: the stock transformers model, its own loss, torch's AdamW, one batch after another.
+Each contender has processes of its own, so that its peak memory is its own, and takes turns with the plain dense loop,
+step by step, so that a drifting machine slows both alike. Ratios are medians of each turn's own ratio. Per contender:
+tokens/s, × the plain dense loop, peak resident memory (of all its processes together), MFU: its layers' own FLOPs as a
+share of this machine's best matrix product in the same dtype, measured with as many threads.
 
     python scripts/bench_training.py --model llama_60m --methods dense lowrank sltrain
+    python scripts/bench_training.py --model llama_1b --overrides model.config.num_hidden_layers=4 --sequences 8
+
+The plain loop: the stock model, its own loss, torch's AdamW. `plain METHOD` is what the paper prints (see
+`bench_layers.py`), for GaLore a projection by an SVD of the whole gradient. `lrtrain METHOD ×2` is FSDP2 on two
+processes with one thread each.
 """
 
 import argparse
+import json
+import os
+import socket
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import distributed
 from lrtrain.config import choice, compose, compute_dtype
 from lrtrain.distributed import World
+from lrtrain.initialize import materialize
 from lrtrain.model import architecture, factorized_layers, make_model, parameter_count, settle, training_flops
-from lrtrain.throughput import matmul_peak
+from lrtrain.throughput import matmul_peak, peak_memory_gib
+
+REFERENCE = "plain dense"
+Step = Callable[[], None]
+
+
+@dataclass
+class Result:
+    """What was measured of one contender."""
+
+    contender: str
+    parameters: int
+    tokens_per_second: float
+    ratio: float
+    """× the plain dense loop."""
+    peak_gib: float
+    mfu: float | None
+    ratios: list[float]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama_60m", help="a name from conf/model")
-    parser.add_argument("--methods", nargs="+", default=["dense", "lowrank", "sltrain"], help="names from conf/param")
+    parser.add_argument("--methods", nargs="+", default=["dense", "lowrank", "sltrain", "lost", "cola"])
+    parser.add_argument("--plain", nargs="*", default=["sltrain", "galore", "lost", "cola"], help="published forms")
+    parser.add_argument("--two", nargs="*", default=["dense"], help="methods to run on two processes too")
     parser.add_argument("--sequences", type=int, default=4, help="per step")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
-    parser.add_argument(
-        "--overrides", nargs="*", default=[], help="more overrides for lrtrain, such as train.compile=true"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender, after two that warm up")
+    parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration, for all")
+    parser.add_argument("--ours", nargs="*", default=["train.compile=true"], help="more of them, for lrtrain")
+    parser.add_argument("--out", type=Path, default=Path("bench_training"), help="of the .json and .png, no suffix")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.contender:
+        serve(args)
+        return
 
-    world = distributed.start()
-    rows = torch.randint(compose(f"model={args.model}").model.vocab_size, (args.sequences, args.seq_len + 1))
-    common = [f"model={args.model}", f"data.seq_len={args.seq_len}", *args.overrides]
-    contenders = {"plain loop, dense": (plain_loop(common, rows), None)}
-    for method in args.methods:
-        contenders[f"lrtrain, {method}"] = ours([*common, f"param={method}"], rows, world)
-    seconds = interleaved({name: step for name, (step, _) in contenders.items()}, args.rounds)
+    names = [f"plain {method}" for method in args.plain]
+    names += [f"lrtrain {method}" for method in args.methods] + [f"lrtrain {method} ×2" for method in args.two]
+    reference = Contender(REFERENCE)
+    results: list[Result] = []
+    taken: list[float] = []
+    for name in names:
+        other = Contender(name)
+        turns = [(reference.step(), other.step()) for _ in range(args.rounds + 2)][2:]
+        taken += [ours for ours, _ in turns]
+        results.append(other.stop(args, [theirs for _, theirs in turns], [a / b for a, b in turns]))
+        print(f"{name}: {results[-1].ratio:.2f} × {REFERENCE}", file=sys.stderr, flush=True)
+    results.insert(0, reference.stop(args, taken, [1.0]))
+    print_results(results, args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"arguments": {k: v for k, v in vars(args).items() if k != "out"}, "results": [asdict(r) for r in results]}
+    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1, ensure_ascii=False))
+    draw(results, f"{args.model} {' '.join(args.overrides)}", args.out.with_suffix(".png"))
+    print(f"written: {args.out.with_suffix('.json')} {args.out.with_suffix('.png')}")
 
-    tokens = args.sequences * args.seq_len
-    peak = matmul_peak(world.device, torch.float32)
-    table = Table(title=f"{args.model}, {tokens} tokens a step, {torch.get_num_threads()} threads", box=box.SIMPLE_HEAD)
-    for column in ("", "parameters", "tokens/s", "× plain loop", "MFU"):
-        table.add_column(column, justify="left" if not column else "right")
-    base = seconds["plain loop, dense"]
-    for name, (_, model) in contenders.items():
-        flops = training_flops(model, args.seq_len).model if model else None
-        table.add_row(
-            name,
-            f"{parameter_count(model) / 1e6:.1f} M" if model else "",
-            f"{tokens / seconds[name]:,.0f}",
-            f"{base / seconds[name]:.2f}",
-            f"{flops * tokens / seconds[name] / peak:.0%}" if flops else "",
+
+# --- processes that take turns -----------------------------------------------------------------------------------
+
+
+class Contender:
+    """The processes of one contender, which wait to be told to take a step."""
+
+    def __init__(self, name: str):
+        self.name = name
+        size = 2 if name.endswith("×2") else 1
+        with socket.socket() as free:
+            free.bind(("", 0))
+            group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, *sys.argv, "--contender", name],
+                env=os.environ
+                | (group if size > 1 else {})
+                | (
+                    {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+                    if size > 1
+                    else {}
+                ),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(size)
+        ]
+
+    def _ask(self, what: str) -> list[dict]:
+        for process in self.processes:
+            assert process.stdin is not None
+            print(what, file=process.stdin, flush=True)
+        answers = [process.stdout.readline() for process in self.processes if process.stdout is not None]
+        if not all(answers):
+            sys.exit(f"{self.name} ended early")
+        return [json.loads(answer) for answer in answers]
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        return max(answer["seconds"] for answer in self._ask("step"))
+
+    def stop(self, args: argparse.Namespace, seconds: list[float], ratios: list[float]) -> Result:
+        """End the processes; what they took."""
+        answers = self._ask("stop")
+        for process in self.processes:
+            process.wait()
+        rate = args.sequences * args.seq_len / statistics.median(seconds)
+        flops, peak = answers[0]["flops"], sum(answer["peak"] for answer in answers)
+        return Result(
+            self.name,
+            answers[0]["parameters"],
+            rate,
+            statistics.median(ratios),
+            sum(answer["gib"] for answer in answers),
+            rate * flops / peak if flops else None,
+            ratios,
         )
-    Console(width=100).print(table)
-    distributed.stop()
 
 
-def plain_loop(overrides: list[str], rows: torch.Tensor) -> Callable[[], None]:
-    """One step of the loop that anyone would write first."""
-    config = compose(*overrides)
-    model = AutoModelForCausalLM.from_config(architecture(config.model.path, config.model.config)).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+def serve(args: argparse.Namespace) -> None:
+    """What a contender's process does: a step when told to."""
+    answer, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+    kind, method, *_ = args.contender.split()
+    common = [f"model={args.model}", f"data.seq_len={args.seq_len}", *args.overrides]
+    vocabulary = compose(*common).model.vocab_size
+    shape = (args.sequences, args.seq_len + 1)
+    rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    if kind == "plain":
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        step, model = plain_loop(common, method, rows)
+    else:
+        world = distributed.start()
+        step, model = ours([*common, *args.ours, f"param={method}"], rows, world)
+    flops = training_flops(model, args.seq_len).model
+    while (told := sys.stdin.readline().strip()) == "step":
+        started = time.perf_counter()
+        step()
+        print(json.dumps({"seconds": time.perf_counter() - started}), file=answer, flush=True)
+    gib = peak_memory_gib(torch.device("cpu"))  # before the peak is measured
+    peak = matmul_peak(torch.device("cpu"), torch.float32) if told else 0.0
+    told = {"gib": gib, "peak": peak, "flops": flops, "parameters": parameter_count(model)}
+    print(json.dumps(told), file=answer, flush=True)
+    os._exit(0)
+
+
+# --- the contenders ----------------------------------------------------------------------------------------------
+
+
+def plain_loop(overrides: list[str], method: str, rows: Tensor) -> tuple[Step, PreTrainedModel]:
+    """One step of the loop that anyone would write first, and its model."""
+    dense = method in ("dense", "galore")
+    config = compose(*overrides, f"param={'dense' if dense else method}")
+    if dense:
+        model = AutoModelForCausalLM.from_config(architecture(config.model.path, config.model.config)).float()
+    else:
+        from bench_layers import PLAIN
+
+        model = make_model(config)
+        materialize(model, 0, torch.device("cpu"))
+        model.set_attn_implementation("sdpa")
+        for layer in factorized_layers(model).values():
+            form = PLAIN[method](layer).forward
+            layer.forward = lambda x, form=form: form(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    projected = [p for n, p in model.named_parameters() if method == "galore" and "proj" in n]
+    optimizer = torch.optim.AdamW([p for p in parameters if not any(p is q for q in projected)], lr=1e-3)
+    galore = PublishedGaLore(projected, rank=config.model.recipe.rank, gap=200)
 
     def step() -> None:
-        loss = model(input_ids=rows[:, :-1], labels=rows[:, :-1], use_cache=False).loss
+        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        galore.step(1e-3)
+        model.zero_grad()
         loss.item()
 
-    return step
+    return step, model
 
 
-def ours(overrides: list[str], rows: torch.Tensor, world: World):
-    """One step of lrtrain's engine, and its model."""
+class PublishedGaLore:
+    """GaLore's AdamW as its repository has it: one matrix after another, an SVD of the whole gradient every `gap`."""
+
+    def __init__(self, parameters: list[nn.Parameter], rank: int, gap: int):
+        self.parameters, self.rank, self.gap, self.steps = parameters, rank, gap, 0
+        self.state: dict[Tensor, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for p in self.parameters:
+            assert p.grad is not None
+            tall = p.shape[0] >= p.shape[1]
+            if self.steps % self.gap == 0:
+                u, _, vh = torch.linalg.svd(p.grad, full_matrices=False)
+                basis = vh[: self.rank] if tall else u[:, : self.rank]
+                low = torch.zeros(p.shape[0], self.rank) if tall else torch.zeros(self.rank, p.shape[1])
+                self.state[p] = [basis, *self.state.get(p, [basis, low, low.clone()])[1:]]
+            basis, first, second = self.state[p]
+            gradient = p.grad @ basis.T if tall else basis.T @ p.grad
+            first.mul_(0.9).add_(gradient, alpha=0.1)
+            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            scaled = first / second.sqrt().add_(1e-6)
+            p.add_(0.25 * (scaled @ basis if tall else basis @ scaled), alpha=-lr)
+        self.steps += 1
+
+
+def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTrainedModel]:
+    """One step of lrtrain's engine on this process's share of the rows, and its model."""
     config = compose(*overrides)
     model = make_model(config)
     dtype = compute_dtype(config, world.device)
     tokens = rows[:, 1:].numel()
-    executions = settle(model, tokens, dtype, world.device)
+    mine = rows.tensor_split(world.size)[world.dist_rank]
+    executions = settle(model, mine[:, 1:].numel(), dtype, world.device)
     for name, layer in factorized_layers(model).items():
         layer.execution = executions.get(name)
     train = config.train
@@ -105,22 +268,49 @@ def ours(overrides: list[str], rows: torch.Tensor, world: World):
 
     def step() -> None:
         engine.begin_step(0, 1e-3, 1.0, "global")
-        loss = engine.forward_backward(rows, tokens)
-        engine.clip_and_step(loss.item() / tokens)
+        loss = engine.forward_backward(mine, tokens)
+        engine.clip_and_step(distributed.total(loss.item())[0] / tokens)
 
     return step, engine.model
 
 
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of one step of each contender, which take turns; the first turn warms up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+# --- showing -----------------------------------------------------------------------------------------------------
+
+
+def print_results(results: list[Result], args: argparse.Namespace) -> None:
+    tokens = args.sequences * args.seq_len
+    table = Table(title=f"{args.model} {' '.join(args.overrides)}, {tokens} tokens a step", box=box.SIMPLE_HEAD)
+    for column in ("", "parameters", "tokens/s", "× plain dense", "peak GiB", "MFU"):
+        table.add_column(column, justify="left" if not column else "right")
+    for result in results:
+        table.add_row(
+            result.contender,
+            f"{result.parameters / 1e6:.1f} M",
+            f"{result.tokens_per_second:,.0f}",
+            f"{result.ratio:.2f}",
+            f"{result.peak_gib:.2f}",
+            f"{result.mfu:.0%}" if result.mfu else "",
+        )
+    Console(width=100).print(table)
+
+
+def draw(results: list[Result], title: str, path: Path) -> None:
+    """Throughput and peak memory of all contenders, as multiples of the plain dense loop's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.4 * len(results) + 1.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    colors = ["C1" if result.contender.startswith("plain") else "C0" for result in results]
+    names = [result.contender for result in results]
+    left.barh(names, [result.ratio for result in results], color=colors)
+    right.barh(names, [result.peak_gib / results[0].peak_gib for result in results], color=colors)
+    for axis, what in ((left, "tokens/s"), (right, "peak memory")):
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set(title=f"{what} / {REFERENCE}")
+        axis.grid(axis="x", alpha=0.3)
+    left.invert_yaxis()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":
