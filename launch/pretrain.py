@@ -1,6 +1,7 @@
 """Pretrain a low-rank language model.
 
 torchrun --nproc_per_node=2 launch/pretrain.py model=llama_60m param=sltrain train.steps=1000
+torchrun --nproc_per_node=2 launch/pretrain.py -m param=sltrain param.rank=16,32,64
 python launch/pretrain.py --help
 """
 
@@ -27,6 +28,8 @@ from lrtrain import data
 from lrtrain.config import check, composition_sentence, run_name, typed
 from lrtrain.distributed import environment_rank, environment_world_size
 from lrtrain.errors import ConfigError, RunFailed
+from lrtrain.sweeps.jobs import FAILURE
+from lrtrain.sweeps.report import SweepFailed
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="pretrain")
@@ -67,6 +70,8 @@ def fail(error: Exception, message: str, code: int) -> None:
     if environment_rank() != 0:
         time.sleep(10)
         message = f"process {environment_rank()}: {message}"
+    elif note := os.environ.get(FAILURE):
+        Path(note).write_text(message)
     print(message, file=sys.stderr, flush=True)
     os._exit(code)  # threads of a process group that others still wait in must not hold it up
 
@@ -76,3 +81,7 @@ if __name__ == "__main__":
         main()
     except (HydraException, OmegaConfBaseException) as error:
         fail(error, composition_sentence(error), code=2)
+    except ConfigError as error:
+        fail(error, str(error), code=2)
+    except SweepFailed:
+        sys.exit(1)

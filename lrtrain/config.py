@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
@@ -294,14 +294,16 @@ def fingerprint(config: Config) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def run_name(composed: DictConfig, overrides: list[str]) -> str:
+def run_name(composed: DictConfig, overrides: list[str], swept: Sequence[str] = ()) -> str:
     """The name of a run that was given none: the experiment's, or <model>-<param>, and a hash of the other overrides
     if there are any.
 
-    A function of the command line alone, so all processes and a requeued job find the same run.
+    A function of the command line alone, so all processes and a requeued job find the same run. Of a sweep, whose
+    `swept` keys have no value of their own, these are left out.
     """
     experiments = [o.removeprefix("experiment=") for o in overrides if o.startswith("experiment=")]
-    name = experiments[-1] if experiments else f"{composed.model.name}-{composed.param.name}"
+    subjects = [composed[group].name for group in ("model", "param") if group not in swept]
+    name = experiments[-1] if experiments else "-".join(subjects)
     named = ("experiment=",) if experiments else ("model=", "param=")
     others = [o for o in telling(overrides) if not o.lstrip("+~").startswith(named)]
     return f"{name}-{short_hash(others)}" if others else name

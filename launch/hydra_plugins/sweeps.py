@@ -1,0 +1,208 @@
+"""Sweepers and launchers for `launch/pretrain.py -m`. Hydra finds them here by the name of this folder, whenever it
+starts, so what takes long to import is imported where it is used. What they do is in lrtrain/sweeps."""
+
+import copy
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from lrtrain.distributed import environment_rank, environment_world_size
+from lrtrain.errors import ConfigError
+from lrtrain.sweeps.jobs import Job, Outcome, known, plan_sweep
+from lrtrain.sweeps.report import SweepFailed, Tell, print_outcomes, run_needed
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+
+    from lrtrain.sweeps.in_turn import InTurn
+    from lrtrain.sweeps.search import Direction
+
+
+# --- launchers: how jobs are run -----------------------------------------------------------------------------------
+
+
+class PretrainLauncher(Launcher):
+    """Makes jobs of overrides; how they are run is each launcher's own."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.loader = config, hydra_context.config_loader
+        common, hydra = copy.deepcopy(config), config.hydra
+        with open_dict(common):
+            common.pop("hydra")
+        self.sweep = plan_sweep(common, [*hydra.overrides.task], [*(hydra.sweeper.get("params") or {})])
+        self.tell = Tell(self.sweep, speaks=environment_rank() == 0)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """The outcome of each job, as what it returned."""
+        jobs = [self.sweep.job(job, self.loader.load_sweep_config(self.config, [*job])) for job in job_overrides]
+        outcomes = print_plans(jobs) if self.config.dry_run else self.run(jobs)
+        return [
+            JobReturn(overrides=job.overrides, cfg=job.composed, status=JobStatus.COMPLETED, _return_value=outcome)
+            for job, outcome in zip(jobs, outcomes, strict=True)
+        ]
+
+    @abstractmethod
+    def run(self, jobs: list[Job]) -> list[Outcome]:
+        """Run what needs to be run."""
+
+    def gather(self) -> None:  # noqa: B027
+        """Until all processes are here: torchrun ends the others as soon as one of them exits with an error."""
+
+
+class InTurnLauncher(PretrainLauncher):
+    """One job after another in the processes that torchrun started."""
+
+    def run(self, jobs: list[Job]) -> list[Outcome]:
+        return self.in_turn.run(jobs, self.tell)
+
+    def gather(self) -> None:
+        self.in_turn.control.agree(True, all)
+
+    @cached_property
+    def in_turn(self) -> "InTurn":
+        """One for all batches of a sweep."""
+        from lrtrain.sweeps.in_turn import InTurn
+
+        return InTurn()
+
+
+class TorchrunLauncher(PretrainLauncher):
+    """Each job as its own torchrun on this machine."""
+
+    def __init__(self, nproc: int, parallel: int):
+        self.nproc, self.parallel = nproc, parallel
+
+    def run(self, jobs: list[Job]) -> list[Outcome]:
+        from lrtrain.sweeps.processes import Torchruns
+
+        refuse_torchrun("torchrun")
+        torchruns = Torchruns(self.sweep.folder, self.nproc, self.parallel)
+        found = [known(job, self.nproc) for job in jobs]
+        return run_needed(jobs, found, lambda left: torchruns.run(left, self.tell), self.tell)
+
+
+class SlurmLauncher(PretrainLauncher):
+    """Each job as a Slurm job."""
+
+    def __init__(self, cluster: str, nproc: int, wait: bool, settings: Mapping[str, Any]):
+        self.cluster, self.nproc, self.wait, self.settings = cluster, nproc, wait, settings
+
+    def run(self, jobs: list[Job]) -> list[Outcome]:
+        from lrtrain.sweeps.slurm import Slurm
+
+        refuse_torchrun("slurm")
+        slurm = Slurm(self.sweep.folder, self.cluster, self.nproc, self.wait, {**self.settings})
+        found = [known(job, self.nproc * self.settings["nodes"]) for job in jobs]
+        return run_needed(jobs, found, lambda left: slurm.run(left, self.tell), self.tell)
+
+
+def refuse_torchrun(launcher: str) -> None:
+    if "WORLD_SIZE" in os.environ:
+        raise ConfigError(f"hydra/launcher={launcher} starts each job's processes itself: use python, not torchrun")
+
+
+def print_plans(jobs: list[Job]) -> list[Outcome]:
+    """What `dry_run=true` prints, for each job."""
+    from lrtrain.config import typed
+    from lrtrain.plan import print_plan
+
+    for job in jobs:
+        if environment_rank() == 0:
+            print(job.name)
+            print_plan(typed(job.composed), environment_world_size())
+    return [Outcome(job.name, "not started") for job in jobs]
+
+
+# --- sweepers: which jobs ------------------------------------------------------------------------------------------
+
+
+class PretrainSweeper(Sweeper):
+    """Has jobs run, and reports on all of them at the end."""
+
+    def __init__(self, params: Mapping[str, Any] | None = None):
+        self.params = params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config  # validate_batch_is_legal reads them
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+        assert isinstance(launcher, PretrainLauncher)
+        self.jobs, self.parser = launcher, OverridesParser.create(config_loader=hydra_context.config_loader)
+        self.dry_run = config.dry_run
+
+    def sweep(self, arguments: list[str]) -> list[Outcome]:
+        """The outcomes of all jobs.
+
+        Raises:
+            SweepFailed: when all have been tried, if one failed.
+        """
+        params = [f"{key}={value}" for key, value in self.params.items()]
+        outcomes = self.search(self.parser.parse_overrides([*params, *arguments]))
+        if not self.dry_run:
+            if environment_rank() == 0:
+                print_outcomes(self.jobs.sweep, outcomes)
+            self.jobs.gather()
+            if any(one.status == "failed" for one in outcomes):
+                raise SweepFailed
+        return outcomes
+
+    @abstractmethod
+    def search(self, overrides: list[Override]) -> list[Outcome]:
+        """Choose jobs and have them run."""
+
+    def run(self, jobs: list[list[str]], done: int) -> list[Outcome]:
+        """The outcomes of these jobs, after so many others."""
+        self.validate_batch_is_legal(jobs)  # a typing error is told before anything is run
+        return [job.return_value for job in self.jobs.launch(jobs, initial_job_idx=done)]
+
+
+class GridSweeper(PretrainSweeper):
+    """All combinations of values."""
+
+    def search(self, overrides: list[Override]) -> list[Outcome]:
+        (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+        return self.run(jobs, 0)
+
+
+class OptunaSweeper(PretrainSweeper):
+    """Trials that Optuna proposes. Every process of a torchrun has a study of its own, and gets the same proposals."""
+
+    def __init__(
+        self,
+        objectives: "Mapping[str, Direction]",
+        n_trials: int,
+        n_jobs: int,
+        sampler: "BaseSampler",
+        params: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(params)
+        self.objectives, self.n_trials, self.n_jobs, self.sampler = dict(objectives), n_trials, n_jobs, sampler
+
+    def search(self, overrides: list[Override]) -> list[Outcome]:
+        from lrtrain.sweeps.search import Search
+
+        space = [override for override in overrides if override.is_sweep_override()]
+        fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+        search = Search(space, self.objectives, self.sampler)
+        outcomes: list[Outcome] = []
+        while len(outcomes) < self.n_trials and not any(one.status == "stopped" for one in outcomes):
+            proposals = search.ask(min(self.n_jobs, self.n_trials - len(outcomes)))
+            batch = self.run([[*fixed, *proposal] for proposal in proposals], len(outcomes))
+            search.tell(batch)
+            outcomes += batch
+        if environment_rank() == 0 and not self.dry_run:
+            search.report(self.jobs.sweep.folder)
+        return outcomes

@@ -1,0 +1,156 @@
+"""The jobs of a sweep. Each is known by a hash of its overrides, not by a number or a time: so a sweep that is started
+again, or with more values, finds what it has."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lrtrain.config import check, choice, run_name, short_hash, telling, typed
+from lrtrain.errors import ConfigError
+
+FAILURE = "LRTRAIN_FAILURE"  # names the file in which the process of a job leaves the sentence that it fails with
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    name: str
+    composed: DictConfig
+    overrides: list[str]
+    """Of launch/pretrain.py: what starts this job alone."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.composed.run.dir)
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What summary.json says of a finished job; None if it has not finished."""
+        path = self.run_dir / "summary.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+Status = Literal["finished", "failed", "stopped", "submitted", "not started"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended."""
+
+    job: str
+    status: Status
+    detail: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the jobs of a sweep have in common."""
+
+    name: str
+    folder: Path
+    swept: list[str]
+    """The keys that differ between the jobs."""
+
+    def job(self, overrides: Sequence[str], composed: DictConfig) -> Job:
+        """The job of these overrides. A run directory that exists is its own: it is resumed."""
+        name = job_name(overrides, self.swept)
+        folder = self.folder / name
+        known = composed.resume == "never" or (folder / "run.json").is_file()
+        place = {
+            "run.name": f"{self.name}/{name}",
+            "run.dir": str(folder),
+            "resume": "auto" if known else composed.resume,
+            "tracking.group": composed.tracking.group or self.name,
+        }
+        with open_dict(composed):
+            composed.pop("hydra", None)
+        for key, value in place.items():
+            OmegaConf.update(composed, key, value)
+        others = [override for override in overrides if override.partition("=")[0] not in place]
+        return Job(name, composed, [*others, *(f"{key}={quoted(value)}" for key, value in place.items())])
+
+
+def plan_sweep(composed: DictConfig, overrides: list[str], swept: Sequence[str]) -> Sweep:
+    """The sweep of a command line.
+
+    Args:
+        composed: the configuration without what is swept; `run.name` and `run.dir` are the sweep's, if given.
+        overrides: the command line's, the swept ones too.
+        swept: keys that the sweeper has beside those of the command line.
+    """
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    keys = [*swept, *(key_of(one) for one in parsed if one.is_sweep_override())]
+    if composed.run.name is None:
+        fixed = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
+        by = "-".join(key.rsplit(".", 1)[-1] for key in keys)
+        composed.run.name = f"{run_name(composed, fixed, keys)}-by-{by}".lstrip("-")
+    return Sweep(composed.run.name, Path(composed.run.dir), keys)
+
+
+def key_of(override: Override) -> str:
+    return override.get_key_element().lstrip("+~")
+
+
+def job_name(overrides: Sequence[str], swept: Sequence[str]) -> str:
+    """`rank16-lr0.002-1a2b3c4d`: what is swept, for the reader, and a hash of all that tells."""
+    values = {key: value for key, _, value in (override.lstrip("+~").partition("=") for override in overrides)}
+    readable = "-".join(label(key, values[key]) for key in swept if key in values)
+    return f"{readable[:80]}-{short_hash(telling([*overrides]))}".lstrip("-")
+
+
+def label(key: str, value: str) -> str:
+    """`rank16` of param.rank=16, `sltrain` of param=sltrain; only what file names may hold."""
+    try:
+        value = f"{float(value):.4g}" if "." in value or "e" in value else value
+    except ValueError:
+        pass
+    return re.sub(r"[^\w.%+-]+", "_", (key.rsplit(".", 1)[-1] if "." in key else "") + value).strip("_")
+
+
+def quoted(value: str) -> str:
+    """A string as Hydra's grammar reads it back."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def known(job: Job, world_size: int) -> Outcome | None:
+    """The outcome of a job that needs no start: it has finished, or its configuration is wrong."""
+    if (summary := job.summary) is not None:
+        return Outcome(job.name, "finished", "before", summary)
+    if (sentence := problem(job, world_size)) is not None:
+        return Outcome(job.name, "failed", sentence)
+    return None
+
+
+def problem(job: Job, world_size: int) -> str | None:
+    """What is wrong with a job's configuration, as far as it can be told without a process group; None if nothing."""
+    from lrtrain import data
+    from lrtrain.model import make_model
+
+    try:
+        config = typed(job.composed)
+        check(config, world_size)
+        data.check(config.data)
+        choice(config.optim)(make_model(config))
+    except ConfigError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def write_outcomes(folder: Path, outcomes: Sequence[Outcome]) -> None:
+    """Note in `<sweep>/jobs.json` how jobs ended; what other sweeps left there stays."""
+    path = folder / "jobs.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known |= {one.job: {"status": one.status, "detail": one.detail} for one in outcomes if one.status != "not started"}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=1))

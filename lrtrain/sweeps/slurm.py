@@ -1,0 +1,101 @@
+"""Jobs on a Slurm cluster, each its own torchrun on the nodes that it is given."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.helpers import DelayedSubmission
+
+from lrtrain.sweeps.jobs import Job, Outcome
+from lrtrain.sweeps.processes import own_environment, reason, torchrun
+from lrtrain.sweeps.report import Tell
+
+PORT = 29400  # of the rendezvous, on the first node
+
+
+class Torchrun:
+    """What Slurm runs on each node of a job: a torchrun that meets those of the other nodes."""
+
+    def __init__(self, job: Job, nproc: int, failure: Path):
+        self.job = job
+        self.nproc = nproc
+        self.failure = failure
+
+    def __call__(self) -> int:
+        """The exit code. A signal from Slurm is passed on, so that the run saves in time."""
+        options = ["--standalone"]
+        if (nodes := int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))) > 1:
+            first = submitit.JobEnvironment().hostnames[0]
+            job = os.environ["SLURM_JOB_ID"]
+            options = [
+                f"--nnodes={nodes}",
+                "--rdzv-backend=c10d",
+                f"--rdzv-endpoint={first}:{PORT}",
+                f"--rdzv-id={job}",
+            ]
+        process = subprocess.Popen(
+            torchrun(self.job, self.nproc, *options), env=os.environ | own_environment(self.failure)
+        )
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        return process.wait()
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit queues when Slurm preempts the job or its time is over: the same, which resumes."""
+        return DelayedSubmission(self)
+
+
+class Slurm:
+    """Submits every job, waits for all, and reads how they ended.
+
+    Args:
+        folder: the sweep's, on a file system that all nodes see.
+        cluster: slurm; `local` and `debug` are submitit's ways to try it out.
+        nproc: processes on each node.
+        wait: false: submit and leave; the same command reads the results later.
+        settings: of `submitit.AutoExecutor.update_parameters`.
+    """
+
+    def __init__(self, folder: Path, cluster: str, nproc: int, wait: bool, settings: dict[str, Any]):
+        self.logs = folder / "slurm"
+        self.nproc = nproc
+        self.wait = wait
+        self.executor = submitit.AutoExecutor(folder=self.logs, cluster=cluster)
+        self.executor.update_parameters(**settings)
+
+    def run(self, jobs: list[Job], tell: Tell) -> list[Outcome]:
+        """Every job; Ctrl-C leaves those that were submitted where they are."""
+        submitted = {}
+        for job in jobs:
+            tell.starts(job)
+            self._failure(job).unlink(missing_ok=True)
+            self.executor.update_parameters(name=job.name)
+            submitted[job.name] = self.executor.submit(Torchrun(job, self.nproc, self._failure(job)))
+        outcomes: dict[str, Outcome] = {}
+        try:
+            while self.wait and len(outcomes) < len(jobs):
+                for job in jobs:
+                    if job.name not in outcomes and submitted[job.name].done():
+                        outcomes[job.name] = self._ended(job, submitted[job.name])
+                        tell.ended(outcomes[job.name])
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            pass
+        left = {name: Outcome(name, "submitted", f"as {one.job_id}") for name, one in submitted.items()}
+        return [(left | outcomes)[job.name] for job in jobs]
+
+    def _ended(self, job: Job, submitted: submitit.Job) -> Outcome:
+        if (summary := job.summary) is not None:
+            return Outcome(job.name, "finished", summary=summary)
+        if submitted.exception() is None and submitted.result() == 0:
+            return Outcome(job.name, "stopped")
+        logs = [submitted.paths.stderr, submitted.paths.stdout]
+        log = next((log for log in logs if log.is_file() and log.stat().st_size), logs[0])
+        detail = reason(self._failure(job), log) if log.is_file() else str(submitted.exception())
+        return Outcome(job.name, "failed", f"{detail} (see {log})")
+
+    def _failure(self, job: Job) -> Path:
+        return self.logs / f"{job.name}.failure"

@@ -1,0 +1,136 @@
+"""Sweeps on two real processes: one job after another, whatever happens to one of them."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from launching import ROOT, TINY, command
+from runs import losses, run_jobs
+
+from lrtrain.checkpoint import whole_checkpoints
+
+# Runs launch/pretrain.py with a job in which only process 1 fails, in the middle of a step.
+FAULTY = """
+import runpy, sys
+sys.path[:0] = [{launch!r}, {root!r}]
+from lrtrain.train import Trainer
+step = Trainer._step
+def failing(self, rows):
+    if self.config.param["rank"] == 6 and self.world.dist_rank == 1 and self.progress.step == 1:
+        raise MemoryError("none is left here")
+    step(self, rows)
+Trainer._step = failing
+sys.argv[0] = {launch!r} + "/pretrain.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def sweep(overrides: list[str], processes: int, folder: Path, script: Path | None = None) -> subprocess.Popen:
+    """A sweep as a user starts it, or by another script."""
+    line = command(["-m", *overrides], processes)
+    if script:
+        line[line.index(str(ROOT / "launch" / "pretrain.py"))] = str(script)
+    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def jobs_of(folder: Path) -> dict[str, dict[str, str]]:
+    """Readable part of a job's name → how it ended."""
+    return {name.rpartition("-")[0]: ended for name, ended in json.loads((folder / "jobs.json").read_text()).items()}
+
+
+def job_dir(folder: Path, name: str) -> Path:
+    (found,) = (path for path in folder.iterdir() if path.name.rpartition("-")[0] == name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(cache: Path, corpus: Path) -> list[str]:
+    rest = [override for override in TINY if not override.startswith("param.rank")]
+    return [*rest, f"data.path={corpus}", "param.execution=factored", "run.name=s"]
+
+
+@pytest.fixture(scope="module")
+def faulty(base: list[str], tmp_path_factory) -> tuple[Path, int, str]:
+    """A sweep in which one rank does not exist and process 1 fails alone at another: its folder, exit code, output."""
+    folder = tmp_path_factory.mktemp("faulty")
+    script = folder / "faulty.py"
+    script.write_text(FAULTY.format(launch=str(ROOT / "launch"), root=str(ROOT)))
+    process = sweep([*base, "train.steps=4", "checkpoint.every=1", "param.rank=6,900,8"], 2, folder, script)
+    output, _ = process.communicate(timeout=200)
+    return folder / "runs" / "s", process.returncode, output
+
+
+def test_one_process_that_fails_ends_its_job_and_no_other(faulty: tuple[Path, int, str]):
+    folder, code, output = faulty
+    assert code == 1, output
+    assert jobs_of(folder) == {
+        "rank6": {"status": "failed", "detail": "process 1: MemoryError: none is left here"},
+        "rank900": {
+            "status": "failed",
+            "detail": "param.rank=900 is not between 1 and min(in, out)=48 of model.layers.0.self_attn.q_proj",
+        },
+        "rank8": {"status": "finished", "detail": ""},
+    }
+    assert output.index("param.rank=900 is not") < output.index("step 1/4")  # told before anything is trained
+    assert "2 of 3 jobs failed" in output and output.count("none is left here") >= 3  # traceback, line, table
+
+
+def test_a_job_after_one_that_failed_is_the_one_that_runs_alone(faulty: tuple[Path, int, str], base, tmp_path: Path):
+    folder, *_ = faulty
+    run_jobs([[*base, "param.rank=8", "train.steps=4", f"run.dir={tmp_path}/alone"]], 2, tmp_path)
+    assert losses(job_dir(folder, "rank8")) == losses(tmp_path / "alone")
+
+
+def test_the_same_line_tries_again_what_failed_and_only_that(faulty: tuple[Path, int, str], base):
+    folder, *_ = faulty
+    before = (job_dir(folder, "rank8") / "metrics.jsonl").read_bytes()
+    again = sweep([*base, "train.steps=4", "checkpoint.every=1", "param.rank=6,8"], 1, folder.parent.parent)
+    output, _ = again.communicate(timeout=100)
+    assert again.returncode == 0, output
+    assert {name: one["status"] for name, one in jobs_of(folder).items() if name != "rank900"} == {
+        "rank6": "finished",
+        "rank8": "finished",
+    }
+    assert (job_dir(folder, "rank8") / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_interrupted_sweep_goes_on_with_the_job_it_was_in(base: list[str], tmp_path: Path):
+    """SIGTERM to one process; the losses of all jobs are those of the sweep that was not interrupted, bit for bit."""
+    line = [*base, "train.steps=60", "schedule=constant", "optim.lr=1e-3,2e-3", "param.rank=8"]
+    first = sweep(line, 2, tmp_path)
+    run = tmp_path / "runs" / "s"
+    wait_for(lambda: any(len(losses(path.parent)) > 3 for path in run.glob("*/metrics.jsonl")), first)
+    os.kill(workers(first.pid)[1], signal.SIGTERM)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode == 0 and "stopped at step" in output and "not started" in output, output
+    (interrupted,) = (path for path in run.iterdir() if path.is_dir())
+    assert not (interrupted / "summary.json").exists() and whole_checkpoints(interrupted / "checkpoints")
+
+    second = sweep(line, 2, tmp_path)
+    output, _ = second.communicate(timeout=100)
+    assert second.returncode == 0 and "going on from" in output, output
+    (tmp_path / "whole").mkdir()
+    whole = sweep(line, 2, tmp_path / "whole")
+    output, _ = whole.communicate(timeout=100)
+    assert whole.returncode == 0, output
+    for name in ("lr0.001", "lr0.002"):
+        found = losses(job_dir(run, name))
+        assert len(found) == 60 and found == losses(job_dir(tmp_path / "whole" / "runs" / "s", name))
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def workers(torchrun: int) -> list[int]:
+    """The training processes of a torchrun."""
+    children = subprocess.run(["pgrep", "-P", str(torchrun)], capture_output=True, text=True).stdout.split()
+    return [pid for pid in map(int, children) if b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
