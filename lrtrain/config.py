@@ -75,6 +75,17 @@ class TrainConfig:
 
 
 @dataclass
+class CompressConfig:
+    """How `init_from` gives layers their values."""
+
+    by: str
+    affine: bool
+    sequences: int
+    budget: float | None
+    ranks: str
+
+
+@dataclass
 class EvalConfig:
     every: int
     sequences: int
@@ -94,6 +105,7 @@ class CheckpointConfig:
 class Config:
     run: RunConfig
     resume: str
+    init_from: str | None
     dry_run: bool
     model: ModelConfig
     param: dict[str, Any]
@@ -102,6 +114,7 @@ class Config:
     data: DataConfig
     engine: dict[str, Any]
     train: TrainConfig
+    compress: CompressConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
     spectra: SpectraConfig
@@ -122,7 +135,17 @@ def typed(composed: DictConfig) -> Config:
         raise ConfigError(sentence(error, composed)) from error
     for section in ("param", "optim", "schedule", "engine"):
         check_choice(section, getattr(config, section), composed)
+    if config.init_from is not None and config.data.tokenizer.path is None:
+        config.data.tokenizer.path = tokenizer_of(config.init_from, Path(config.run.dir))
     return config
+
+
+def tokenizer_of(init_from: str, run_dir: Path) -> str:
+    """Where the tokenizer is that belongs to weights: the run's own copy, once it has one, or with the weights, which
+    may be a run's, a checkpoint's, or another model's."""
+    weights = Path(init_from)
+    copies = (run_dir / "tokenizer", weights / "tokenizer", weights.parent.parent / "tokenizer")
+    return next((str(copy) for copy in copies if copy.is_dir()), init_from)
 
 
 def sentence(error: OmegaConfBaseException, composed: DictConfig) -> str:
@@ -221,7 +244,8 @@ def check(config: Config, world_size: int) -> None:
     """
     train = config.train
     for section, key, least in [
-        ("train", "steps", 1), ("train", "batch_size", 1), ("train", "micro_batch_size", 1), ("train", "log_every", 1),
+        ("train", "steps", 1 if config.init_from is None else 0), ("train", "batch_size", 1),
+        ("train", "micro_batch_size", 1), ("train", "log_every", 1),
         ("train", "max_skipped", 1), ("train", "recompute_every", 0), ("eval", "every", 0), ("eval", "sequences", 1),
         ("checkpoint", "every", 0), ("checkpoint", "keep", 1), ("spectra", "every", 0), ("spectra", "hidden", 0),
         ("data", "seq_len", 1),
@@ -277,6 +301,7 @@ def check(config: Config, world_size: int) -> None:
                 f"spectra.gradients={config.spectra.gradients} looks at the gradients of a whole step, which "
                 f"optim.in_backward=true never keeps; set spectra.gradients=null"
             )
+    check_start(config, world_size)
     if not config.optim["lr"] > 0:
         raise ConfigError(f"optim.lr={config.optim['lr']} must be above 0")
     hydra.utils.get_object(config.engine["_target_"]).check(config, world_size)
@@ -286,6 +311,30 @@ def check(config: Config, world_size: int) -> None:
         )
     if config.resume not in ("never", "auto") and not Path(config.resume).exists():
         raise ConfigError(f"resume={config.resume} is not never, auto, or the path of a run or checkpoint")
+
+
+def check_start(config: Config, world_size: int) -> None:
+    """The same for a start from trained weights.
+
+    Raises:
+        ConfigError: naming the key, the value and what would be right.
+    """
+    compress, param = config.compress, config.param
+    if config.init_from is None:
+        if param.get("select") == "residual" and config.resume == "never":
+            raise ConfigError("param.select=residual looks at trained weights; give some by init_from, or use random")
+        return
+    for key, values in {"by": ("weights", "outputs"), "ranks": ("uniform", "energy", "tail")}.items():
+        if (value := getattr(compress, key)) not in values:
+            raise ConfigError(f"compress.{key}={value} is not one of {', '.join(values)}")
+    if compress.affine and compress.by == "weights":
+        raise ConfigError("compress.affine=true has no effect without a text: add compress.by=outputs")
+    if compress.budget is not None and not 0 < compress.budget <= 1:
+        raise ConfigError(f"compress.budget={compress.budget} is not a share above 0 and at most 1")
+    if compress.sequences < 1 or compress.sequences % world_size:
+        raise ConfigError(f"compress.sequences={compress.sequences} is not a multiple of the {world_size} processes")
+    if param.get("zero_init"):
+        raise ConfigError(f"param.zero_init={param['zero_init']} would drop what init_from={config.init_from} gives")
 
 
 def fingerprint(config: Config) -> str:
@@ -330,10 +379,15 @@ def composition_sentence(error: Exception) -> str:
 
 def default_composition(*overrides: str) -> DictConfig:
     """conf/pretrain.yaml with overrides, composed outside of a Hydra job."""
-    GlobalHydra.instance().clear()
+    instance = GlobalHydra.instance()
+    job = instance.hydra  # of the Hydra job within which this may be called
+    instance.clear()
     conf = Path(__file__).resolve().parent.parent / "conf"
-    with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-        return hydra.compose("pretrain", overrides=list(overrides))
+    try:
+        with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+            return hydra.compose("pretrain", overrides=list(overrides))
+    finally:
+        instance.hydra = job
 
 
 def compose(*overrides: str) -> Config:
@@ -348,16 +402,18 @@ def compose(*overrides: str) -> Config:
     return typed(composed)
 
 
-def from_stored(stored: DictConfig) -> Config:
-    """The configuration of a run as its files have it; keys that came later have their defaults.
+def from_stored(plain: dict[str, Any]) -> Config:
+    """The configuration of a run as its checkpoints have it; keys that came later have their defaults.
 
     Raises:
         ConfigError: as `typed`.
     """
-    for section, defaults in default_composition().items():
+    stored = OmegaConf.create(plain)
+    chosen = [f"{group}={stored[group].name}" for group in ("param", "optim", "schedule", "engine")]
+    for section, defaults in default_composition(*chosen).items():
         if section not in stored:
             stored[section] = defaults
-        elif isinstance(defaults, DictConfig) and "_target_" not in defaults:
+        elif isinstance(defaults, DictConfig):
             for key in defaults.keys() - stored[section].keys():
                 stored[section][key] = defaults[key]
     return typed(stored)

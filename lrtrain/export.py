@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 from lrtrain import safetensors_files
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
-from lrtrain.model import build_model
+from lrtrain.model import build_model, untied
 from lrtrain.weights import RunWeights
 
 FACTORIZED = "lrtrain.json"
@@ -98,12 +98,3 @@ def _write(
     tokenizer.save_pretrained(partial)
     GenerationConfig(**ids).save_pretrained(partial)
     partial.rename(out)
-
-
-def untied(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state that is saved, by name; parameters that share their storage under the first of their names."""
-    found: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items():
-        found.setdefault(id(tensor), name)
-    return {name: state[name].detach() for name in found.values()}

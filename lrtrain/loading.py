@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from lrtrain.errors import ConfigError
-from lrtrain.export import FACTORIZED, untied
+from lrtrain.export import FACTORIZED
 from lrtrain.initialize import keep_shard, materialize
-from lrtrain.model import architecture, factorized_layers, factorized_model, support_hash
+from lrtrain.model import architecture, factorized_layers, factorized_model, support_hash, untied
 from lrtrain.safetensors_files import SafetensorsFolder
 from lrtrain.weights import RunWeights
 

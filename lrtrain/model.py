@@ -38,6 +38,10 @@ def architecture(path: str | None, overrides: dict[str, Any]) -> PreTrainedConfi
     Raises:
         ConfigError: if it cannot be had, or is not a causal language model's.
     """
+    if path is None and "model_type" not in overrides:
+        raise ConfigError(
+            "model.path has no value; give a folder with a config.json or a name on the hub, or init_from"
+        )
     try:
         if path is not None:
             config = AutoConfig.from_pretrained(path, **overrides)
@@ -173,6 +177,19 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     """The decoder's blocks: the longest list of modules in the model. They are sharded, compiled and recomputed."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len)
+
+
+def untied(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state that is saved, by name; a parameter with several names under the first of them."""
+    firsts = first_names(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if firsts[name] == name}
+
+
+def first_names(model: PreTrainedModel) -> dict[str, str]:
+    """Each name in the model's state → the first name of the same tensor."""
+    state = model.state_dict(keep_vars=True)
+    found: dict[int, str] = {}
+    return {name: found.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
 # --- what the model consists of ----------------------------------------------------------------------------------

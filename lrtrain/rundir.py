@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from lrtrain.checkpoint import find_checkpoint, newest_sound, write_durably
-from lrtrain.config import Config, as_dict, differing
+from lrtrain.config import Config, as_dict, differing, from_stored
 from lrtrain.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, me
     """
     differences = [
         f"{key} is {old} there and {new} here"
-        for key, (old, new) in differing(meta["config"], as_dict(config)).items()
+        for key, (old, new) in differing(as_dict(from_stored(meta["config"])), as_dict(config)).items()
         if key.startswith(("model.config.", "param.", "train.seed", "model.path"))
         and key != "param.execution"
         and not (meta.get("ranks") and re.match(r"param\.rank(\.|$)", key))  # its layers have ranks of their own

@@ -88,6 +88,11 @@ class SafetensorsFolder:
         else:
             raise ConfigError(f"{folder} has no model.safetensors; save the model with save_pretrained")
 
+    def shape(self, name: str) -> torch.Size:
+        """Of one tensor; raises KeyError if there is none of this name."""
+        with safe_open(self.folder / self.files[name], "pt") as file:
+            return torch.Size(file.get_slice(name).get_shape())
+
     def tensor(self, name: str) -> Tensor:
         """One tensor; raises KeyError if there is none of this name."""
         with safe_open(self.folder / self.files[name], "pt") as file:

@@ -44,6 +44,7 @@ from lrtrain.spectra.gradients import GradientSpectra
 from lrtrain.spectra.hidden import hidden_metrics
 from lrtrain.spectra.movement import Movement
 from lrtrain.spectra.weights import matching, part_metrics, spectra_metrics, weight_spectra
+from lrtrain.start import Start
 from lrtrain.stop import StopRequest
 from lrtrain.throughput import Meter, matmul_peak, peak_memory_gib
 from lrtrain.tracking import Tracker, open_tracker
@@ -115,7 +116,8 @@ class Trainer:
         checkpoint = on_main(lambda: checkpoint_to_resume(config))
         self.meta = read_meta(checkpoint) if checkpoint else {}
         self.ranks: dict[str, int] = self.meta.get("ranks", {})
-        model = make_model(config, self.ranks)
+        known = self.meta.get("architecture")
+        model = make_model(config, self.ranks, known)
         choice(config.optim)(model)  # on meta: whatever it refuses is said before anything is built
         self.data = on_all(lambda: data.prepare(config.data, config.train.seed))
         agree(self.data.fingerprint, "the data")
@@ -125,6 +127,10 @@ class Trainer:
         self._check_sizes(model)
         if checkpoint:
             check_compatible(config, self.data.fingerprint, checkpoint, self.meta)
+        start = Start(config, model, world) if config.init_from and not checkpoint else None
+        if start and start.ranks:
+            self.ranks = start.ranks
+            model = make_model(config, self.ranks, known)
         dtype = compute_dtype(config, world.device)
         run = on_main(lambda: known_run(config) or claim(config, self._settle(model, dtype), self.data.tokenizer))
         self.lock = FileLock(self.run_dir / "lock")
@@ -142,7 +148,7 @@ class Trainer:
             recompute_every=train.recompute_every,
             recompute_keep=train.recompute_keep,
         )
-        self.engine.prepare(model, train.seed, choice(config.optim), fresh=checkpoint is None)
+        self.engine.prepare(model, train.seed, choice(config.optim), fresh=not (checkpoint or start))
         self.support_hash = support_hash(self.engine.model)
         self.checkpointer = Checkpointer(
             self.run_dir / "checkpoints",
@@ -153,12 +159,17 @@ class Trainer:
         )
         if checkpoint:
             self._load(checkpoint)
+        elif start:
+            state = self.engine.state_dict()
+            start.fill(state["model"])
+            self.engine.load_state_dict(state)
 
         self.schedule = choice(config.schedule)
         self.meter = Meter(matmul_peak(world.device, dtype), self.flops, world.size)
         self.gradients = GradientSpectra()
         unchanged = cache(lambda: make_model(config))  # on meta, and only if updates are measured
-        self.movement = Movement(lambda name: initial_layer(unchanged(), name, config.train.seed))
+        drawn = None if config.init_from else lambda name: initial_layer(unchanged(), name, config.train.seed)
+        self.movement = Movement(drawn)
         self.read_seconds = 0.0
         ours = checkpoint and config.resume == "auto"  # another run's checkpoint does not save this one
         self.saved_at = (self.progress.step if ours else -1, time.monotonic())
@@ -218,6 +229,8 @@ class Trainer:
         config, progress = self.config, self.progress
         if progress.step == 0:
             self._measure_spectra()
+            if config.init_from and config.train.steps:
+                self._evaluate()
         while progress.step < config.train.steps:
             self.heartbeat.step = progress.step
             rows = self._next_rows()
@@ -320,7 +333,7 @@ class Trainer:
             return
         before = self.counts["parameters"]
         self.ranks = ranks
-        model = make_model(self.config, ranks)
+        model = make_model(self.config, ranks, self.engine.model.config.to_dict())
         self._take_stock(model)
         self.engine.resize(model, choice(self.config.optim))
         self.support_hash = support_hash(self.engine.model)
@@ -437,7 +450,8 @@ class Trainer:
         """Save, evaluate, measure, and write summary and plot of a finished run; None if a signal came first."""
         progress = self.progress
         self._save()
-        found = self._evaluate() if self.config.eval.every <= progress.step else None  # too short for its cadence
+        short = 0 < progress.step < self.config.eval.every  # too short for its cadence
+        found = None if short else self._evaluate()
         if found is None and self._stop_requested():
             self.checkpointer.wait()
             return None

@@ -7,11 +7,10 @@ import copy
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedModel
@@ -38,7 +37,7 @@ class RunWeights:
     def __init__(self, path: Path):
         self.checkpoint = find_checkpoint(path, "")
         self.meta: dict[str, Any] = read_meta(self.checkpoint)
-        self.config: Config = from_stored(cast(DictConfig, OmegaConf.create(self.meta["config"])))
+        self.config: Config = from_stored(self.meta["config"])
         self.model: PreTrainedModel = make_model(self.config, self.meta["ranks"], self.meta.get("architecture"))
         """On meta."""
         self.layers = factorized_layers(self.model)

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--include_path", type=Path, metavar="DIR", help="a folder with more tasks")
     parser.add_argument("--limit", type=int, help="samples of each task at the most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results too")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         world = distributed.start()
         loaded = load(args.path, world.device, DTYPES[args.dtype] if args.dtype else None)

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lrtrain.layers.fit import Fit
+
 Role = Literal["factor_left", "factor_right", "sparse_values", "singular_values", "frozen", "bias"]
 M = TypeVar("M", bound=nn.Module)
 
@@ -68,6 +70,21 @@ class FactorizedLinear(nn.Module, ABC):
     def init_buffers(self, generator: torch.Generator) -> dict[str, Tensor]:
         """Values of the buffers that a seed gives back (sparse supports): whole CPU tensors, never checkpointed."""
         return {}
+
+    def start_from(self, weight: Tensor, fit: Fit, generator: torch.Generator) -> dict[str, Tensor]:
+        """Values of all parameters but the bias, and of persistent buffers, by name, with which the layer is as near to
+        weight (out, in), float64, as `fit` means it. Whole tensors; the layer gives shapes, settings and its other
+        buffers. Only where `check_start` has nothing to say.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no start from a weight")
+
+    def check_start(self) -> None:
+        """Whether `start_from` has something to start; the layer may be on meta.
+
+        Raises:
+            NotImplementedError: where it has not, saying why.
+        """
+        self.dense_weight()
 
     @abstractmethod
     def dense_weight(self) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.bottleneck import ACTIVATIONS, check_activation, check_mergeable
+from lrtrain.layers.fit import Fit, low_rank_plus_sparse
 from lrtrain.layers.initial import best_factors, normal, one_thread
 from lrtrain.spectra.factors import dense_singular_values, product_singular_values
 
@@ -98,6 +99,21 @@ class LOSTLinear(FactorizedLinear):
             "sparse": weight[:, columns],
             "columns": columns,
         }
+
+    def check_start(self) -> None:
+        check_mergeable(self.activation)
+        if not 0 < self.gamma < 1:
+            raise NotImplementedError(f"with param.gamma={self.gamma} one of its two parts has no weight")
+
+    def start_from(self, weight: Tensor, fit: Fit, generator: torch.Generator) -> dict[str, Tensor]:
+        """Columns by the layer's own rule; then γ·BA and (1-γ)·W_s as near to W together as they get."""
+        columns = self._start_from(weight, generator)["columns"].to(weight.device)
+        n = self.in_features
+        positions = torch.arange(self.out_features, device=weight.device)[:, None] * n + columns
+        left, right, values = low_rank_plus_sparse(weight, self.rank, fit, lambda _: positions.flatten())
+        root = math.sqrt(self.gamma)
+        sparse = values.view(self.out_features, self.count) / (1 - self.gamma)
+        return {"A.weight": right / root, "B.weight": left / root, "sparse": sparse, "columns": columns}
 
     def _scores(self, weight: Tensor, left: Tensor, right: Tensor, generator: torch.Generator | None) -> Tensor:
         """What ranks the columns (in,); left and right are factors of W's part of rank r, or r + complement_rank."""

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.bottleneck import with_residual
-from lrtrain.layers.gauge import RebalancedLinear
+from lrtrain.layers.fit import Fit
+from lrtrain.layers.gauge import RebalancedLinear, balanced
 from lrtrain.layers.initial import best_factors, normal, spectral_factors, uniform
 from lrtrain.spectra.factors import product_singular_values
 
@@ -98,6 +99,12 @@ class LowRankLinear(RebalancedLinear):
             left, right = normal((m, r), std, generator), normal((r, n), std, generator)
         bias = {} if self.B.bias is None else {"B.bias": torch.zeros(m)}
         return {"A.weight": right, "B.weight": left, **bias}
+
+    def start_from(self, weight: Tensor, fit: Fit, generator: torch.Generator) -> dict[str, Tensor]:
+        left, right = balanced(*fit.low_rank(weight, self.rank))
+        if self.residual:
+            left = left - with_residual(torch.zeros_like(left), self.residual_alpha)
+        return {"A.weight": right, "B.weight": left}
 
     def factor_pair(self) -> tuple[str, str] | None:
         return None if self.residual else ("B.weight", "A.weight")

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear, whole
+from lrtrain.layers.fit import Fit
 from lrtrain.layers.initial import spectral_factors
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.spectra.factors import product_singular_values
@@ -111,6 +112,10 @@ class NestedLinear(FactorizedLinear):
         left, right = spectral_factors(self.out_features, self.in_features, self.rank, self.init_std, generator)
         bias = {} if self.B.bias is None else {"B.bias": torch.zeros(self.out_features)}
         return {"A.weight": right, "B.weight": left, **bias}
+
+    def start_from(self, weight: Tensor, fit: Fit, generator: torch.Generator) -> dict[str, Tensor]:
+        left, right = fit.low_rank(weight, self.rank)  # in order, so that each W_b is the best of its rank
+        return {"A.weight": right, "B.weight": left}
 
     def dense_weight(self) -> Tensor:
         b = self.kept

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear, Reset
+from lrtrain.layers.fit import Fit
 from lrtrain.layers.initial import normal, uniform
 from lrtrain.layers.sltrain import low_rank_scale
 from lrtrain.spectra.factors import dense_singular_values
@@ -86,6 +87,10 @@ class ReLoRALinear(FactorizedLinear):
             "B.weight": torch.zeros(m, self.rank),
             **bias,
         }
+
+    def start_from(self, weight: Tensor, fit: Fit, generator: torch.Generator) -> dict[str, Tensor]:
+        left = torch.zeros(self.out_features, self.rank)
+        return {"weight": weight, "A.weight": self._fresh(generator), "B.weight": left}
 
     def factor_pair(self) -> tuple[str, str]:
         return ("B.weight", "A.weight")

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.fastest import fastest
+from lrtrain.layers.fit import Fit, low_rank_plus_sparse
 from lrtrain.layers.gauge import RebalancedLinear
 from lrtrain.layers.initial import spectral_factors, uniform
 from lrtrain.layers.support import (
@@ -35,6 +36,7 @@ from lrtrain.spectra.factors import dense_singular_values
 
 SUPPORTS = ("uniform", "row_balanced", "block")
 EXECUTIONS = ("auto", "materialize", "factored")
+SELECTIONS = ("random", "residual")
 INITS = ("published", "spectral")
 
 
@@ -136,6 +138,8 @@ class SLTrainLinear(RebalancedLinear):
             `row_balanced`: the same number in every row, out·round(δ·in) values; no row pointers to store.
             `block`: in b×b blocks, the same number in every block row, out·b·max(1, round(δ·in/b)) values. Factored
             execution is then a few batched matrix products, on every device and in every dtype.
+        select: which entries these are: `random` ones, which the seed gives back, or with a start from a weight those
+            that BA leaves most of (`residual`), which are kept in checkpoints.
         block: b, the side of a block; read by `support=block` alone.
         alpha, scale: see `low_rank_scale`.
         execution: `materialize`, `factored`, or `auto`: whichever a measurement finds faster.
@@ -170,6 +174,7 @@ class SLTrainLinear(RebalancedLinear):
         alpha: float,
         scale: str,
         execution: str,
+        select: str,
         init: str,
         init_std: float,
         rebalance_at: int | None,
@@ -182,6 +187,8 @@ class SLTrainLinear(RebalancedLinear):
             raise ConfigError(f"param.support={support} is not one of {', '.join(SUPPORTS)}")
         if execution not in EXECUTIONS:
             raise ConfigError(f"param.execution={execution} is not one of {', '.join(EXECUTIONS)}")
+        if select not in SELECTIONS:
+            raise ConfigError(f"param.select={select} is not one of {', '.join(SELECTIONS)}")
         if init not in INITS:
             raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
         self.init = init
@@ -189,6 +196,7 @@ class SLTrainLinear(RebalancedLinear):
         if support == "block":
             _check_block(block, out_features, in_features)
         self.support = support
+        self.select = select
         self.block = block if support == "block" else 1
         self.scale = low_rank_scale(alpha, rank, scale)
         self.execution = execution
@@ -203,8 +211,9 @@ class SLTrainLinear(RebalancedLinear):
         self.A = nn.Linear(in_features, rank, bias=False, device=device)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device)
         self.values = nn.Parameter(torch.empty(self.nnz, device=device))
-        self.register_buffer("crow", crow, persistent=False)
-        self.col = nn.Buffer(torch.empty(shape, dtype=column_dtype(columns), device=device), persistent=False)
+        stored = select == "residual"
+        self.register_buffer("crow", crow, persistent=stored)
+        self.col = nn.Buffer(torch.empty(shape, dtype=column_dtype(columns), device=device), persistent=stored)
 
     def forward(self, x: Tensor) -> Tensor:
         left, right, factored = self.B.weight, self.A.weight, self.execution == "factored"
@@ -224,15 +233,42 @@ class SLTrainLinear(RebalancedLinear):
             state |= {"B.weight": left / math.sqrt(self.scale), "A.weight": right / math.sqrt(self.scale)}
         if self.B.bias is not None:
             state["B.bias"] = uniform((m,), 1 / math.sqrt(m), generator)
-        return state
+        return state if self.select == "random" else state | self.draw_support(generator)
 
     def init_buffers(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return self.draw_support(generator) if self.select == "random" else {}
+
+    def draw_support(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """`col`, and `crow` where there is one, of a random support."""
         m, n = self.out_features, self.in_features
         if self.crow is not None:
             crow, col = compress_rows(draw_uniform(m * n, self.nnz, generator), m, n)
             return {"crow": crow, "col": col}
         rows, count = self.col.shape
         return {"col": draw_rows(rows, n // self.block, count, generator).to(self.col.dtype)}
+
+    def start_from(self, weight: Tensor, fit: Fit, generator: torch.Generator) -> dict[str, Tensor]:
+        support: dict[str, Tensor] = {}
+
+        def positions(residual: Tensor) -> Tensor:
+            if self.select == "residual":
+                support.update(self.largest_support(fit.weighted(residual)))
+            crow, col = support.get("crow", self.crow), support.get("col", self.col)
+            return flat_positions(crow, col, self.block, self.in_features)
+
+        left, right, values = low_rank_plus_sparse(weight, self.rank, fit, positions)
+        root = math.sqrt(self.scale)
+        return {"A.weight": right / root, "B.weight": left / root, "values": values, **support}
+
+    def largest_support(self, scores: Tensor) -> dict[str, Tensor]:
+        """`col`, and `crow` where there is one, of the support with the largest scores (out, in), which are ≥ 0."""
+        m, n = scores.shape
+        if self.crow is not None:
+            crow, col = compress_rows(scores.flatten().topk(self.nnz).indices.sort().values, m, n)
+            return {"crow": crow, "col": col}
+        b = self.block
+        blocks = scores.square().view(m // b, b, n // b, b).sum((1, 3))  # (block rows, block columns)
+        return {"col": blocks.topk(self.col.shape[1], dim=1).indices.sort(dim=1).values.to(self.col.dtype)}
 
     def factor_pair(self) -> tuple[str, str]:
         return ("B.weight", "A.weight")
@@ -291,9 +327,9 @@ def _training_pass(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, layer.in_features, generator=generator).to(device, dtype).requires_grad_()
     g = torch.randn(tokens, layer.out_features, generator=generator).to(device, dtype)
-    state = {k: v.to(device, dtype).requires_grad_() for k, v in layer.init_parameters(generator).items()}
-    support = {k: v.to(device) for k, v in layer.init_buffers(generator).items()}
-    left, right, values = state["B.weight"], state["A.weight"], state["values"]
+    state = layer.init_parameters(generator)
+    support = {k: v.to(device) for k, v in layer.draw_support(generator).items()}
+    left, right, values = (state[k].to(device, dtype).requires_grad_() for k in ("B.weight", "A.weight", "values"))
 
     def run() -> None:
         y = sltrain_linear(

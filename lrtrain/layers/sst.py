@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear, Reset, local
+from lrtrain.layers.fit import Fit
 from lrtrain.layers.initial import gaussian_svd
 from lrtrain.spectra.factors import product_singular_values
 
@@ -155,6 +156,10 @@ class SSTLinear(FactorizedLinear):
         order = draw_order(sigma, self.rank, generator)
         bias = {} if self.bias is None else {"bias": torch.zeros(m)}
         return {"sigma": sigma.float(), **in_blocks(left.T, right.T, order, self.rank), **bias}
+
+    def start_from(self, weight: Tensor, fit: Fit, generator: torch.Generator) -> dict[str, Tensor]:
+        u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        return {"sigma": sigma, **in_blocks(u.T, vt, draw_order(sigma, self.rank, generator), self.rank)}
 
     def dense_weight(self) -> Tensor:
         active, frozen = self.sigma[self.order].split([self.rank, len(self.left_frozen)])

@@ -65,7 +65,7 @@ def draw_rows(rows: int, total: int, count: int, generator: torch.Generator) -> 
 
 def compress_rows(flat: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     """Ascending row-major positions (nnz,) → crow (rows + 1,) int32 and col (nnz,)."""
-    starts = torch.arange(rows + 1) * cols
+    starts = torch.arange(rows + 1, device=flat.device) * cols
     return torch.searchsorted(flat, starts).int(), (flat % cols).to(column_dtype(cols))
 
 

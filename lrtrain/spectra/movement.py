@@ -22,10 +22,10 @@ class Movement:
     """Measures the updates of weights.
 
     Args:
-        initial: layer name → the layer with its initial values, whole, on the CPU.
+        initial: layer name → the layer with its initial values, whole, on the CPU; None: they are not known.
     """
 
-    def __init__(self, initial: Callable[[str], nn.Module]):
+    def __init__(self, initial: Callable[[str], nn.Module] | None):
         self.initial = initial
         self.last: dict[str, nn.Module] = {}
 
@@ -43,7 +43,8 @@ class Movement:
         now = linear_map(layer)
         found = {}
         if torch.isfinite(now).all():
-            found |= compare(linear_map(self.initial(name)), now, max(1, rank // 4), "start")
+            if self.initial is not None:
+                found |= compare(linear_map(self.initial(name)), now, max(1, rank // 4), "start")
             if name in self.last:
                 found |= compare(linear_map(self.last[name]), now, max(1, rank // 4), "last")
             self.last[name] = layer

@@ -29,6 +29,7 @@ SLTRAIN = partial(
     scale="alpha_over_r",
     init="published",
     init_std=0.02,
+    select="random",
     rebalance_at=None,
 )
 LOST = partial(LOSTLinear, density=0.2, gamma=0.7, select="svd_l2", complement_rank=None, init_std=0.02)

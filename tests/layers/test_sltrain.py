@@ -38,6 +38,7 @@ SLTRAIN = partial(
     execution="factored",
     init="published",
     init_std=0.02,
+    select="random",
     rebalance_at=None,
 )
 
@@ -172,7 +173,7 @@ def test_the_support_is_a_function_of_the_generator(support: str):
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_starts_as_published(support: str):
     layer = SLTrainLinear(
-        512, 256, True, 128, 0.03, support, 8, 32.0, "alpha_over_r", "materialize", "published", 0.02, None
+        512, 256, True, 128, 0.03, support, 8, 32.0, "alpha_over_r", "materialize", "random", "published", 0.02, None
     )
     state = layer.init_parameters(torch.Generator().manual_seed(0))
     bound = 1 / math.sqrt(512)
@@ -191,7 +192,9 @@ def test_starts_as_published(support: str):
 
 def test_a_spectral_start_changes_the_low_rank_part_alone():
     published, spectral = (
-        SLTrainLinear(96, 64, True, 16, 0.1, "uniform", 1, 4.0, "alpha_over_r", "materialize", init, 0.05, None)
+        SLTrainLinear(
+            96, 64, True, 16, 0.1, "uniform", 1, 4.0, "alpha_over_r", "materialize", "random", init, 0.05, None
+        )
         for init in ("published", "spectral")
     )
     before, after = (layer.init_parameters(torch.Generator().manual_seed(0)) for layer in (published, spectral))

@@ -1,0 +1,100 @@
+"""Compress a trained dense run at a budget, in several ways, and heal each: one table of perplexities.
+
+python scripts/compress.py runs/llama_tiny-dense --budget 0.5 --steps 80
+
+Each way is a run of launch/pretrain.py with init_from=RUN, under RUN/compressed/; started again, the same command goes
+on where it stopped. Perplexities are on the run's held-out text, which neither calibration nor healing sees.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lrtrain.errors import ConfigError
+from lrtrain.evaluate import perplexity
+from lrtrain.tracking.jsonl import series
+from lrtrain.weights import RunWeights
+
+OUTPUTS = "compress.by=outputs"
+CHOSEN = "param.select=residual"
+WAYS = {
+    "dense, trained on": ["param=dense"],
+    "lowrank, uniform ranks": ["param=lowrank", "compress.ranks=uniform"],
+    "lowrank": ["param=lowrank"],
+    "lowrank, WeLore's ranks": ["param=lowrank", "compress.ranks=tail"],
+    "lowrank, outputs": ["param=lowrank", OUTPUTS],
+    "sltrain, random support": ["param=sltrain"],
+    "sltrain, random support, outputs": ["param=sltrain", OUTPUTS],
+    "sltrain, chosen support": ["param=sltrain", CHOSEN],
+    "sltrain, chosen support, outputs": ["param=sltrain", CHOSEN, OUTPUTS],
+}
+COLUMNS = ("start", "parameters", "compressed", "healed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a dense run or one of its checkpoints")
+    parser.add_argument("overrides", nargs="*", help="for all ways, as optim.lr=1e-3")
+    parser.add_argument("--budget", type=float, required=True, help="share of the dense layers' parameters, as 0.5")
+    parser.add_argument("--steps", type=int, required=True, help="of healing")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY", help="some of the table's rows"
+    )
+    args = parser.parse_intermixed_args()
+    try:
+        run = RunWeights(args.run)
+    except ConfigError as error:
+        sys.exit(str(error))
+    folder = run.run_dir / "compressed" / f"{args.budget:g}-{args.steps}"
+    before = json.loads((run.run_dir / "summary.json").read_text())
+    rows = [("the dense run", f"{before['parameters']:,}", "", f"{before['eval_perplexity']:.2f}")]
+    for way in args.ways:
+        rows.append(result(way, heal(run, way, args, folder / way.replace(",", "").replace(" ", "-"))))
+    report(rows, folder)
+
+
+def heal(run: RunWeights, way: str, args: argparse.Namespace, out: Path) -> Path:
+    """Run one way to its end."""
+    if not (out / "summary.json").is_file():
+        config = run.config
+        budget = [] if "param=dense" in WAYS[way] else [f"compress.budget={args.budget}"]
+        same = [f"model={config.model.name}", f"data={config.data.name}", f"data.seq_len={config.data.seq_len}"]
+        settings = [*same, "tracking=none", "spectra.every=0", *WAYS[way], *budget, f"train.steps={args.steps}"]
+        where = [f"init_from={run.checkpoint}", f"run.dir={out}", f"run.name={out.name}", "resume=auto"]
+        command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *settings, *where, "eval.every=0"]
+        if subprocess.run([*command, *args.overrides], stdout=sys.stderr).returncode:
+            sys.exit(f"{way} could not be run")
+    return out
+
+
+def result(way: str, run: Path) -> tuple[str, str, str, str]:
+    """A row of the table."""
+    steps, losses = series(run / "metrics.jsonl", "eval/loss")
+    parameters = json.loads((run / "summary.json").read_text())["parameters"]
+    assert steps[0] == 0
+    return way, f"{parameters:,}", f"{perplexity(losses[0]):.2f}", f"{perplexity(losses[-1]):.2f}"
+
+
+def report(rows: list[tuple[str, str, str, str]], folder: Path) -> None:
+    """Print the table, and write it as Markdown."""
+    table = Table(*COLUMNS, box=box.SIMPLE)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120).print(table)
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compress.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    print(folder / "compress.md")
+
+
+if __name__ == "__main__":
+    main()
