@@ -19,6 +19,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from lrtrain.config import Config, as_dict, flat
 from lrtrain.errors import ConfigError
 from lrtrain.evaluate import perplexity
 from lrtrain.tracking.jsonl import series
@@ -65,15 +66,21 @@ def main() -> None:
 def heal(run: RunWeights, way: str, args: argparse.Namespace, out: Path) -> Path:
     """Run one way to its end."""
     if not (out / "summary.json").is_file():
-        config = run.config
         budget = [] if "param=dense" in WAYS[way] else [f"compress.budget={args.budget}"]
-        same = [f"model={config.model.name}", f"data={config.data.name}", f"data.seq_len={config.data.seq_len}"]
-        settings = [*same, "tracking=none", "spectra.every=0", *WAYS[way], *budget, f"train.steps={args.steps}"]
+        settings = ["tracking=none", "spectra.every=0", *WAYS[way], *budget, f"train.steps={args.steps}"]
         where = [f"init_from={run.checkpoint}", f"run.dir={out}", f"run.name={out.name}", "resume=auto"]
-        command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *settings, *where, "eval.every=0"]
-        if subprocess.run([*command, *args.overrides], stdout=sys.stderr).returncode:
+        command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *of_the_run(run.config), "eval.every=0"]
+        if subprocess.run([*command, *settings, *where, *args.overrides], stdout=sys.stderr).returncode:
             sys.exit(f"{way} could not be run")
     return out
+
+
+def of_the_run(config: Config) -> list[str]:
+    """Overrides that say what the run had: its text, and how much of it a step and an evaluation take."""
+    path = [] if config.data.path is None else [f"data.path={config.data.path}"]
+    keys = ("data.seq_len", "data.validation_fraction", "train.batch_size", "train.micro_batch_size", "eval.sequences")
+    values = flat(as_dict(config))
+    return [f"model={config.model.name}", f"data={config.data.name}", *path, *(f"{key}={values[key]}" for key in keys)]
 
 
 def result(way: str, run: Path) -> tuple[str, str, str, str]:

@@ -1,0 +1,68 @@
+"""The commands of the pages on export, evaluation and compression, as they stand there, on tiny runs."""
+
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, TINY
+from runs import run_jobs
+
+SMALLER = [override for override in TINY if not override.startswith("model")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, cache, corpus) -> Path:
+    """Where the commands run: with the repository's folders, the two runs that they speak of, and a task of lm-eval."""
+    folder = tmp_path_factory.mktemp("docs")
+    for name in ("scripts", "launch", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    base = [*TINY, f"data.path={corpus}", "train.steps=2"]
+    runs = {"llama_tiny-dense": ["param=dense", "param.rank=null"], "llama_tiny-sltrain": ["param=sltrain"]}
+    run_jobs([[*base, *change, f"run.dir={folder}/runs/{name}"] for name, change in runs.items()], 1, folder)
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "mytask.jsonl").write_text(json.dumps({"question": "abc", "choices": ["d", "e"], "answer": 0}))
+    (folder / "tasks" / "mytask.yaml").write_text(
+        f"task: mytask\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/tasks/mytask.jsonl}}}}\n"
+        'output_type: multiple_choice\ntest_split: test\ndoc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\n'
+        'doc_to_target: "{{answer}}"\nmetric_list: [{metric: acc}]\n'
+    )
+    return folder
+
+
+def commands(page: str) -> list[list[str]]:
+    """The indented command lines of a page."""
+    lines = re.findall(r"^    ((?:python|torchrun) .*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    return [shlex.split(line) for line in lines]
+
+
+def run(command: list[str], corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a command of the docs; trainings are made smaller, scripts run in this process."""
+    if command[1] == "scripts/compress.py":
+        sizes = [override for override in TINY if override.startswith("model.")]
+        command = [*command, *sizes, "train.steps=2", "compress.sequences=16", "--ways", "lowrank, outputs"]
+    elif command[1] == "launch/pretrain.py":
+        command = [*command, *SMALLER, f"data.path={corpus}", "train.steps=2"]
+    if command[0] == "python" and command[1].startswith("scripts/"):
+        monkeypatch.setattr(sys, "argv", command[1:])
+        runpy.run_path(command[1], run_name="__main__")
+        return
+    start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
+    done = subprocess.run([*start[command[0]], *command[1:]], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", ["export.md", "evaluate.md", "compress.md"])
+def test_the_commands_of_a_page_run(folder: Path, corpus: Path, page: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert len(commands(page)) >= 3
+    for command in commands(page):
+        run(command, corpus, monkeypatch)
+    if page == "compress.md":
+        table = next((folder / "runs" / "llama_tiny-dense" / "compressed").glob("*/compress.md")).read_text()
+        assert re.search(r"\| lowrank, outputs \| [\d,]+ \| [\d.]+ \| [\d.]+ \|", table)
