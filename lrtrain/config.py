@@ -72,6 +72,7 @@ class TrainConfig:
     max_skipped: int
     timeout_minutes: float
     log_every: int
+    profile: int | None
 
 
 @dataclass
@@ -257,6 +258,8 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(f"train.timeout_minutes={train.timeout_minutes} must be above 0")
     if train.dtype not in (*DTYPES, "bf16_sr", "auto"):
         raise ConfigError(f"train.dtype={train.dtype} is not one of {', '.join(DTYPES)}, bf16_sr, auto")
+    if train.profile is not None and not 1 <= train.profile <= train.steps:
+        raise ConfigError(f"train.profile={train.profile} is not one of the steps 1 to train.steps={train.steps}")
     if train.clip_by not in ("global", "parameter"):
         raise ConfigError(f"train.clip_by={train.clip_by} is not global or parameter")
     if train.recompute_keep not in ("inputs", "bottleneck"):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
@@ -37,6 +38,7 @@ from lrtrain.model import (
     trainable_count,
     training_flops,
 )
+from lrtrain.profiling import profiled, snapshot_when_out_of_memory
 from lrtrain.report import print_ledger, summary_rows
 from lrtrain.resize import wanted_ranks
 from lrtrain.rundir import check_compatible, checkpoint_to_resume, claim, hold, known_run
@@ -198,7 +200,9 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         """Train to `train.steps`, or to a signal; then report, and return the report."""
         try:
-            summary = (self._train() and self._conclude()) or {
+            with self._snapshot():
+                done = self._train() and self._conclude()
+            summary = done or {
                 "stopped_by": self.stop.signal or "a signal to another process",
                 "step": self.progress.step,
             }
@@ -219,6 +223,11 @@ class Trainer:
             )
         return summary
 
+    def _snapshot(self) -> AbstractContextManager[None]:
+        """What is to be left behind if a GPU's memory runs out, where that was asked for."""
+        folder = self.run_dir / "profile" / f"process-{self.world.dist_rank}"
+        return nullcontext() if self.config.train.profile is None else snapshot_when_out_of_memory(folder)
+
     def _unsaved(self) -> str:
         kept = whole_checkpoints(self.checkpointer.folder)
         left = f"the last good one is {kept[-1]}: go on from there with resume=auto" if kept else "there is no other"
@@ -238,7 +247,9 @@ class Trainer:
                 self._save()
                 self.checkpointer.wait()
                 return False
-            self._step(rows)
+            looked_at = self.world.main and config.train.profile == progress.step + 1
+            with profiled(self.run_dir / "profile") if looked_at else nullcontext():
+                self._step(rows)
             if due(config.checkpoint.every, progress.step):
                 self._save()
             last = progress.step == config.train.steps

@@ -46,6 +46,7 @@ def test_what_hydra_itself_refuses_is_one_sentence(override: str, message: str):
     "override,processes,message",
     [
         ("train.steps=0", 1, "train.steps=0 must be at least 1"),
+        ("train.profile=999", 1, "train.profile=999 is not one of the steps 1 to train.steps=320"),
         ("train.dtype=fp8", 1, "train.dtype=fp8 is not one of fp32, bf16, bf16_sr, auto"),
         ("train.batch_size=20", 3, "train.batch_size=20 is not a multiple of 12.*4 × 3 processes"),
         ("eval.compat=lingua", 1, "eval.compat=lingua is not galore or null"),

@@ -1,0 +1,41 @@
+"""A look at one step with torch's profiler, and at a GPU's memory when it has run out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+ROWS = 10
+
+
+@contextmanager
+def profiled(folder: Path) -> Iterator[None]:
+    """Write what happens meanwhile to `folder`: trace.json.gz for chrome://tracing or Perfetto, and top.txt, the ten
+    operators that take the most time of their own."""
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, record_shapes=True) as recorded:
+        yield
+    folder.mkdir(parents=True, exist_ok=True)
+    recorded.export_chrome_trace(str(folder / "trace.json.gz"))
+    order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
+    top = recorded.key_averages().table(sort_by=order, row_limit=ROWS, max_name_column_width=60)
+    (folder / "top.txt").write_text(top)
+
+
+@contextmanager
+def snapshot_when_out_of_memory(folder: Path) -> Iterator[None]:
+    """On a GPU: write all allocations with their stacks to `folder`/memory.pickle, for pytorch.org/memory_viz, if
+    memory runs out meanwhile."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.memory._record_memory_history()
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+        raise

@@ -1,0 +1,75 @@
+"""Memory, bytes on the wire and expected MFU of a run on many GPUs, told without one.
+
+    python scripts/plan.py model=llama_7b param=sltrain gpus=64 tflops=989 gbps=50 efficiency=0.45
+    python scripts/plan.py model=llama_7b param=sltrain gpus=64 engine.replicas=8 train.batch_size=512
+
+`gpus`, `tflops` (of large matrix products, per GPU), `gbps` (gigabytes per second that a GPU receives over the
+slowest link), and `efficiency` (the share of `tflops` that a step reaches alone) are the script's; all else are
+overrides of the configuration. Arithmetic is in bfloat16 unless train.dtype says otherwise. docs/scaling.md has the
+formulas and how they were checked.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lrtrain.config import DTYPES, check, compose
+from lrtrain.errors import ConfigError
+from lrtrain.model import make_model
+from lrtrain.plan import memory_per_process
+from lrtrain.traffic import Hardware, forecast, tensor_parallel_bytes, traffic
+
+OWN = {"gpus": 8.0, "tflops": 989.0, "gbps": 50.0, "efficiency": 0.45}  # of an H100, and InfiniBand of 400 Gbit/s
+
+
+def main() -> None:
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        print(__doc__)
+        return
+    given = {key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
+    try:
+        own = OWN | {key: float(given.pop(key)) for key in OWN if key in given}
+        overrides = [f"{key}={value}" for key, value in given.items()]
+        print_forecast(overrides, int(own["gpus"]), own)
+    except (ConfigError, ValueError) as error:
+        sys.exit(str(error))
+
+
+def print_forecast(overrides: list[str], gpus: int, own: dict[str, float]) -> None:
+    config = compose(*overrides)
+    check(config, gpus)
+    dtype = DTYPES.get(config.train.dtype, torch.bfloat16)
+    model = make_model(config)
+    sent = traffic(config, model, dtype, gpus)
+    hardware = Hardware(own["tflops"] * 1e12, own["efficiency"], own["gbps"] * 1e9)
+    found = forecast(config, model, sent, hardware, gpus)
+    parallel = tensor_parallel_bytes(config, model, dtype, min(8, gpus))
+    memory = memory_per_process(config, model, dtype, gpus)  # last: it changes the model
+
+    table = Table(
+        title=f"{config.model.name} · {config.param['name']} · {gpus} GPUs", box=box.SIMPLE, show_header=False
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("[bold]memory per GPU", f"[bold]{memory.total / 2**30:,.2f} GiB")
+    for part, size in vars(memory).items():
+        table.add_row(f"  {part}", f"{size / 2**30:,.3f} GiB")
+    table.add_row("[bold]received per GPU and step", f"[bold]{sent.total / 1e9:,.3f} GB")
+    for part, size in vars(sent).items():
+        table.add_row(f"  {part}", f"{size / 1e9:,.3f} GB")
+    table.add_row(f"  tensor parallelism of {min(8, gpus)} would add (not in lrtrain)", f"{parallel / 1e9:,.3f} GB")
+    table.add_row("[bold]seconds of a step: arithmetic", f"{found.compute_seconds:,.3f}")
+    table.add_row("  wire", f"{found.wire_seconds:,.3f}")
+    table.add_row("[bold]expected MFU", f"[bold]{found.worst_mfu:.0%} … {found.best_mfu:.0%}")
+    table.add_row("  nothing overlaps … all that can", "")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main()

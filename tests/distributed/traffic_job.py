@@ -1,0 +1,77 @@
+"""Counts what the processes of a step send and hold, and prints it beside the plan, as JSON.
+
+torchrun --nproc_per_node=4 tests/distributed/traffic_job.py '[["engine.replicas=1", ...], ...]'
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lrtrain import distributed
+from lrtrain.config import choice, compose, compute_dtype
+from lrtrain.distributed import World
+from lrtrain.layers.base import local
+from lrtrain.model import make_model
+from lrtrain.plan import memory_per_process
+from lrtrain.traffic import traffic
+
+
+class Counted(TorchDispatchMode):
+    """Bytes that this process receives in collectives, by kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.received = {"gathered": 0.0, "reduced": 0.0, "replicated": 0.0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kinds = {"_allgather_base_": "gathered", "_reduce_scatter_base_": "reduced", "allreduce_": "replicated"}
+        kind = kinds.get(str(func).split(".")[1]) if str(func).startswith("c10d.") else None
+        if kind is not None:
+            size = next(ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject)
+                        and "ProcessGroup" in str(a._type()))  # fmt: skip
+            whole = args[0] if kind == "gathered" else args[1] if kind == "reduced" else args[0][0]
+            self.received[kind] += whole.nbytes * (size - 1) / size * (2 if kind == "replicated" else 1)
+        return func(*args, **(kwargs or {}))
+
+
+def measured(overrides: list[str], world: World) -> dict[str, dict]:
+    """One step: what was received and is held, and what was planned."""
+    config = compose(*overrides)
+    dtype = compute_dtype(config, world.device)
+    engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=0, recompute_keep="inputs")
+    engine.prepare(make_model(config), 0, choice(config.optim))
+    rows = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_len + 1))
+    passes = config.train.batch_size // (world.size * len(rows))
+    for counting in (False, True):  # the first step also looks at the model once
+        engine.begin_step(0, 1e-3, 1.0, "global")
+        with Counted() if counting else nullcontext() as counted:
+            for i in range(passes):
+                loss = engine.forward_backward(rows, 1000, i + 1 == passes)
+        gradients = sum(local(p.grad).nbytes for p in engine.model.parameters() if p.grad is not None)
+        engine.clip_and_step(loss.item())
+    states = [t for s in engine.optimizer.state.values() for t in s.values() if t.ndim]
+    return {
+        "received": counted.received,
+        "traffic": vars(traffic(config, make_model(config), dtype, world.size)),
+        "held": {
+            "weights": sum(local(p).nbytes for p in engine.model.parameters()),
+            "gradients": gradients,
+            "optimizer": sum(local(t).nbytes for t in states),
+        },
+        "memory": vars(memory_per_process(config, make_model(config), dtype, world.size)),
+    }
+
+
+if __name__ == "__main__":
+    world = distributed.start()
+    found = [measured(overrides, world) for overrides in json.loads(sys.argv[1])]
+    if world.main:
+        print(json.dumps(found), flush=True)
+    distributed.stop()
