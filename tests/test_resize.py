@@ -8,7 +8,7 @@ import torch
 from launching import SMALL
 
 from lrtrain import distributed
-from lrtrain.config import choice, compose
+from lrtrain.config import as_dict, choice, compose
 from lrtrain.engine.fsdp import FSDPEngine
 from lrtrain.errors import ConfigError
 from lrtrain.model import factorized_layers, make_model
@@ -125,10 +125,9 @@ def test_a_state_of_another_shape_than_its_parameter_begins_anew_where_it_is_cut
 
 
 def test_a_resized_checkpoint_fits_any_rank_but_no_other_method(tmp_path):
-    meta = {"config": {"param": {**CONFIG.param, "rank": {"mlp": 3}}, "train": {"seed": 0}}, "data": {}, "ranks": {}}
     here = compose("param=nested", *SMALL, "resume=never")
-    meta["config"]["model"] = {"config": here.model.config, "path": None}
-    meta["config"]["param"] |= {key: here.param[key] for key in ("shrink_every", "shrink_threshold")}
+    meta = {"config": as_dict(here), "data": {}, "ranks": {}}
+    meta["config"]["param"]["rank"] = {"mlp": 3}
     with pytest.raises(ConfigError, match="param.rank"):
         check_compatible(here, "", tmp_path, meta)
     meta["ranks"] = {"model.layers.0.mlp.up_proj": 3}
