@@ -53,6 +53,7 @@ class ModelConfig:
     name: str
     path: str | None
     vocab_size: int
+    trust_remote_code: bool
     config: dict[str, Any]
     recipe: RecipeConfig
 
@@ -87,6 +88,14 @@ class CompressConfig:
 
 
 @dataclass
+class RollbackConfig:
+    spike: float | None
+    window: int
+    skip: int
+    most: int
+
+
+@dataclass
 class EvalConfig:
     every: int
     sequences: int
@@ -116,6 +125,7 @@ class Config:
     engine: dict[str, Any]
     train: TrainConfig
     compress: CompressConfig
+    rollback: RollbackConfig
     eval: EvalConfig
     checkpoint: CheckpointConfig
     spectra: SpectraConfig
@@ -248,12 +258,15 @@ def check(config: Config, world_size: int) -> None:
         ("train", "steps", 1 if config.init_from is None else 0), ("train", "batch_size", 1),
         ("train", "micro_batch_size", 1), ("train", "log_every", 1),
         ("train", "max_skipped", 1), ("train", "recompute_every", 0), ("eval", "every", 0), ("eval", "sequences", 1),
-        ("checkpoint", "every", 0), ("checkpoint", "keep", 1), ("spectra", "every", 0), ("spectra", "hidden", 0),
+        ("checkpoint", "every", 0), ("checkpoint", "keep", 1), ("spectra", "every", 0),
+        ("rollback", "window", 2), ("rollback", "skip", 1), ("rollback", "most", 0), ("spectra", "hidden", 0),
         ("data", "seq_len", 1),
     ]:  # fmt: skip
         value = getattr(getattr(config, section), key)
         if value < least:
             raise ConfigError(f"{section}.{key}={value} must be at least {least}")
+    if config.rollback.spike is not None and not config.rollback.spike > 0:
+        raise ConfigError(f"rollback.spike={config.rollback.spike} must be above 0, or null")
     if not train.timeout_minutes > 0:
         raise ConfigError(f"train.timeout_minutes={train.timeout_minutes} must be above 0")
     if train.dtype not in (*DTYPES, "bf16_sr", "auto"):

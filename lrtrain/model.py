@@ -32,8 +32,10 @@ AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 # --- architecture ------------------------------------------------------------------------------------------------
 
 
-def architecture(path: str | None, overrides: dict[str, Any]) -> PreTrainedConfig:
+def architecture(path: str | None, overrides: dict[str, Any], trust_remote_code: bool = False) -> PreTrainedConfig:
     """The transformers config: from `path` (a folder or hub name) or from `overrides` with its `model_type`.
+
+    Code that comes with `path` is run only with `trust_remote_code`.
 
     Raises:
         ConfigError: if it cannot be had, or is not a causal language model's.
@@ -44,15 +46,22 @@ def architecture(path: str | None, overrides: dict[str, Any]) -> PreTrainedConfi
         )
     try:
         if path is not None:
-            config = AutoConfig.from_pretrained(path, **overrides)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **overrides)
         else:
             config = AutoConfig.for_model(**overrides)
     except (OSError, ValueError, KeyError, TypeError) as error:
         where = f"model.path={path}" if path is not None else f"model.config={overrides}"
+        if "custom code" in str(error):
+            raise ConfigError(f"{where} brings code of its own; model.trust_remote_code=true runs it") from error
         raise ConfigError(f"{where} is not a transformers model config: {str(error).splitlines()[0]}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in AutoModelForCausalLM._model_mapping and not brings_code(config):
         raise ConfigError(f"model_type={config.model_type} has no causal language model in transformers")
     return config
+
+
+def brings_code(config: PreTrainedConfig) -> bool:
+    """Whether a config is of a class that came with it, whose code was trusted and run."""
+    return type(config).__module__.startswith("transformers_modules.")
 
 
 def make_model(
@@ -62,9 +71,14 @@ def make_model(
 
     Args:
         ranks: of layers that have others than `param.rank`.
-        known: the transformers config as a checkpoint keeps it, so that what model.path names is not needed again.
+        known: the transformers config as a checkpoint keeps it, so that what model.path names is not needed again,
+            unless for its code.
     """
-    shape = architecture(None, known) if known else architecture(config.model.path, config.model.config)
+    model = config.model
+    if known and not model.trust_remote_code:
+        shape = architecture(None, known)
+    else:
+        shape = architecture(model.path, model.config, model.trust_remote_code)
     return factorized_model(shape, config.param, ranks or {}, parameter_dtype(config))
 
 
@@ -105,7 +119,9 @@ def build_model(
     """
     attention = CAUSAL if getattr(config, "sliding_window", None) is None else "sdpa"
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=brings_code(config)
+        )
     if make_layer is not None:
         assert pattern is not None and rank is not None
         for name, linear in linears(model, pattern).items():

@@ -1,13 +1,15 @@
 """The training loop. It knows no method by name: model, optimizer and engine come from the configuration."""
 
+import dataclasses
+import gc
 import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +43,7 @@ from lrtrain.model import (
 from lrtrain.profiling import profiled, snapshot_when_out_of_memory
 from lrtrain.report import print_ledger, summary_rows
 from lrtrain.resize import wanted_ranks
+from lrtrain.rollback import Spike, Window, beyond, checkpoint_before, spike_of, take_back
 from lrtrain.rundir import check_compatible, checkpoint_to_resume, claim, hold, known_run
 from lrtrain.spectra.gradients import GradientSpectra
 from lrtrain.spectra.hidden import hidden_metrics
@@ -82,9 +85,15 @@ def train(config: Config, world: World, stop: StopRequest) -> dict[str, Any]:
         Diverged: after `train.max_skipped` steps in a row without a finite loss and gradient.
         RunFailed: if the last checkpoint could not be saved.
     """
-    with Heartbeat(world, config.train.timeout_minutes) as heartbeat:
-        agree(fingerprint(config), "the configuration")
-        return Trainer(config, world, stop, heartbeat).run()
+    left_out: list[Window] = []
+    while True:
+        try:
+            with Heartbeat(world, config.train.timeout_minutes) as heartbeat:
+                agree(fingerprint(config), "the configuration")
+                return Trainer(config, world, stop, heartbeat, left_out).run()
+        except Spike as spike:
+            left_out, config = spike.left_out, dataclasses.replace(config, resume="auto")
+        gc.collect()  # the model that spiked, before there is another
 
 
 @dataclass
@@ -102,12 +111,18 @@ class Progress:
     """Time spent in steps, evaluation, spectra and checkpoints aside."""
     spectra_seconds: float = 0.0
     """Time spent in measuring spectra."""
+    recent: list[float] = field(default_factory=list)
+    """The last losses that were no spikes, for `rollback`."""
+    left_out: list[Window] = field(default_factory=list)
+    """What rollbacks have left out of the data."""
 
 
 class Trainer:
     """One run on one process among others: what it owns, in the order in which it is built."""
 
-    def __init__(self, config: Config, world: World, stop: StopRequest, heartbeat: Heartbeat):
+    def __init__(
+        self, config: Config, world: World, stop: StopRequest, heartbeat: Heartbeat, left_out: Sequence[Window] = ()
+    ):
         self.config = config
         self.world = world
         self.stop = stop
@@ -165,6 +180,8 @@ class Trainer:
             state = self.engine.state_dict()
             start.fill(state["model"])
             self.engine.load_state_dict(state)
+        if left_out:  # by a rollback that this run goes on from
+            self.progress.left_out = [*left_out]
 
         self.schedule = choice(config.schedule)
         self.meter = Meter(matmul_peak(world.device, dtype), self.flops, world.size)
@@ -180,6 +197,8 @@ class Trainer:
             if world.main
             else Tracker()
         )
+        if left_out:
+            self.tracker.log(self.progress.step, self.progress.tokens, {"train/rollbacks": len(left_out)})
 
     def _take_stock(self, model: PreTrainedModel) -> None:
         """All that the run keeps of its model besides the engine's."""
@@ -215,7 +234,8 @@ class Trainer:
         stopped = summary.get("stopped_by")
         at = f"at step {self.progress.step} of {self.config.train.steps}"
         if not self.checkpointer.saved:
-            raise RunFailed(f"{f'stopped by {stopped}' if stopped else 'ended'} {at}, {self._unsaved()}")
+            ended = f"stopped by {stopped}" if stopped else "ended"
+            raise RunFailed(f"{ended} {at}, but its checkpoint could not be saved; {self._last_good()}")
         if self.world.main and stopped:
             print(
                 f"stopped by {stopped} {at}; the checkpoint is saved: go on with the same command and resume=auto",
@@ -228,10 +248,9 @@ class Trainer:
         folder = self.run_dir / "profile" / f"process-{self.world.dist_rank}"
         return nullcontext() if self.config.train.profile is None else snapshot_when_out_of_memory(folder)
 
-    def _unsaved(self) -> str:
+    def _last_good(self) -> str:
         kept = whole_checkpoints(self.checkpointer.folder)
-        left = f"the last good one is {kept[-1]}: go on from there with resume=auto" if kept else "there is no other"
-        return f"but its checkpoint could not be saved; {left}"
+        return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
 
     def _train(self) -> bool:
         """The steps; whether no signal ended them."""
@@ -266,7 +285,7 @@ class Trainer:
         """
         read = partial(
             self.data.train.batch,
-            self.progress.position,
+            self._start_of_batch(),
             self.config.train.batch_size,
             self.world.dist_rank,
             self.world.size,
@@ -304,6 +323,10 @@ class Trainer:
             self.tracker.log(self.progress.step, self.progress.tokens, {"data/unreadable": count})
         self.unreadable = count
 
+    def _start_of_batch(self) -> int:
+        """The position of the next step's first sequence."""
+        return beyond(self.progress.position, self.config.train.batch_size, self.progress.left_out)
+
     def _step(self, rows: torch.Tensor) -> None:
         """One optimizer step on this process's `rows` of the global batch."""
         config, progress = self.config, self.progress
@@ -324,7 +347,7 @@ class Trainer:
         progress.step += 1
         self.engine.revise(progress.step)
         self._resize()
-        progress.position += config.train.batch_size
+        progress.position = self._start_of_batch() + config.train.batch_size
         seconds = time.perf_counter() - started - looking + self.read_seconds
         progress.seconds += seconds
         self.meter.add(seconds, self.read_seconds, tokens)
@@ -336,6 +359,7 @@ class Trainer:
                 {"train/loss": loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
                 | self.engine.optimizer.metrics()
             )
+        self._watch(loss, result)
 
     def _resize(self) -> None:
         """Go on with smaller tensors where layers want smaller ranks now."""
@@ -355,8 +379,8 @@ class Trainer:
             print(f"step {self.progress.step}: smaller ranks, {now:,} parameters instead of {before:,}", flush=True)
 
     def _account(self, result: StepResult, tokens: int) -> None:
-        """Count a step that trained; tell of one that was skipped, and give up after too many."""
-        progress, most = self.progress, self.config.train.max_skipped
+        """Count a step that trained; tell of one that was skipped."""
+        progress = self.progress
         if not result.skipped:
             progress.tokens += tokens
             progress.skipped_in_a_row = 0
@@ -366,13 +390,47 @@ class Trainer:
         if self.world.main:
             print(f"step {progress.step} skipped: its loss or gradient is not finite", file=sys.stderr, flush=True)
         self.tracker.log(progress.step, progress.tokens, {"train/skipped": progress.skipped})
-        if progress.skipped_in_a_row >= most:
-            self.checkpointer.wait()
-            kept = whole_checkpoints(self.checkpointer.folder)
+
+    def _watch(self, loss: float, result: StepResult) -> None:
+        """Go back if the step just done was a spike, or one too many that was skipped."""
+        progress, rollback, most = self.progress, self.config.rollback, self.config.train.max_skipped
+        if not result.skipped:
+            reason = spike_of(loss, progress.recent, rollback)
+            if reason is None or not self._roll_back(reason, rollback.skip):
+                progress.recent = [*progress.recent, loss][-rollback.window :]
+        elif progress.skipped_in_a_row >= most:
+            reason = f"the loss or gradient was not finite for train.max_skipped={most} steps in a row"
+            if rollback.spike is None or not self._roll_back(reason, max(rollback.skip, most)):
+                self.checkpointer.wait()
+                raise Diverged(f"{reason}; {self._last_good()}")
+
+    def _roll_back(self, reason: str, batches: int) -> bool:
+        """Go back to a checkpoint from before the last so many batches, to leave them out; False if there is none.
+
+        Raises:
+            Spike: for `train` to go on from there.
+            Diverged: if that was done `rollback.most` times before.
+        """
+        progress, folder = self.progress, self.checkpointer.folder
+        first = max(0, progress.position - batches * self.config.train.batch_size)
+        self.checkpointer.wait()
+        checkpoint = on_main(lambda: checkpoint_before(folder, first))
+        if len(progress.left_out) >= self.config.rollback.most:
             raise Diverged(
-                f"the loss or gradient was not finite for train.max_skipped={most} steps in a row; "
-                + (f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet")
+                f"step {progress.step}: {reason}, after rollback.most={self.config.rollback.most} rollbacks; "
+                f"{self._last_good()}"
             )
+        back = on_main(lambda: take_back(folder, checkpoint)) if checkpoint else None
+        told = f"step {progress.step}: {reason}; " + (
+            f"going back to {back} and on without the sequences {first} … {progress.position - 1}"
+            if back
+            else "there is no checkpoint from before it to go back to"
+        )
+        if self.world.main:
+            print(told, file=sys.stderr, flush=True)
+        if back is None:
+            return False
+        raise Spike(told, [*progress.left_out, [first, progress.position]])
 
     def _overdue(self) -> bool:
         """Whether the main process's clock says that a checkpoint is due; the others follow it."""

@@ -61,7 +61,7 @@ class StreamedTrain:
 
     A process takes the samples p with p mod world_size == dist_rank, so it reads only the streams k with
     k mod world_size == dist_rank. Batches are read in order: `batch` wants the position where the last one
-    ended, or that of the loaded state.
+    ended, or that of the loaded state, or a later one: what lies between is read and dropped.
     """
 
     def __init__(
@@ -88,12 +88,15 @@ class StreamedTrain:
         count = len(self._cursors)
         if count % world_size:
             raise ConfigError(f"data.streams={count} must be a multiple of the {world_size} processes")
-        if position != self._position:
-            raise RuntimeError(f"streamed data is at {self._position}, not at {position}: load its state")
+        if position < self._position:
+            raise RuntimeError(f"streamed data is at {self._position}, beyond {position}: load its state")
+        for p in range(self._position, position):
+            if p % world_size == dist_rank:
+                self._stream(p % count).next_sequence()
         mine = [p for p in range(position, position + batch_size) if p % world_size == dist_rank]
         sequences = np.stack([self._stream(p % count).next_sequence() for p in mine])
         # All at once, at the end: while another thread still reads, `state` is that of the batch before.
-        self._position += batch_size
+        self._position = position + batch_size
         self._moved = {k: stream.cursor for k, stream in self._open.items()}
         return torch.from_numpy(sequences.astype(np.int64))
 

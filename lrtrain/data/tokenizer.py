@@ -62,7 +62,7 @@ def load_tokenizer(
 def load_saved(path: str) -> PreTrainedTokenizerFast:
     """The tokenizer that AutoTokenizer finds at `path`. Raises ConfigError without one, or without EOS."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ConfigError(f"data.tokenizer.path={path} cannot be loaded ({reason})") from error

@@ -22,7 +22,7 @@ def save_spectra(run_dir: Path, step: int, spectra: Mapping[str, np.ndarray]) ->
 
 
 def load_spectra(run_dir: Path, step: int) -> dict[str, np.ndarray]:
-    with np.load(_path(run_dir, step)) as arrays:
+    with np.load(_path(run_dir, step), allow_pickle=False) as arrays:
         return dict(arrays)
 
 

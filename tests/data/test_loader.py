@@ -121,10 +121,14 @@ def merged(states: list[dict]) -> dict:
     return {"position": states[0]["position"], "streams": streams}
 
 
-def test_a_stream_refuses_another_position(c4):
-    train = streamed(c4)
-    train.batch(0, 4, 0, 1)
-    with pytest.raises(RuntimeError, match="at 4, not at 8"):
+def test_a_stream_reads_past_what_is_left_out_and_never_goes_back(c4):
+    train, whole = streamed(c4), streamed(c4)
+    rows = whole.batch(0, 24, 0, 1)
+    assert torch.equal(
+        torch.cat([train.batch(0, 4, 0, 1), train.batch(20, 4, 0, 1)]), rows[[*range(4), *range(20, 24)]]
+    )
+    assert train.state() == whole.state()
+    with pytest.raises(RuntimeError, match="at 24, beyond 8"):
         train.batch(8, 4, 0, 1)
 
 

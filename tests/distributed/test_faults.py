@@ -63,7 +63,7 @@ def test_a_disk_that_fills_up_does_not_end_a_run_and_its_last_checkpoint_decides
     process.terminate()
     assert process.wait(60) == 1
     kept = whole_checkpoints(run / "checkpoints")[-1]
-    assert f"but its checkpoint could not be saved; the last good one is {kept}" in said()
+    assert f"but its checkpoint could not be saved; the last good checkpoint is {kept}" in said()
     assert "Traceback" not in said()
 
 
