@@ -269,6 +269,10 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(f"rollback.spike={config.rollback.spike} must be above 0, or null")
     if not train.timeout_minutes > 0:
         raise ConfigError(f"train.timeout_minutes={train.timeout_minutes} must be above 0")
+    if config.spectra.exact_up_to is not None and config.spectra.exact_up_to < 1:
+        raise ConfigError(f"spectra.exact_up_to={config.spectra.exact_up_to} must be at least 1, or null for no limit")
+    if config.spectra.hidden_by not in ("moments", "top"):
+        raise ConfigError(f"spectra.hidden_by={config.spectra.hidden_by} is not moments or top")
     if train.dtype not in (*DTYPES, "bf16_sr", "auto"):
         raise ConfigError(f"train.dtype={train.dtype} is not one of {', '.join(DTYPES)}, bf16_sr, auto")
     if train.profile is not None and not 1 <= train.profile <= train.steps:
@@ -281,7 +285,7 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(
             "train.recompute_keep=bottleneck has no effect without recomputation: add train.recompute_every=1"
         )
-    for key in ("parts", "gradients", "updates"):
+    for key in ("parts", "tails", "gradients", "updates"):
         pattern = getattr(config.spectra, key)
         try:
             re.compile(pattern or "")

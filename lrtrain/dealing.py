@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lrtrain.layers.base import gathered
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
 Values = dict[str, Tensor]
 
 
@@ -20,8 +21,11 @@ def dealt(names: Sequence[str], compute: Callable[[str], Values]) -> Iterator[tu
         yield from _shared(turn, compute(turn[dist_rank]) if dist_rank < len(turn) else None)
 
 
-def dealt_layers(layers: Mapping[str, M], compute: Callable[[str, M], Values]) -> Iterator[tuple[str, Values]]:
-    """(name, compute(name, layer)) for all layers on every process, the layer being a whole twin (see `gathered`).
+def dealt_layers(
+    layers: Mapping[str, M], compute: Callable[[str, T], Values], gather: Callable[[M, int], T | None] = gathered
+) -> Iterator[tuple[str, Values]]:
+    """(name, compute(name, layer)) for all layers on every process, the layer being a whole twin (see `gathered`), or
+    what else `gather(layer, owner)` makes of it on the process `owner`.
 
     A collective. Each layer is made whole for one process only, so a process holds one whole layer at the most.
     """
@@ -29,11 +33,19 @@ def dealt_layers(layers: Mapping[str, M], compute: Callable[[str, M], Values]) -
     for turn in _turns([*layers], size):
         mine = None
         for owner, name in enumerate(turn):
-            twin = gathered(layers[name], owner)
-            mine = mine if twin is None else twin
+            found = gather(layers[name], owner)
+            mine = mine if found is None else found
         values = compute(turn[dist_rank], mine) if mine is not None else None
         del mine
         yield from _shared(turn, values)
+
+
+def as_tensors(numbers: Mapping[str, float]) -> Values:
+    return {name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()}
+
+
+def as_numbers(values: Values) -> dict[str, float]:
+    return {name: value.item() for name, value in values.items()}
 
 
 def _place() -> tuple[int, int]:

@@ -79,7 +79,8 @@ def load_run(run_dir: Path) -> Run:
     last = max((row["step"] for row in rows), default=0)
     steps = [step for step in spectra_steps(run_dir) if step <= last]  # later ones were taken back by a resume
     shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
-    return Run(run_dir.resolve().name, rows, {step: load_spectra(run_dir, step) for step in shown})
+    spectra = {step: found for step in shown if (found := load_spectra(run_dir, step))}  # none where all are estimated
+    return Run(run_dir.resolve().name, rows, spectra)
 
 
 def plot_run(run_dir: Path) -> Path:

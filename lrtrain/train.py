@@ -46,9 +46,17 @@ from lrtrain.resize import wanted_ranks
 from lrtrain.rollback import Spike, Window, beyond, checkpoint_before, spike_of, take_back
 from lrtrain.rundir import check_compatible, checkpoint_to_resume, claim, hold, known_run
 from lrtrain.spectra.gradients import GradientSpectra
-from lrtrain.spectra.hidden import hidden_metrics
+from lrtrain.spectra.hidden import hidden_metrics, top_states, whole_states
 from lrtrain.spectra.movement import Movement
-from lrtrain.spectra.weights import matching, part_metrics, spectra_metrics, weight_spectra
+from lrtrain.spectra.weights import (
+    matching,
+    part_metrics,
+    spectra_metrics,
+    tail_metrics,
+    too_large,
+    weight_estimates,
+    weight_spectra,
+)
 from lrtrain.start import Start
 from lrtrain.stop import StopRequest
 from lrtrain.throughput import Meter, matmul_peak, peak_memory_gib
@@ -185,6 +193,7 @@ class Trainer:
 
         self.schedule = choice(config.schedule)
         self.meter = Meter(matmul_peak(world.device, dtype), self.flops, world.size)
+        self.directions = top_states(self.engine.model, world) if config.spectra.hidden_by == "top" else []
         self.gradients = GradientSpectra()
         unchanged = cache(lambda: make_model(config))  # on meta, and only if updates are measured
         drawn = None if config.init_from else lambda name: initial_layer(unchanged(), name, config.train.seed)
@@ -477,11 +486,17 @@ class Trainer:
         if not 0 < self.config.spectra.every <= self.config.train.steps:
             return {}
         started = time.perf_counter()
-        spectra = weight_spectra(self.matrices)
-        metrics = spectra_metrics(spectra) | part_metrics(matching(self.matrices, self.config.spectra.parts))
+        chosen = self.config.spectra
+        large = too_large(self.matrices, chosen.exact_up_to)
+        spectra = weight_spectra({name: layer for name, layer in self.matrices.items() if name not in large})
+        shares, parts = part_metrics(matching(self.matrices, chosen.parts))
+        metrics = spectra_metrics(spectra, weight_estimates(large)) | shares
+        metrics |= tail_metrics(matching(self.matrices, chosen.tails), spectra)
         if rows := spread(len(self.data.validation), self.config.spectra.hidden):
             states = self.data.validation.rows(rows)
-            metrics |= hidden_metrics(self.engine.model, states, self.config.train.micro_batch_size, self.world)
+            model, world = self.engine.model, self.world
+            kept = self.directions if chosen.hidden_by == "top" else whole_states(model, world)
+            metrics |= hidden_metrics(model, states, self.config.train.micro_batch_size, world, kept)
         metrics |= self.movement.measure(matching(self.matrices, self.config.spectra.updates))
         seconds = time.perf_counter() - started
         progress = self.progress
@@ -491,7 +506,8 @@ class Trainer:
             everything = progress.seconds + progress.spectra_seconds
             metrics["perf/spectra_pct"] = 100 * progress.spectra_seconds / everything
         self.tracker.log(self.progress.step, self.progress.tokens, metrics)
-        self.tracker.log_spectra(self.progress.step, {name: s.numpy() for name, s in spectra.items()})
+        if arrays := spectra | parts:
+            self.tracker.log_spectra(self.progress.step, {name: values.numpy() for name, values in arrays.items()})
         return metrics
 
     def _measure_gradients(self) -> tuple[dict[str, float], float]:

@@ -46,6 +46,8 @@ def main() -> None:
         parser.error(f"{args.run} has no spectra and config.yaml: train it with spectra=light")
     spectra = {name: torch.from_numpy(sigma) for name, sigma in load_spectra(args.run, steps[-1]).items()}
     shapes = shapes_of(args.run)
+    if shapes.keys() - spectra.keys():
+        parser.error(f"{args.run} estimated the spectra of its larger matrices: train it with spectra.exact_up_to=null")
     try:
         ranks = allocate(spectra, shapes, args.budget, args.by)
     except ValueError as error:

@@ -10,7 +10,7 @@ default: `draw`, `add_penalty`, `after_step`, `revise` (with `revision_due` and 
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
@@ -99,6 +99,20 @@ class FactorizedLinear(nn.Module, ABC):
         """Singular values of W, descending, float64. Needs whole parameters: see `gathered`.
 
         Of a nonlinear layer: those of the map with its activation taken as the identity."""
+
+    @property
+    def spectrum_size(self) -> int:
+        """The size of the eigenproblem that `singular_values` solves."""
+        return min(self.in_features, self.out_features)
+
+    def left_factor(self) -> Tensor | None:
+        """C (out, k) where W = C·R with R = `right_factor()`; None where W is no such product, or
+        a row of C needs more than the same row of the layer's parameters. So of row shards it is a row shard of C."""
+        return None
+
+    def right_factor(self) -> Tensor:
+        """R (k, in), from the parameters of the role `factor_right` alone; see `left_factor`."""
+        raise NotImplementedError(f"{type(self).__name__} is not a product of two factors")
 
     def parts(self) -> tuple[Tensor, Tensor] | None:
         """L (out, in) of rank `rank` at the most and S (out, in) with W = L + S; None where W is not such a sum. Needs
@@ -202,16 +216,17 @@ def gathered(module: M, owner: int) -> M | None:
 
     A collective: all processes of the mesh must call it. Buffers are shared with the original, nothing is trained.
     """
-    parameters = {name: p if p is None else whole_at(p, owner) for name, p in module._parameters.items()}
-    modules = {name: child and gathered(child, owner) for name, child in module._modules.items()}
-    if owner != (dist.get_rank() if dist.is_initialized() else 0):
-        return None
-    twin = copy.copy(module)
-    twin._parameters = {
-        name: p if p is None else nn.Parameter(p, requires_grad=False) for name, p in parameters.items()
-    }
-    twin._modules = modules
-    return twin
+    found = twin(module, lambda p: whole_at(p, owner))
+    return found if owner == (dist.get_rank() if dist.is_initialized() else 0) else None
+
+
+def twin(module: M, tensor_for: Callable[[Tensor], Tensor | None]) -> M:
+    """The module with other tensors in place of its parameters, not trained; buffers are shared with the original."""
+    changed = {name: p if p is None else tensor_for(p) for name, p in module._parameters.items()}
+    found = copy.copy(module)
+    found._parameters = {name: t if t is None else nn.Parameter(t, requires_grad=False) for name, t in changed.items()}
+    found._modules = {name: child and twin(child, tensor_for) for name, child in module._modules.items()}
+    return found
 
 
 def whole_at(tensor: Tensor, owner: int) -> Tensor | None:

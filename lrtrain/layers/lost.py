@@ -141,13 +141,24 @@ class LOSTLinear(FactorizedLinear):
         sparse = torch.zeros_like(low_rank).index_add(1, self.columns, self.sparse, alpha=1 - self.gamma)
         return low_rank, sparse
 
-    def singular_values(self) -> Tensor:
-        inner = self.rank + self.count
-        if inner > min(self.in_features, self.out_features):
-            return dense_singular_values(self._weight())
-        left = torch.cat([self.gamma * self.B.weight, (1 - self.gamma) * self.sparse], dim=1)  # (out, r + k)
+    @property
+    def spectrum_size(self) -> int:
+        return min(self.rank + self.count, self.in_features, self.out_features)
+
+    def left_factor(self) -> Tensor | None:
+        if self.rank + self.count > self.spectrum_size:
+            return None
+        return torch.cat([self.gamma * self.B.weight, (1 - self.gamma) * self.sparse], dim=1)  # (out, r + k)
+
+    def right_factor(self) -> Tensor:
         rows = torch.zeros_like(self.A.weight[:1]).repeat(self.count, 1).scatter_(1, self.columns[:, None], 1.0)
-        return product_singular_values(left, torch.cat([self.A.weight, rows]), 1.0)
+        return torch.cat([self.A.weight, rows])  # (r + k, in)
+
+    def singular_values(self) -> Tensor:
+        left = self.left_factor()
+        if left is None:
+            return dense_singular_values(self._weight())
+        return product_singular_values(left, self.right_factor(), 1.0)
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * (self.rank * (self.in_features + self.out_features) + self.count * self.out_features)

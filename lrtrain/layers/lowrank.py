@@ -112,6 +112,16 @@ class LowRankLinear(RebalancedLinear):
     def dense_weight(self) -> Tensor:
         return self.left() @ self.A.weight
 
+    @property
+    def spectrum_size(self) -> int:
+        return self.rank
+
+    def left_factor(self) -> Tensor | None:
+        return None if self.residual else self.B.weight
+
+    def right_factor(self) -> Tensor:
+        return self.A.weight
+
     def singular_values(self) -> Tensor:
         return product_singular_values(self.left(), self.A.weight, 1.0)
 

@@ -117,13 +117,21 @@ class NestedLinear(FactorizedLinear):
         left, right = fit.low_rank(weight, self.rank)  # in order, so that each W_b is the best of its rank
         return {"A.weight": right, "B.weight": left}
 
+    @property
+    def spectrum_size(self) -> int:
+        return self.kept
+
+    def left_factor(self) -> Tensor:
+        return self.scale_at(self.kept) * self.B.weight[:, : self.kept]
+
+    def right_factor(self) -> Tensor:
+        return self.A.weight[: self.kept]
+
     def dense_weight(self) -> Tensor:
-        b = self.kept
-        return self.scale_at(b) * self.B.weight[:, :b] @ self.A.weight[:b]
+        return self.left_factor() @ self.right_factor()
 
     def singular_values(self) -> Tensor:
-        b = self.kept
-        return product_singular_values(self.B.weight[:, :b], self.A.weight[:b], self.scale_at(b))
+        return product_singular_values(self.left_factor(), self.right_factor(), 1.0)
 
     def flops(self, tokens: int) -> int:
         return 2 * tokens * self.rank * (self.in_features + self.out_features)

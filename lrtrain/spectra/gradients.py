@@ -5,14 +5,13 @@ step's gradient, over all processes and before clipping. A factorized layer has 
 G_A = Bᵀ G, and the change G_B A + B G_A that a step of gradient descent on its factors makes to W.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lrtrain.dealing import dealt_layers
-from lrtrain.layers.base import FactorizedLinear
+from lrtrain.dealing import as_numbers, as_tensors, dealt_layers
+from lrtrain.layers.base import FactorizedLinear, twin
 from lrtrain.spectra.factors import dense_singular_values
 from lrtrain.spectra.metrics import effective_rank, is_finite, is_zero
 from lrtrain.spectra.names import by_layer_and_projection
@@ -35,26 +34,28 @@ class GradientSpectra:
     @torch.no_grad()
     def measure(self, layers: Mapping[str, nn.Module]) -> dict[str, float]:
         """Metrics of the gradients that the layers' parameters have now. A collective."""
-        pairs = {name: nn.ModuleList([layer, with_gradients(layer)]) for name, layer in layers.items()}
-        found = {name: {k: v.item() for k, v in values.items()} for name, values in dealt_layers(pairs, self._of_layer)}
+        pairs = {}
+        for name, layer in layers.items():
+            factors = [layer] if isinstance(layer, FactorizedLinear) and layer.factor_pair() else []
+            pairs[name] = nn.ModuleList([with_gradients(layer), *factors])
+        found = {name: as_numbers(values) for name, values in dealt_layers(pairs, self._of_layer)}
         return by_layer_and_projection(found, "gradients")
 
     def _of_layer(self, name: str, pair: nn.ModuleList) -> dict[str, Tensor]:
-        layer, gradients = pair
+        gradients, *factors = pair
         found: dict[str, float] = {}
-        for key, prefix in named_matrices(layer):
+        for key, prefix in named_matrices(gradients):
             gradient = dict(gradients.named_parameters()).get(key)
             if gradient is not None:
                 measured = self._of_matrix((name, key), gradient)
                 found |= {prefix + metric: value for metric, value in measured.items()}
-        names = layer.factor_pair() if isinstance(layer, FactorizedLinear) else None
-        if names is not None and found:
-            left, right = (layer.get_parameter(key) for key in names)
-            left_gradient, right_gradient = (gradients.get_parameter(key) for key in names)
-            sigma = first_order_update(left, right, left_gradient, right_gradient)
+        for layer in factors if found else ():
+            assert isinstance(layer, FactorizedLinear)
+            names = layer.factor_pair() or ()
+            sigma = first_order_update(*(of.get_parameter(key) for of in (layer, gradients) for key in names))
             if not is_zero(sigma):
                 found["induced_erank"] = effective_rank(sigma)
-        return {metric: torch.tensor(value, dtype=torch.float64) for metric, value in found.items()}
+        return as_tensors(found)
 
     def _of_matrix(self, place: tuple[str, str], gradient: Tensor) -> dict[str, float]:
         """Nothing of a gradient that is zero or not finite."""
@@ -83,7 +84,4 @@ def named_matrices(layer: nn.Module) -> Iterator[tuple[str, str]]:
 
 def with_gradients(module: nn.Module) -> nn.Module:
     """A twin of the module that has its gradients (maybe sharded) in place of its parameters; None where none is."""
-    twin = copy.copy(module)
-    twin._parameters = {key: None if p is None else p.grad for key, p in module._parameters.items()}  # pyright: ignore
-    twin._modules = {key: child and with_gradients(child) for key, child in module._modules.items()}
-    return twin
+    return twin(module, lambda p: p.grad)

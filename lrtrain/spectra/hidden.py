@@ -1,6 +1,6 @@
 """How many dimensions the hidden states of a model use, after each block, on a fixed set of tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,13 +9,19 @@ from torch import Tensor, nn
 from lrtrain.distributed import World, total
 from lrtrain.model import blocks
 from lrtrain.spectra.representations import SecondMoment, matrix_entropy, matrix_nuclear_norm, rankme
+from lrtrain.spectra.streaming import LeadingDirection
 
 
 class States:
     """What is kept of the states after one block: their second moment, and sums over sequences."""
 
     def __init__(self, width: int, device: torch.device):
-        self.moment = SecondMoment(width, device)
+        self.width, self.device = width, device
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget all states."""
+        self.moment = SecondMoment(self.width, self.device)
         self.nuclear_norm = self.entropy = 0.0
         self.sequences = 0
 
@@ -39,29 +45,58 @@ class States:
         }
 
 
-@torch.no_grad()
-def hidden_metrics(model: nn.Module, rows: Tensor, batch_size: int, world: World) -> dict[str, float]:
-    """`hidden/<metric>/L00`, … for the states after each block: `rankme`, `rankme_centered`, `mnn`, `matent`.
+class TopStates(LeadingDirection):
+    """What is cheap to keep instead: their leading direction (width,), found better with each measurement, and sums."""
 
-    A collective. No states are kept: only a (width, width) sum per block. Runs uncompiled and in eval mode.
+    def begin(self) -> None:
+        super().begin()
+        self.nuclear_norm, self.sequences = 0.0, 0
+
+    def add(self, rows: Tensor) -> None:
+        """Take in states (sequences, tokens, width); a collective, also for a process that has no sequence."""
+        super().add(rows)
+        self.sequences += len(rows)
+        self.nuclear_norm += sum(map(matrix_nuclear_norm, rows))
+
+    def metrics(self) -> dict[str, float]:
+        """Over all processes; a collective."""
+        nuclear_norm, rows = total(self.nuclear_norm, self.sequences)
+        return super().metrics() | {"mnn": nuclear_norm / rows}
+
+
+def whole_states(model: nn.Module, world: World) -> list[States]:
+    """For one measurement: `rankme`, `rankme_centered`, `mnn`, `matent` of each block."""
+    return [States(_width(model), world.device) for _ in blocks(model)]
+
+
+def top_states(model: nn.Module, world: World) -> list[TopStates]:
+    """For all measurements of a run: `top_share`, `mean_share` and `mnn` of each block."""
+    return [TopStates(_width(model), world.device) for _ in blocks(model)]
+
+
+@torch.no_grad()
+def hidden_metrics(
+    model: nn.Module, rows: Tensor, batch_size: int, world: World, states: Sequence[States | TopStates]
+) -> dict[str, float]:
+    """`hidden/<metric>/L00`, … for the states after each block, of which `states` say what is kept and measured.
+
+    A collective. No states are kept. Runs uncompiled and in eval mode.
 
     Args:
         rows: token ids (sequences, seq_len + 1), the same on every process; each takes its share of them.
         batch_size: sequences per process and forward pass.
     """
-    layers = blocks(model)
-    width = model.config.get_text_config().hidden_size  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    states = [States(width, world.device) for _ in layers]
+    for found in states:
+        found.begin()
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"), recorded(layers) as outputs:
+        with torch.compiler.set_stance("force_eager"), recorded(blocks(model)) as outputs:
             for first in range(0, len(rows), batch_size * world.size):
                 mine = rows[first + world.dist_rank * batch_size :][:batch_size]
                 # Forward passes are collectives: a process that has no rows left runs one that does not count.
                 model((mine if len(mine) else rows[:1])[:, :-1].to(world.device), use_cache=False)
                 for found, hidden in zip(states, outputs, strict=True):
-                    if len(mine):
-                        found.add(hidden)
+                    found.add(hidden[: len(mine)])
                 outputs.clear()
     finally:
         model.train()
@@ -70,6 +105,11 @@ def hidden_metrics(model: nn.Module, rows: Tensor, batch_size: int, world: World
         for depth, found in enumerate(states)
         for metric, value in found.metrics().items()
     }
+
+
+def _width(model: nn.Module) -> int:
+    config = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    return config.hidden_size  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What training did to each weight: W_t − W_0 and W_t − W_{t−k}, and how far its leading subspace turned.
 
-W_0 is drawn again from the seed, so a resumed run knows it too; W_{t−k} is the weight at the last measurement, whose
-parameters are kept in memory by the process that the layer is dealt to (after resuming, the first one has none).
+W_0 is drawn again from the seed, so a resumed run knows it too; W_{t−k} is the weight at the last measurement, of which
+each process keeps its shard (after resuming, the first measurement has none).
 """
 
 import copy
@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lrtrain.dealing import dealt_layers
-from lrtrain.layers.base import FactorizedLinear
+from lrtrain.dealing import as_numbers, as_tensors, dealt_layers
+from lrtrain.layers.base import FactorizedLinear, twin
 from lrtrain.spectra.factors import dense_singular_values
 from lrtrain.spectra.metrics import effective_rank, is_zero
 from lrtrain.spectra.names import by_layer_and_projection
@@ -27,28 +27,32 @@ class Movement:
 
     def __init__(self, initial: Callable[[str], nn.Module] | None):
         self.initial = initial
-        self.last: dict[str, nn.Module] = {}
+        self.last: dict[str, nn.Module] = {}  # shards, as those of the trained layers
 
     @torch.no_grad()
     def measure(self, layers: Mapping[str, nn.Module]) -> dict[str, float]:
         """Metrics of the updates so far, and of those since the last call. A collective."""
-        found = {
-            name: {k: v.item() for k, v in values.items()} for name, values in dealt_layers(layers, self._of_layer)
+        pairs = {
+            name: nn.ModuleList([layer, *([self.last[name]] if name in self.last else [])])
+            for name, layer in layers.items()
         }
+        found = {name: as_numbers(values) for name, values in dealt_layers(pairs, self._of_layer)}
+        self.last = {name: twin(layer, lambda p: p.detach().clone()) for name, layer in layers.items()}
         return by_layer_and_projection(found, "updates")
 
-    def _of_layer(self, name: str, layer: nn.Module) -> dict[str, Tensor]:
-        layer = copy.deepcopy(layer).cpu()  # the twin may share its storage with what is trained
+    def _of_layer(self, name: str, moments: nn.ModuleList) -> dict[str, Tensor]:
+        layer, *last = moments
         rank = layer.rank if isinstance(layer, FactorizedLinear) else min(layer.get_parameter("weight").shape)
-        now = linear_map(layer)
+        now = linear_map(layer).cpu()
+        if not torch.isfinite(now).all():
+            return {}
         found = {}
-        if torch.isfinite(now).all():
-            if self.initial is not None:
-                found |= compare(linear_map(self.initial(name)), now, max(1, rank // 4), "start")
-            if name in self.last:
-                found |= compare(linear_map(self.last[name]), now, max(1, rank // 4), "last")
-            self.last[name] = layer
-        return {metric: torch.tensor(value, dtype=torch.float64) for metric, value in found.items()}
+        if self.initial is not None:
+            found |= compare(linear_map(self.initial(name)), now, max(1, rank // 4), "start")
+        for before in (linear_map(moment).cpu() for moment in last):
+            if torch.isfinite(before).all():
+                found |= compare(before, now, max(1, rank // 4), "last")
+        return as_tensors(found)
 
 
 def compare(before: Tensor, now: Tensor, k: int, since: str) -> dict[str, float]:

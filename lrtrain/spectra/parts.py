@@ -38,25 +38,30 @@ def contributions(low_rank: Tensor, sparse: Tensor) -> Contributions:
     return Contributions(sigma, (u * (low_rank @ v)).sum(0), (u * (sparse @ v)).sum(0))
 
 
-def head_and_tail(low_rank: Tensor, sparse: Tensor, rank: int, generator: torch.Generator) -> dict[str, float]:
+def head_and_tail(
+    low_rank: Tensor, sparse: Tensor, rank: int, generator: torch.Generator
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """The shares of head and tail by name, and beside them (`_null`) those with the entries of S put elsewhere at
-    random: what the sizes of L and S alone explain. `sparse_over_low_rank` is σ_1(S)/σ_r(L).
+    random: what the sizes of L and S alone explain. `sparse_over_low_rank` is σ_1(S)/σ_r(L). And
+    the contributions themselves: `low_rank`, `sparse` and their `_null`, (q,) each.
 
     Nothing for a W that is zero or not finite, and no share or ratio that is not defined (rank = min(out, in), L = 0).
     """
     weight = low_rank + sparse
     if not torch.isfinite(weight).all() or not weight.any():
-        return {}
+        return {}, {}
     elsewhere = torch.randperm(sparse.numel(), generator=generator).to(sparse.device)
     shuffled = sparse.flatten()[elsewhere].view(sparse.shape)
     shares: dict[str, float | None] = {}
+    arrays: dict[str, Tensor] = {}
     for suffix, part in (("", sparse), ("_null", shuffled)):
         found = contributions(low_rank, part)
+        arrays |= {f"low_rank{suffix}": found.low_rank, f"sparse{suffix}": found.sparse}
         shares[f"head_share{suffix}"] = head_share(found, rank)
         shares[f"tail_share{suffix}"] = tail_share(found, rank)
     weakest = float(dense_singular_values(low_rank)[rank - 1])
     shares["sparse_over_low_rank"] = float(dense_singular_values(sparse)[0]) / weakest if weakest > 0 else None
-    return {name: share for name, share in shares.items() if share is not None}
+    return {name: share for name, share in shares.items() if share is not None}, arrays
 
 
 def head_share(found: Contributions, rank: int) -> float:

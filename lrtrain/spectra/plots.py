@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lrtrain.plots import FAINT, HEADLINE, PROJECTION_COLORS, STYLE, Run, load_run
+from lrtrain.plots import FAINT, HEADLINE, INK, PROJECTION_COLORS, STYLE, Run, load_run
 from lrtrain.spectra.names import depth_of, projection_of
-from lrtrain.tracking.spectra_files import load_spectra, spectra_steps
+from lrtrain.tracking.spectra_files import load_parts, load_spectra, spectra_steps
 
 MOST_LINES = 7  # of the measured steps, that are drawn
 STEPS = colormaps["viridis"]
@@ -58,15 +58,30 @@ def spectral_pictures(run_dirs: list[Path]) -> list[Picture]:
             grid([run for run in runs if run.has("head_share")], lambda run: run.projections, draw_shares, "share"),
         ),
         (
+            "contributions",
+            "What L (blue) and S (orange) contribute to the singular values at the last measurement, u_iᵀLv_i and "
+            "u_iᵀSv_i in σ_1, mean over the layers and over neighbouring values; line: L's with the entries of S put "
+            "elsewhere at random.",
+            grid(
+                [run for run in runs if run.parts],
+                lambda run: run.split_projections,
+                draw_parts,
+                "share of σ_1",
+                sharey=True,
+            ),
+        ),
+        (
             "hidden-states",
-            "Hidden states after each block: RankMe (raw and centred), matrix nuclear norm, matrix entropy.",
-            grid([run for run in runs if run.of("hidden/")], lambda run: HIDDEN, draw_hidden, ""),
+            "Hidden states after each block: RankMe (raw and centred), matrix nuclear norm, matrix entropy; or the "
+            "shares of their energy along the leading direction and along the mean.",
+            grid([run for run in runs if run.hidden], lambda run: run.hidden, draw_hidden, ""),
         ),
     ]
     return [Picture(name, caption, figure) for name, caption, figure in drawn if figure is not None]
 
 
-HIDDEN = ["rankme", "rankme_centered", "mnn", "matent"]
+HIDDEN = ("rankme", "rankme_centered", "mnn", "matent", "top_share", "mean_share")
+BARS = 24
 
 
 class Measured:
@@ -78,6 +93,17 @@ class Measured:
         chosen = np.unique(np.linspace(0, len(self.steps) - 1, MOST_LINES).round().astype(int))
         self.shown = {self.steps[i]: load_spectra(run_dir, self.steps[i]) for i in chosen}
         self.projections = self.run.projections
+        self.parts = load_parts(run_dir, self.steps[-1]) if self.steps else {}
+
+    @property
+    def hidden(self) -> list[str]:
+        """The metrics of hidden states that were measured."""
+        return [metric for metric in HIDDEN if self.of(f"hidden/{metric}/")]
+
+    @property
+    def split_projections(self) -> list[str]:
+        """Those with layers whose parts were measured."""
+        return list(dict.fromkeys(map(projection_of, self.parts)))
 
     def of(self, start: str) -> dict[int, dict[str, float]]:
         """Step → name without `start` → value, of all metrics that begin so."""
@@ -100,7 +126,7 @@ class Measured:
         for step, values in self.of("spectra/").items():
             for name, value in values.items():
                 layer, _, metric = name.rpartition("/")
-                if metric == "erank" and (depth := depth_of(layer)) is not None:
+                if metric in ("erank", "erank_estimated") and (depth := depth_of(layer)) is not None:
                     found.setdefault(step, {})[projection_of(layer), depth] = value
         return found
 
@@ -205,6 +231,25 @@ def draw_shares(axes: Axes, run: Measured, projection: str) -> None:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def draw_parts(axes: Axes, run: Measured, projection: str) -> None:
+    """Stacked bars of the mean over so many neighbouring singular values."""
+    layers = [parts for layer, parts in run.parts.items() if projection_of(layer) == projection]
+    means = {}
+    for name in ("low_rank", "sparse", "low_rank_null"):
+        relative = [parts[name] / (parts["low_rank"][0] + parts["sparse"][0]) for parts in layers]
+        means[name] = np.mean(cut_to_shortest(relative), axis=0)
+    edges = np.unique(np.linspace(0, len(means["sparse"]), BARS + 1).round().astype(int))
+    bars = {name: np.add.reduceat(mean, edges[:-1]) / np.diff(edges) for name, mean in means.items()}
+    place = {"x": edges[:-1] + 1, "width": np.diff(edges), "align": "edge", "edgecolor": "white", "linewidth": 0.4}
+    axes.bar(height=bars["low_rank"], color=PROJECTION_COLORS[1], label="L", **place)
+    below = np.maximum(bars["low_rank"], 0)
+    axes.bar(height=bars["sparse"], bottom=below, color=PROJECTION_COLORS[5], label="S", **place)
+    axes.stairs(bars["low_rank_null"], edges + 1, color=INK, lw=1, label="L, S shuffled")
+    axes.set_xlabel("index")
+    if projection == run.split_projections[-1]:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def draw_hidden(axes: Axes, run: Measured, metric: str) -> None:
     measured = run.of(f"hidden/{metric}/")
     places = sorted({place for found in measured.values() for place in found})
@@ -213,7 +258,7 @@ def draw_hidden(axes: Axes, run: Measured, metric: str) -> None:
         color = STEPS(0.92 * i / max(len(places) - 1, 1))
         axes.plot(steps, [measured[step][place] for step in steps], color=color, label=place, marker="o", ms=2.5)
     axes.set_xlabel("step")
-    if metric == HIDDEN[-1]:
+    if metric == run.hidden[-1]:
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(places) // 13)
 
 

@@ -15,7 +15,8 @@ class Tracker:
         """Scalars at `step` completed optimizer updates and `tokens` tokens seen by all processes together."""
 
     def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
-        """Singular values by layer name, each 1-D and descending."""
+        """Singular values by layer name, each 1-D and descending; by `<layer>/<name>` other arrays of that length, as
+        what the parts of a layer contribute to them."""
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         """A picture that was written to `path`."""

@@ -1,4 +1,7 @@
-"""Full spectra on disk: `<run.dir>/spectra/step-00000100.npz`, one float32 array per layer name."""
+"""Full spectra on disk: `<run.dir>/spectra/step-00000100.npz`, one float32 array per layer name.
+
+Sparse-plus-low-rank layers whose parts were measured also have `<layer>/low_rank`, `<layer>/sparse` and their `_null`:
+what each part contributes to each singular value (`lrtrain.spectra.parts`)."""
 
 import os
 from collections.abc import Mapping
@@ -22,8 +25,18 @@ def save_spectra(run_dir: Path, step: int, spectra: Mapping[str, np.ndarray]) ->
 
 
 def load_spectra(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """Singular values by layer name."""
     with np.load(_path(run_dir, step), allow_pickle=False) as arrays:
-        return dict(arrays)
+        return {name: arrays[name] for name in arrays.files if "/" not in name}
+
+
+def load_parts(run_dir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
+    """Layer name → `low_rank`, `sparse`, `low_rank_null`, `sparse_null` → contributions to the singular values."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(_path(run_dir, step), allow_pickle=False) as arrays:
+        for layer, _, name in (key.rpartition("/") for key in arrays.files if "/" in key):
+            found.setdefault(layer, {})[name] = arrays[f"{layer}/{name}"]
+    return found
 
 
 def spectra_steps(run_dir: Path) -> list[int]:

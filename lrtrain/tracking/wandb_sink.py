@@ -60,7 +60,8 @@ class WandbTracker(Tracker):
         }
         row: dict[str, Any] = {name: value for name, value in metrics.items() if name not in hidden}
         row |= {f"layers/{section}": self._table(step, layers) for section, layers in by_layer.items()}
-        erank = {layer: m["erank"] for layer, m in by_layer.get("spectra", {}).items() if "erank" in m}
+        eranks = {layer: m.get("erank", m.get("erank_estimated")) for layer, m in by_layer.get("spectra", {}).items()}
+        erank = {layer: value for layer, value in eranks.items() if value is not None}
         if erank:
             row["layers/erank"] = self._heatmap(erank, f"effective rank at step {step}")
         self._run.log({STEP: step, "train/tokens": tokens, **row})
@@ -69,7 +70,8 @@ class WandbTracker(Tracker):
         """For each projection a table of σ and a chart of it over the index, one line per layer."""
         projections: defaultdict[str, dict[str, np.ndarray]] = defaultdict(dict)
         for layer, sigma in spectra.items():
-            projections[projection_of(layer)][layer] = sigma
+            if "/" not in layer:
+                projections[projection_of(layer)][layer] = sigma
         charts = {f"spectra_curves/{name}": self._chart(step, name, layers) for name, layers in projections.items()}
         self._run.log({STEP: step, **charts})
 

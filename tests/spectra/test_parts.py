@@ -46,7 +46,7 @@ def test_an_untrained_layer_shows_head_and_tail_and_so_does_its_null(shape: tupl
     generator = torch.Generator().manual_seed(0)
     low_rank = torch.randn(shape[0], 8, generator=generator) @ torch.randn(8, shape[1], generator=generator)
     sparse = 0.1 * torch.randn(*shape, generator=generator) * (torch.rand(*shape, generator=generator) < 0.1)
-    shares = head_and_tail(low_rank, sparse, 8, generator)
+    shares, _ = head_and_tail(low_rank, sparse, 8, generator)
     assert shares["head_share"] > 0.99 and shares["head_share_null"] == pytest.approx(shares["head_share"], abs=0.01)
     assert shares["tail_share"] > 0.99 and shares["tail_share_null"] == pytest.approx(shares["tail_share"], abs=0.01)
     own = torch.linalg.svdvals(sparse.double())[0] / torch.linalg.svdvals(low_rank.double())[7]
@@ -56,9 +56,9 @@ def test_an_untrained_layer_shows_head_and_tail_and_so_does_its_null(shape: tupl
 def test_what_is_not_defined_is_left_out():
     low_rank, sparse = worked_example()
     zero, generator = torch.zeros(3, 3), torch.Generator()
-    assert head_and_tail(zero, zero, 1, generator) == {}
-    assert head_and_tail(low_rank, torch.full((3, 3), torch.nan), 1, generator) == {}
-    without = head_and_tail(zero, sparse, 1, generator)  # B = 0, as SLTrain begins
+    assert head_and_tail(zero, zero, 1, generator) == ({}, {})
+    assert head_and_tail(low_rank, torch.full((3, 3), torch.nan), 1, generator) == ({}, {})
+    without, _ = head_and_tail(zero, sparse, 1, generator)  # B = 0, as SLTrain begins
     assert "sparse_over_low_rank" not in without
     assert without["head_share"] == 0
 

@@ -10,8 +10,10 @@ import pytest
 from launching import ROOT
 from matplotlib.figure import Figure
 
-from lrtrain.spectra.plots import Measured, draw_depths, draw_spectra, report, spectral_pictures
+from lrtrain.spectra.plots import Measured, draw_depths, draw_parts, draw_spectra, report, spectral_pictures
 from lrtrain.tracking.jsonl import JsonlTracker
+
+PARTS = ("low_rank", "sparse", "low_rank_null", "sparse_null")
 
 
 def made_up(run_dir: Path, depth: int, rank: int, projections: list[str], steps: list[int], more: dict) -> Path:
@@ -21,7 +23,9 @@ def made_up(run_dir: Path, depth: int, rank: int, projections: list[str], steps:
         layers = [f"model.layers.{i}.self_attn.{p}" for i in range(depth) for p in projections]
         eranks = {f"spectra/{layer}/erank": 10.0 * int(layer.split(".")[2]) + step for layer in layers}
         tracker.log(step, step, {"train/loss": 3.0, **(eranks if step else {}), **more})
-        tracker.log_spectra(step, {layer: np.geomspace(1, 0.1, rank) * step for layer in layers})
+        spectra = {layer: np.geomspace(1, 0.1, rank) * step for layer in layers}
+        parts = {f"{layer}/{part}": 0.5 * sigma for layer, sigma in spectra.items() for part in PARTS if more}
+        tracker.log_spectra(step, spectra | parts)
     tracker.finish({}, 0)
     return run_dir
 
@@ -40,7 +44,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 def test_each_picture_is_drawn_where_a_run_has_what_it_needs(runs: list[Path]):
     named = [picture.name for picture in spectral_pictures(runs)]
-    assert named == ["spectra", "effective-rank", "rank-over-depth", "head-and-tail", "hidden-states"]
+    assert named == ["spectra", "effective-rank", "rank-over-depth", "head-and-tail", "contributions", "hidden-states"]
     assert [picture.name for picture in spectral_pictures(runs[1:])] == named[:3]
 
 
@@ -52,6 +56,13 @@ def test_lines_are_the_medians_over_layers_and_the_ranks_over_depth(runs: list[P
     draw_depths(axes[1], Measured(runs[0]), "")
     first, last = axes[1].lines[:2]
     assert [*first.get_ydata()] == [5, 15] and [*last.get_ydata()] == [10, 20]
+
+
+def test_bars_stack_to_the_singular_values(runs: list[Path]):
+    axes = Figure().subplots()
+    draw_parts(axes, Measured(runs[0]), "q_proj")
+    tops = [bar.get_y() + bar.get_height() for bar in axes.containers[1]]  # of S, on those of L
+    np.testing.assert_allclose(tops, np.geomspace(1, 0.1, 8), rtol=1e-6)
 
 
 def test_the_report_needs_no_other_file(runs: list[Path]):
