@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lrtrain import data
+from lrtrain.budget import spend
 from lrtrain.config import check, composition_sentence, run_name, typed
 from lrtrain.distributed import environment_rank, environment_world_size
 from lrtrain.errors import ConfigError, RunFailed
@@ -47,7 +48,7 @@ def job(composed: DictConfig) -> None:
     """Check the configuration, then plan it (`dry_run=true`) or train it."""
     if composed.run.name is None:
         composed.run.name = run_name(composed, HydraConfig.get().overrides.task)
-    config = typed(composed)
+    config = spend(typed(composed))
     world_size = environment_world_size()
     if config.dry_run:
         from lrtrain.plan import print_plan

@@ -73,6 +73,7 @@ class TrainConfig:
     max_skipped: int
     timeout_minutes: float
     log_every: int
+    flops: float | None
     profile: int | None
 
 

@@ -7,6 +7,8 @@ it, and `lrtrain.initialize` fills it.
 import hashlib
 import math
 import re
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,7 +23,7 @@ from lrtrain.config import Config, choice, parameter_dtype
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 
-RankRule = int | float | dict[str, int | float]
+RankRule = int | float | str | dict[str, int | float]
 
 # Packed rows are attended causally from end to end. Under a name that transformers has no mask function for it builds
 # no mask, and so does not look into the position ids either, which would stall a GPU in every forward pass.
@@ -124,16 +126,47 @@ def build_model(
         )
     if make_layer is not None:
         assert pattern is not None and rank is not None
-        for name, linear in linears(model, pattern).items():
-            layer = make_layer(
-                in_features=linear.in_features,
-                out_features=linear.out_features,
-                bias=linear.bias is not None,
-                rank=ranks.get(name) or layer_rank(rank, name, linear),
-                device="meta",
-            )
+        found = linears(model, pattern)
+        if isinstance(rank, str):
+            rank = budget_rank(rank, parameter_count(model), found, make_layer)
+        for name, linear in found.items():
+            layer = factorized(linear, make_layer, ranks.get(name) or layer_rank(rank, name, linear))
             model.set_submodule(name, layer)
     return model
+
+
+def factorized(linear: nn.Linear, make_layer: Callable[..., FactorizedLinear], rank: int) -> FactorizedLinear:
+    """What stands for a linear, on the meta device."""
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
+    return make_layer(**sizes, rank=rank, device="meta")
+
+
+def budget_rank(
+    rule: str, dense: int, found: Mapping[str, nn.Linear], make_layer: Callable[..., FactorizedLinear]
+) -> int:
+    """The largest rank, the same in all layers, with which the model trains at most a share of its dense parameters.
+
+    Args:
+        rule: the share, as `60%`.
+        dense: parameters of the dense model.
+        found: the linears that are replaced.
+
+    Raises:
+        ConfigError: if `rule` is no percentage, or even rank 1 trains more.
+    """
+    if not re.fullmatch(r"\d+(\.\d+)?%", rule):
+        raise ConfigError(f"param.rank={rule} is not a rank, a share such as 0.25, or a percentage such as 60%")
+    shapes = Counter((linear.out_features, linear.in_features, linear.bias is not None) for linear in found.values())
+    examples = {(m.out_features, m.in_features, m.bias is not None): m for m in found.values()}
+    kept = dense - sum(map(parameter_count, found.values()))
+
+    def trained(rank: int) -> int:
+        return kept + sum(n * trainable_count(factorized(examples[s], make_layer, rank)) for s, n in shapes.items())
+
+    budget, ranks = float(rule[:-1]) / 100 * dense, range(1, 1 + min(min(out, into) for out, into, _ in shapes))
+    if trained(1) > budget:
+        raise ConfigError(f"param.rank={rule} of {dense:,} dense parameters is too few: rank 1 trains {trained(1):,}")
+    return bisect_right(ranks, budget, key=trained)
 
 
 def linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
@@ -154,7 +187,7 @@ def linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
     return found
 
 
-def layer_rank(rule: RankRule, name: str, linear: nn.Linear) -> int:
+def layer_rank(rule: int | float | dict[str, int | float], name: str, linear: nn.Linear) -> int:
     """The rank of one layer: an integer is the rank, a float a share of min(in, out), a mapping goes from patterns
     (searched in the layer's name, the first that is found holds) to either.
 
@@ -264,6 +297,12 @@ def training_flops(model: PreTrainedModel, seq_len: int) -> Flops:
             own += 6 * module.in_features * module.out_features
             dense += 6 * module.in_features * module.out_features
     return Flops(model=float(own + 3 * attention), dense_equivalent=float(dense + 3 * attention))
+
+
+def mean_rank(model: nn.Module) -> float | None:
+    """The mean rank of the factorized layers; None of a dense model."""
+    ranks = [layer.rank for layer in factorized_layers(model).values()]
+    return sum(ranks) / len(ranks) if ranks else None
 
 
 def support_hash(model: nn.Module) -> str:

@@ -203,7 +203,7 @@ def _draw_snapshots(figure: SubFigure, run: Run) -> None:
 def _headline(run: Run) -> str:
     if not run.rows:
         return run.name
-    return f"{run.name}: {run.rows[-1]['step']:,} steps, {_count(run.rows[-1]['tokens'])} tokens"
+    return f"{run.name}: {run.rows[-1]['step']:,} steps, {compact_count(run.rows[-1]['tokens'])} tokens"
 
 
 def _movement(shares: np.ndarray) -> str:
@@ -329,10 +329,10 @@ def _same_log_axis(panels: list[Axes]) -> None:
 def _tokens_axis(axes: Axes) -> None:
     axes.set_xlabel("tokens")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: _count(tokens)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: compact_count(tokens)))
 
 
-def _count(value: float) -> str:
+def compact_count(value: float) -> str:
     """13_100_000 → 13.1M."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:

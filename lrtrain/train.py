@@ -34,6 +34,7 @@ from lrtrain.model import (
     factorized_layers,
     make_model,
     matrices,
+    mean_rank,
     parameter_count,
     settle,
     support_hash,
@@ -217,6 +218,7 @@ class Trainer:
         self.flops = training_flops(model, self.config.data.seq_len)
         self.matrices = matrices(model, self.config.param["pattern"])
         self.counts = {
+            "rank": mean_rank(model),
             "parameters": parameter_count(model),
             "parameters_trainable": trainable_count(model),
             "parameters_dense": dense_parameter_count(model),

@@ -1,29 +1,24 @@
-"""Draw one or several runs from their files, and print how they ended.
+"""Draw runs from their files, and print how they ended; scripts/compare.py compares them.
 
-python scripts/plot_run.py runs/a                    writes runs/a/plots/summary.png
-python scripts/plot_run.py runs/a runs/b --out ab.png  the same for both, and compares them in ab.png
+python scripts/plot_run.py runs/a runs/b      writes runs/a/plots/summary.png and the same for b
 """
 
 import argparse
 from pathlib import Path
 
-from lrtrain.plots import load_run, plot_run, plot_runs
+from lrtrain.plots import load_run, plot_run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, with metrics.jsonl in it")
-    parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="picture of several runs")
     args = parser.parse_args()
     without = [str(run) for run in args.runs if not (run / "metrics.jsonl").exists()]
     if without:
         parser.error(f"no metrics.jsonl in {', '.join(without)}")
     print_table(args.runs)
-    pictures = [plot_run(run) for run in args.runs]
-    if len(args.runs) > 1:
-        pictures.append(plot_runs(args.runs, args.out))
-    for picture in pictures:
-        print(picture)
+    for run in args.runs:
+        print(plot_run(run))
 
 
 def print_table(run_dirs: list[Path]) -> None:

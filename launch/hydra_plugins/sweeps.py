@@ -115,13 +115,14 @@ def refuse_torchrun(launcher: str) -> None:
 
 def print_plans(jobs: list[Job]) -> list[Outcome]:
     """What `dry_run=true` prints, for each job."""
+    from lrtrain.budget import spend
     from lrtrain.config import typed
     from lrtrain.plan import print_plan
 
     for job in jobs:
         if environment_rank() == 0:
             print(job.name)
-            print_plan(typed(job.composed), environment_world_size())
+            print_plan(spend(typed(job.composed)), environment_world_size())
     return [Outcome(job.name, "not started") for job in jobs]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lrtrain import distributed
+from lrtrain.budget import spend
 from lrtrain.config import typed
 from lrtrain.errors import ConfigError, RunFailed
 from lrtrain.stop import StopRequest
@@ -55,7 +56,7 @@ class InTurn:
         number, mine = self.started, {}
         with self.control.watched(number):
             try:
-                config = typed(job.composed)
+                config = spend(typed(job.composed))
                 mine = train(config, distributed.start(config.optim["in_backward"], config.train.timeout_minutes), stop)
             except Exception as error:
                 self._report(number, error)

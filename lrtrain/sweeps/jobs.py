@@ -133,10 +133,11 @@ def known(job: Job, world_size: int) -> Outcome | None:
 def problem(job: Job, world_size: int) -> str | None:
     """What is wrong with a job's configuration, as far as it can be told without a process group; None if nothing."""
     from lrtrain import data
+    from lrtrain.budget import spend
     from lrtrain.model import make_model
 
     try:
-        config = typed(job.composed)
+        config = spend(typed(job.composed))
         check(config, world_size)
         data.check(config.data)
         choice(config.optim)(make_model(config))

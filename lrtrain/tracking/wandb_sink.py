@@ -28,13 +28,15 @@ class WandbTracker(Tracker):
 
         run_dir = run_dir.resolve()
         os.environ["WANDB_DATA_DIR"] = str(run_dir / "wandb")  # else tables wait for upload in the home directory
+        kinds = [name for key in ("model", "param", "optim") if (name := (config.get(key) or {}).get("name"))]
         self._wandb = wandb
         self._run = wandb.init(
             mode=cfg.wandb.value,
             project=cfg.project,
             entity=cfg.entity,
             group=cfg.group,
-            tags=cfg.tags,
+            tags=[*cfg.tags, *kinds],
+            job_type=(config.get("param") or {}).get("name"),
             id=run_id,
             name=run_dir.name,
             resume="allow",

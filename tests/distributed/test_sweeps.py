@@ -123,6 +123,48 @@ def test_an_interrupted_sweep_goes_on_with_the_job_it_was_in(base: list[str], tm
         assert len(found) == 60 and found == losses(job_dir(tmp_path / "whole" / "runs" / "s", name))
 
 
+# --- jobs in processes of their own, and searches --------------------------------------------------------------------
+
+
+def test_jobs_as_torchruns_of_their_own_say_how_they_ended(base: list[str], tmp_path: Path):
+    more = ["hydra/launcher=torchrun", "hydra.launcher.parallel=2", "train.steps=2", "train.max_skipped=1"]
+    process = sweep([*base, *more, "param.rank=8", "optim.lr=1e-3,1e38"], 1, tmp_path)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 1, output
+    ended = jobs_of(tmp_path / "runs" / "s")
+    assert {name: one["status"] for name, one in ended.items()} == {"lr0.001": "finished", "lr1e+38": "failed"}
+    assert ended["lr1e+38"]["detail"].startswith("the loss or gradient was not finite for train.max_skipped=1")
+    refused = sweep([*base, *more], 2, tmp_path)
+    output, _ = refused.communicate(timeout=100)
+    assert "hydra/launcher=torchrun starts each job's processes itself: use python, not torchrun" in output
+
+
+def test_jobs_are_submitted_as_to_slurm(base: list[str], tmp_path: Path):
+    where = ["hydra/launcher=slurm", "hydra.launcher.cluster=local", "hydra.launcher.nproc=2"]
+    settings = "hydra.launcher.settings={nodes: 1, timeout_min: 5}"
+    process = sweep([*base, *where, settings, "train.steps=2", "param.rank=5"], 1, tmp_path)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    (ended,) = jobs_of(tmp_path / "runs" / "s").values()
+    assert ended["status"] == "finished", output
+
+
+def test_two_processes_search_alike_and_a_search_goes_on(base: list[str], tmp_path: Path):
+    """Each process has a study of its own: with other proposals they would not agree on the configuration."""
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.sampler.n_startup_trials=2", "train.steps=2"]
+    space = ["optim.lr=tag(log,interval(1e-3,1e-2))", "param.rank=range(2,20,2)", "param.density=interval(0.01,0.1)"]
+    runs = tmp_path / "runs" / "s"
+    names = []
+    for trials in (3, 4):
+        process = sweep([*base, *search, *space, f"hydra.sweeper.n_trials={trials}"], 2, tmp_path)
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+        names.append({path.parent.name for path in runs.glob("*/summary.json")})
+        assert "best: eval_loss" in output
+    assert len(names[0]) == 3 and names[0] < names[1] and len(names[1]) == 4
+    assert output.count("finished before") == 6  # three lines and three rows of the table
+
+
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not condition():

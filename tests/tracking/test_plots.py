@@ -80,10 +80,9 @@ def test_spectra_that_a_resume_took_back_are_not_shown(tmp_path: Path):
 
 def test_the_script_prints_a_table_and_draws(tmp_path: Path):
     runs = [str(train(tmp_path / name)) for name in ("a", "b")]
-    out = tmp_path / "ab.png"
-    command = [sys.executable, str(SCRIPT), *runs, "--out", str(out)]
+    command = [sys.executable, str(SCRIPT), *runs]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPT.parents[1])
-    assert is_a_picture(out) and is_a_picture(tmp_path / "b" / "plots" / "summary.png")
+    assert is_a_picture(tmp_path / "b" / "plots" / "summary.png")
     header, first, *_ = shown.stdout.splitlines()
     assert header.split()[0] == "run" and first.split()[:2] == ["a", "6"]
 
