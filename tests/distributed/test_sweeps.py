@@ -61,7 +61,7 @@ def faulty(base: list[str], tmp_path_factory) -> tuple[Path, int, str]:
     script = folder / "faulty.py"
     script.write_text(FAULTY.format(launch=str(ROOT / "launch"), root=str(ROOT)))
     process = sweep([*base, "train.steps=4", "checkpoint.every=1", "param.rank=6,900,8"], 2, folder, script)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     return folder / "runs" / "s", process.returncode, output
 
 
@@ -90,7 +90,7 @@ def test_the_same_line_tries_again_what_failed_and_only_that(faulty: tuple[Path,
     folder, *_ = faulty
     before = (job_dir(folder, "rank8") / "metrics.jsonl").read_bytes()
     again = sweep([*base, "train.steps=4", "checkpoint.every=1", "param.rank=6,8"], 1, folder.parent.parent)
-    output, _ = again.communicate(timeout=100)
+    output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
     assert {name: one["status"] for name, one in jobs_of(folder).items() if name != "rank900"} == {
         "rank6": "finished",
@@ -106,17 +106,17 @@ def test_an_interrupted_sweep_goes_on_with_the_job_it_was_in(base: list[str], tm
     run = tmp_path / "runs" / "s"
     wait_for(lambda: any(len(losses(path.parent)) > 3 for path in run.glob("*/metrics.jsonl")), first)
     os.kill(workers(first.pid)[1], signal.SIGTERM)
-    output, _ = first.communicate(timeout=60)
+    output, _ = first.communicate(timeout=200)
     assert first.returncode == 0 and "stopped at step" in output and "not started" in output, output
     (interrupted,) = (path for path in run.iterdir() if path.is_dir())
     assert not (interrupted / "summary.json").exists() and whole_checkpoints(interrupted / "checkpoints")
 
     second = sweep(line, 2, tmp_path)
-    output, _ = second.communicate(timeout=100)
+    output, _ = second.communicate(timeout=300)
     assert second.returncode == 0 and "going on from" in output, output
     (tmp_path / "whole").mkdir()
     whole = sweep(line, 2, tmp_path / "whole")
-    output, _ = whole.communicate(timeout=100)
+    output, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, output
     for name in ("lr0.001", "lr0.002"):
         found = losses(job_dir(run, name))
@@ -129,13 +129,13 @@ def test_an_interrupted_sweep_goes_on_with_the_job_it_was_in(base: list[str], tm
 def test_jobs_as_torchruns_of_their_own_say_how_they_ended(base: list[str], tmp_path: Path):
     more = ["hydra/launcher=torchrun", "hydra.launcher.parallel=2", "train.steps=2", "train.max_skipped=1"]
     process = sweep([*base, *more, "param.rank=8", "optim.lr=1e-3,1e38"], 1, tmp_path)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 1, output
     ended = jobs_of(tmp_path / "runs" / "s")
     assert {name: one["status"] for name, one in ended.items()} == {"lr0.001": "finished", "lr1e+38": "failed"}
     assert ended["lr1e+38"]["detail"].startswith("the loss or gradient was not finite for train.max_skipped=1")
     refused = sweep([*base, *more], 2, tmp_path)
-    output, _ = refused.communicate(timeout=100)
+    output, _ = refused.communicate(timeout=300)
     assert "hydra/launcher=torchrun starts each job's processes itself: use python, not torchrun" in output
 
 
@@ -143,7 +143,7 @@ def test_jobs_are_submitted_as_to_slurm(base: list[str], tmp_path: Path):
     where = ["hydra/launcher=slurm", "hydra.launcher.cluster=local", "hydra.launcher.nproc=2"]
     settings = "hydra.launcher.settings={nodes: 1, timeout_min: 5}"
     process = sweep([*base, *where, settings, "train.steps=2", "param.rank=5"], 1, tmp_path)
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output
     (ended,) = jobs_of(tmp_path / "runs" / "s").values()
     assert ended["status"] == "finished", output
@@ -157,7 +157,7 @@ def test_two_processes_search_alike_and_a_search_goes_on(base: list[str], tmp_pa
     names = []
     for trials in (3, 4):
         process = sweep([*base, *search, *space, f"hydra.sweeper.n_trials={trials}"], 2, tmp_path)
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=400)
         assert process.returncode == 0, output
         names.append({path.parent.name for path in runs.glob("*/summary.json")})
         assert "best: eval_loss" in output
