@@ -31,8 +31,8 @@ class Heartbeat:
     """The notes of one run; a context, entered and left by all processes. A process alone has none.
 
     Args:
-        minutes: without a new note before the run is ended. Counted in beats of the reader, so it does not count while
-            all processes stand still together, as on a suspended machine.
+        minutes: without a new note before the run is ended, counted in beats of the reader: while it stood still itself
+            no time passes.
 
     Raises:
         RunFailed: on leaving it because a collective timed out, with where each process is.

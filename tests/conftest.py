@@ -22,6 +22,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     one_core_for_each_worker()  # before torch is imported, and for all that the tests start
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=4, help="how many processes test_kills.py kills")
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--kills")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where this session keeps tokenizers, packed rows, initial values and measurements: never in the user's cache."""

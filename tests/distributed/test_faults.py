@@ -67,31 +67,40 @@ def test_a_disk_that_fills_up_does_not_end_a_run_and_its_last_checkpoint_decides
     assert "Traceback" not in said()
 
 
-def test_a_stopped_process_keeps_its_run_and_is_named_when_the_others_have_waited_long_enough(tmp_path: Path, tiny):
-    """All stopped, longer than the timeout: a second run is refused, and they go on. One stopped: the run ends."""
+def test_a_run_that_is_stopped_keeps_its_directory_and_goes_on(tmp_path: Path, tiny):
     run, output = tmp_path / "run", tmp_path / "output"
-    job = [*tiny, *ENDLESS, f"run.dir={run}", "resume=auto", "train.timeout_minutes=0.05"]
+    job = [*tiny, *ENDLESS, f"run.dir={run}", "resume=auto"]
     process = start(job, 2, output)
     wait_for(lambda: logged_steps(run) > 3, process)
     ranks = workers(process)
     for worker in ranks.values():
         os.kill(worker, signal.SIGSTOP)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    second = subprocess.run(command(job, 2), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    second = subprocess.run(command(job, 2), cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert second.returncode == 1 and f"run.dir={run} is in use by a run that has not ended" in second.stderr
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     for worker in ranks.values():
         os.kill(worker, signal.SIGCONT)
     steps = logged_steps(run)
     wait_for(lambda: logged_steps(run) > steps + 3, process)
+    process.terminate()  # as a scheduler does: torchrun hands it on
+    assert process.wait(120) == 1
+    assert re.search(r"stopped by SIGTERM at step \d+ of 100000; the checkpoint is saved", output.read_text())
+    assert max(losses(run)) == int(whole_checkpoints(run / "checkpoints")[-1].name.removeprefix("step-"))
 
+
+def test_a_process_that_is_stopped_is_named_when_the_others_have_waited_long_enough(tmp_path: Path, tiny):
+    run, output = tmp_path / "run", tmp_path / "output"
+    process = start([*tiny, *ENDLESS, f"run.dir={run}", "train.timeout_minutes=0.1"], 2, output)
+    wait_for(lambda: logged_steps(run) > 3, process)
+    ranks = workers(process)
     os.kill(ranks[1], signal.SIGSTOP)
     wait_for(lambda: "no sign of life" in output.read_text(), process)
     os.kill(ranks[1], signal.SIGKILL)  # torchrun would, after 30 seconds
     assert process.wait(60) == 1
     (sentence,) = [line for line in output.read_text().splitlines() if "no sign of life" in line]
     assert re.fullmatch(
-        rf"no sign of life for train.timeout_minutes=0.05 of process 1 \(host \S+, pid {ranks[1]}\) at step \d+ in .+, "
+        rf"no sign of life for train.timeout_minutes=0.1 of process 1 \(host \S+, pid {ranks[1]}\) at step \d+ in .+, "
         rf"while process 0 is \(host \S+, pid {ranks[0]}\) at step \d+ in \w+ of \w+.py:\w+; go on with .*resume=auto",
         sentence,
     )
