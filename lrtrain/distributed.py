@@ -59,8 +59,9 @@ def rendezvous() -> dist.Store:
 def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
     """Join the process group (of one, without torchrun) and set device and threads (cores ÷ local processes).
 
-    A collective that takes longer than `timeout_minutes` fails. On a CPU freed memory is kept for the next step (see
-    `keep_freed_memory`) unless `save_memory`.
+    A collective fails after twice `timeout_minutes`: before that a process without a sign of life is found, and named
+    (`lrtrain.heartbeat`). On a CPU freed memory is kept for the next step (see `keep_freed_memory`) unless
+    `save_memory`.
     """
     size, local_size = environment_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -73,7 +74,7 @@ def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
         give_back_freed_memory() if save_memory else keep_freed_memory()
     # A prefix of its own for each group: a second run in the same processes must not find the first one's keys.
     store = dist.PrefixStore(f"run {next(_runs)}", rendezvous())
-    timeout = timedelta(minutes=timeout_minutes)
+    timeout = timedelta(minutes=2 * timeout_minutes)
     dist.init_process_group(backend, store=store, rank=environment_rank(), world_size=size, timeout=timeout)
     return World(environment_rank(), local_rank, size, local_size, device)
 

@@ -114,7 +114,7 @@ class Heartbeat:
         frame = trace.tb_frame if trace is not None else None
         others = [other for other in range(self.world.size) if other != self.world.dist_rank]
         return (
-            f"{place(frame)} did not end within train.timeout_minutes={self.minutes:g} on process "
+            f"{place(frame)} did not end within twice train.timeout_minutes={self.minutes:g} on process "
             f"{self.world.dist_rank} at step {self.step + 1}, while there is {_listed(self._read(others))}"
         )
 
