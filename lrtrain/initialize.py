@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from lrtrain.data.cache import cache_folder, fingerprint
 from lrtrain.dealing import dealt
+from lrtrain.flat import FlatShard
 from lrtrain.layers import initial
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model import factorized_layers
@@ -28,14 +29,22 @@ from lrtrain.model import factorized_layers
 def materialize(model: PreTrainedModel, seed: int, device: torch.device, fresh: bool = True) -> None:
     """Give every parameter and buffer its storage on `device` and its initial value; a collective.
 
-    Without `fresh` the state of factorized layers is left to be loaded; the buffers that a seed gives back are drawn.
-
-    Parameters may be sharded already (DTensors on meta). Dense modules are drawn by every process, factorized layers,
-    whose values can cost an SVD, by one process for all; each keeps its shards and drops the rest, so no process
-    holds more than two whole modules.
+    Parameters may be sharded already (DTensors on meta).
     """
     model.to_empty(device=device)
     model.tie_weights()  # getting storage may have parted them
+    fill(model, seed, fresh)
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, seed: int, fresh: bool = True) -> None:
+    """Give every parameter and buffer, sharded or not, its initial value; a collective.
+
+    Without `fresh` the state of factorized layers is left to be loaded; the buffers that a seed gives back are drawn.
+
+    Dense modules are drawn by every process, factorized layers, whose values can cost an SVD, by one process for all;
+    each keeps its shards and drops the rest, so no process holds more than two whole modules.
+    """
     layers = factorized_layers(model)
 
     def values_of(name: str) -> dict[str, Tensor]:
@@ -140,7 +149,9 @@ def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str
 
 def keep_shard(parameter: Tensor, value: Tensor) -> None:
     """Copy into the parameter (or moment, or buffer) its part of the whole `value`; no communication."""
-    if isinstance(parameter, DTensor):
+    if isinstance(parameter, FlatShard):
+        parameter.to_local().copy_(parameter.cut(value))
+    elif isinstance(parameter, DTensor):
         mesh = parameter.device_mesh
         value = value.detach().to(parameter.device)
         whole = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+import hydra
 import torch
 from rich import box
 from rich.console import Console
@@ -115,22 +116,26 @@ def parameters_by_kind(model: nn.Module) -> dict[str, int]:
 
 
 def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Memory:
-    """Weights, gradients and optimizer state in shards; supports and one gathered unit whole; activations."""
-    shards = world_size // config.engine.get("replicas", world_size)
+    """Weights, gradients and optimizer state as the engine spreads them; supports and what is gathered whole;
+    activations."""
     own = next(model.parameters()).dtype.itemsize
     parameters, trainable = parameter_count(model), trainable_count(model)
     units = sharded_units(model)
-    rest = parameters - sum(map(parameter_count, units))
+    spread = hydra.utils.get_object(config.engine["_target_"]).spread(config, world_size)
     # A unit is gathered in one buffer and copied out of it; its gradient is copied into one and reduced into shards.
-    copies = max(2 * parameter_count(unit) + (1 + 1 / shards) * trainable_count(unit) for unit in units)
+    copies = max(2 * parameter_count(unit) + (1 + 1 / spread.gradients) * trainable_count(unit) for unit in units)
+    rest = parameters - sum(map(parameter_count, units))
     wrapped = world_size > 1 or dtype.itemsize != own
+    held = max(map(trainable_count, units)) if config.optim["in_backward"] else trainable
+    masters = own * trainable // spread.states if spread.masters else 0  # the float32 parameters that are stepped
+    weights = (dtype.itemsize if spread.masters else own) * parameters // spread.parameters
     supports = sum(
         b.numel() * b.element_size() for m in model.modules() if isinstance(m, FactorizedLinear) for b in m.buffers()
     )
     return Memory(
-        weights=own * parameters // shards,
-        gradients=own * (max(map(trainable_count, units)) if config.optim["in_backward"] else trainable) // shards,
-        optimizer=choice(config.optim)(model).state_bytes(shards),
+        weights=weights + masters,
+        gradients=own * held // spread.gradients,
+        optimizer=choice(config.optim)(model).state_bytes(spread.states),
         supports=supports,
         gathered=int(dtype.itemsize * (copies + 2 * rest)) if wrapped else 0,
         activations=activation_bytes(config, model, dtype),

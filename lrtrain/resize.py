@@ -1,7 +1,7 @@
 """Models whose layers take on smaller ranks while they train.
 
-FSDP cannot change a parameter's shape in place: the model is built anew with the ranks that its layers want, and takes
-over the leading part of every parameter and of every moment of the optimizer.
+No engine can change a parameter's shape in place: the model is built anew with the ranks that its layers want, and
+takes over the leading part of every parameter and of every moment of the optimizer.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrtrain.dealing import dealt_layers
+from lrtrain.flat import placed_alike
 from lrtrain.initialize import keep_shard
 from lrtrain.layers.base import FactorizedLinear, local, whole
 from lrtrain.optim.base import ShardedOptimizer
@@ -29,7 +30,7 @@ def carry_over(
 ) -> None:
     """Fill a model and its optimizer with the leading part of each tensor of another of the same names; a collective.
 
-    Parameters and moments may be sharded (DTensors). Moments follow their parameter's shape and step counters stay;
+    Parameters and moments may be sharded. Moments follow their parameter's shape and step counters stay;
     only where an optimizer keeps a state in another form (quantized, factored) does a cut parameter's begin anew.
     """
     buffers = dict(old.named_buffers())
@@ -42,7 +43,7 @@ def carry_over(
         if parameter not in new_optimizer.state:  # frozen
             continue
         state = old_optimizer.state[before]
-        if parameter.shape == before.shape:
+        if placed_alike(parameter, before):
             new_optimizer.state[parameter] = state
         elif all(v.ndim == 0 or (v.shape == before.shape and v.is_floating_point()) for v in state.values()):
             new_optimizer.state[parameter] = {key: _leading(value, parameter) for key, value in state.items()}
@@ -59,7 +60,7 @@ def _leading(value: Tensor, parameter: Tensor) -> Tensor:
 
 def _keep_leading(new: Tensor, old: Tensor) -> None:
     """Copy the leading part of `old` (of its whole, if it is sharded) into `new`."""
-    if new.shape == old.shape:
+    if placed_alike(new, old):
         local(new).copy_(local(old))
     else:
         keep_shard(new, whole(old)[tuple(map(slice, new.shape))])

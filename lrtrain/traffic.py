@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lrtrain.config import DTYPES, Config
 from lrtrain.engine.fsdp import sharded_units
+from lrtrain.errors import ConfigError
 from lrtrain.model import blocks, training_flops
 
 
@@ -33,7 +34,12 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
 
     All is gathered for the forward pass and again for the backward pass, but a head of its own stays; each process has
     1/shards of it. A ring that sums s bytes over r processes passes 2(r − 1)/r · s through each.
+
+    Raises:
+        ConfigError: for DeepSpeed, whose bytes depend on its own choices.
     """
+    if "zero_stage" in config.engine:
+        raise ConfigError("engine=deepspeed is not foretold; scripts/wire_bytes.py counts what a step of it sends")
     replicas = config.engine.get("replicas", world_size)
     shards = world_size // replicas
     passes = config.train.batch_size // (world_size * config.train.micro_batch_size)

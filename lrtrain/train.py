@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -50,6 +50,7 @@ from lrtrain.spectra.gradients import GradientSpectra
 from lrtrain.spectra.hidden import hidden_metrics, top_states, whole_states
 from lrtrain.spectra.movement import Movement
 from lrtrain.spectra.weights import (
+    LinearLayer,
     matching,
     part_metrics,
     spectra_metrics,
@@ -216,7 +217,6 @@ class Trainer:
         for name, layer in self.layers.items():
             layer.execution = self.executions.get(name)
         self.flops = training_flops(model, self.config.data.seq_len)
-        self.matrices = matrices(model, self.config.param["pattern"])
         self.counts = {
             "rank": mean_rank(model),
             "parameters": parameter_count(model),
@@ -374,7 +374,7 @@ class Trainer:
 
     def _resize(self) -> None:
         """Go on with smaller tensors where layers want smaller ranks now."""
-        ranks = wanted_ranks(self.layers, self.progress.step)
+        ranks = wanted_ranks(factorized_layers(self.engine.shards), self.progress.step)
         if all(layer.rank == ranks[name] for name, layer in self.layers.items()):
             return
         before = self.counts["parameters"]
@@ -450,6 +450,11 @@ class Trainer:
     def _stop_requested(self) -> bool:
         """Whether any process got a signal: a collective, so that all stop at the same place."""
         return total(self.stop.signal is not None)[0] > 0
+
+    @property
+    def matrices(self) -> Mapping[str, LinearLayer]:
+        """The layers that spectra are measured of, with the parameters that the optimizer steps."""
+        return matrices(self.engine.shards, self.config.param["pattern"])
 
     # --- looking at the model ------------------------------------------------------------------------------------
 
@@ -616,7 +621,9 @@ class Trainer:
             self.progress = Progress(**self.meta["progress"])
             self.data.train.load_state(self.meta["data"]["state"])
         if self.world.main:
-            print(f"going on from {checkpoint} at step {self.progress.step}", flush=True)
+            there, here = self.meta["config"]["engine"]["name"], self.config.engine["name"]
+            moved = f", saved by engine={there} and loaded by engine={here}" if there != here else ""
+            print(f"going on from {checkpoint} at step {self.progress.step}{moved}", flush=True)
 
     # --- before anything is built ----------------------------------------------------------------------------------
 

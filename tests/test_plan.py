@@ -101,6 +101,20 @@ def test_shards_divide_what_is_sharded():
     assert replicated.weights == one.weights // 2
 
 
+def test_zero_spreads_more_by_every_stage_and_ddp_nothing():
+    _, one = plan()
+    for overrides, weights, gradients, states in [
+        (["engine=ddp"], 1, 1, 1),
+        (["engine=deepspeed", "engine.zero_stage=1"], 1 + 1 / 4, 1, 1 / 4),  # whole, and its range of the float32 ones
+        (["engine=deepspeed", "engine.zero_stage=2"], 1 + 1 / 4, 1 / 4, 1 / 4),
+        (["engine=deepspeed", "engine.zero_stage=3"], 2 / 4, 1 / 4, 1 / 4),
+    ]:
+        _, memory = plan(*overrides, processes=4)
+        assert memory.weights == pytest.approx(weights * one.weights, rel=1e-4)
+        assert memory.gradients == pytest.approx(gradients * one.gradients, rel=1e-4)
+        assert memory.optimizer == pytest.approx(states * one.optimizer, rel=1e-4)
+
+
 def test_kinds_add_up():
     config, memory = plan()
     kinds = parameters_by_kind(make_model(config))

@@ -35,6 +35,17 @@ class StepResult:
     in the backward pass that holds for the parameters whose gradient was not finite."""
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Over how many processes each kind of tensor is spread."""
+
+    parameters: int
+    gradients: int
+    states: int
+    masters: bool = False
+    """Whether float32 parameters are kept besides those that compute, spread as the states are."""
+
+
 class Engine(ABC):
     """Shards a model over the processes and runs its steps. All methods are collectives.
 
@@ -69,6 +80,11 @@ class Engine(ABC):
         Raises:
             ConfigError: naming the keys and what would be right.
         """
+
+    @classmethod
+    @abstractmethod
+    def spread(cls, config: Config, world_size: int) -> Spread:
+        """What a process of so many would hold."""
 
     @abstractmethod
     def _place(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
@@ -147,12 +163,14 @@ class Engine(ABC):
 
     def _add_penalties(self) -> None:
         for layer in self.layers:
-            layer.add_penalty()
+            if layer.penalized:
+                layer.add_penalty()
 
     @torch.no_grad()
     def _after_step(self) -> None:
         for layer in self.layers:
-            layer.after_step()
+            if layer.constrained:
+                layer.after_step()
 
     def _update(self, finite: bool) -> None:
         """Step the parameters along their gradients, if these are finite."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lrtrain.config import DTYPES, Config
 from lrtrain.distributed import World, total
-from lrtrain.engine.base import Engine
+from lrtrain.engine.base import Engine, Spread
 from lrtrain.errors import ConfigError
 from lrtrain.initialize import materialize
 from lrtrain.loss import next_token_loss
@@ -47,6 +47,11 @@ class FSDPEngine(Engine):
         replicas = config.engine.get("replicas", 1)
         if replicas < 1 or world_size % replicas:
             raise ConfigError(f"engine.replicas={replicas} does not divide the {world_size} processes")
+
+    @classmethod
+    def spread(cls, config: Config, world_size: int) -> Spread:
+        shards = world_size // config.engine["replicas"]
+        return Spread(shards, shards, shards)
 
     def _place(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
         own_dtype = next(model.parameters()).dtype
@@ -86,6 +91,10 @@ class DDPEngine(FSDPEngine):
         reduce_dtype: str,
     ):
         super().__init__(world, dtype, compile, recompute_every, recompute_keep, world.size, reduce_dtype)
+
+    @classmethod
+    def spread(cls, config: Config, world_size: int) -> Spread:
+        return Spread(1, 1, 1)
 
 
 def check_reduce_dtype(config: Config) -> None:

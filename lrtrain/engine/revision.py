@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lrtrain.dealing import dealt_layers
 from lrtrain.initialize import generator_for, keep_shard, take_over
-from lrtrain.layers.base import FactorizedLinear, Reset, whole
+from lrtrain.layers.base import FactorizedLinear, Reset, local, whole
 from lrtrain.model import factorized_layers
 from lrtrain.optim.base import ShardedOptimizer
 
@@ -63,7 +63,7 @@ def reset_state(state: Mapping[str, Tensor], reset: Reset, generator: torch.Gene
             if reset.restart:
                 value.zero_()
         elif reset.pruned == 1:
-            value.zero_()
+            local(value).zero_()
         else:
             moment = whole(value)
             kept = _kept(moment, reset, generator) if kept is None else kept

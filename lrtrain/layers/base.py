@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lrtrain.flat import FlatShard
 from lrtrain.layers.fit import Fit
 
 Role = Literal["factor_left", "factor_right", "sparse_values", "singular_values", "frozen", "bias"]
@@ -51,6 +52,12 @@ class FactorizedLinear(nn.Module, ABC):
 
     costly_init: ClassVar[bool] = False
     """Whether `init_parameters` takes so long (an SVD) that its results are kept on disk."""
+
+    penalized: bool = False
+    """Whether `add_penalty` does something."""
+
+    constrained: bool = False
+    """Whether `after_step` does something."""
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
@@ -149,12 +156,13 @@ class FactorizedLinear(nn.Module, ABC):
         of (seed, step) alone, so all layers and processes draw the same."""
 
     def add_penalty(self) -> None:
-        """After the backward passes of a step: add the gradients of the layer's own penalty to `.grad`.
+        """After the backward passes of a step, if `penalized`: add the gradients of the layer's own penalty to `.grad`.
 
         Parameters and gradients may be shards (DTensors)."""
 
     def after_step(self) -> None:
-        """After each optimizer step, without gradients: restore what the parameters must satisfy (unit norms, signs).
+        """After each optimizer step, if `constrained`, without gradients: restore what the parameters must satisfy
+        (unit norms, signs).
 
         Parameters may be shards (DTensors)."""
 
@@ -203,12 +211,25 @@ class FactorizedLinear(nn.Module, ABC):
 
 def whole(tensor: Tensor) -> Tensor:
     """The unsharded tensor (a collective if it is sharded), detached."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor | FlatShard) else tensor).detach()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """This process's shard: rows, or a range of entries (1-D)."""
+    return tensor.to_local() if isinstance(tensor, DTensor | FlatShard) else tensor
+
+
+def twin(module: M, tensor_for: Callable[[Tensor], Tensor | None]) -> M:
+    """The module with other tensors in place of its parameters, not trained unless they are parameters themselves;
+    buffers are shared with the original."""
+    changed = {name: p if p is None else tensor_for(p) for name, p in module._parameters.items()}
+    found = copy.copy(module)
+    found._parameters = {
+        name: t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False)
+        for name, t in changed.items()
+    }
+    found._modules = {name: child and twin(child, tensor_for) for name, child in module._modules.items()}
+    return found
 
 
 def gathered(module: M, owner: int) -> M | None:
@@ -220,20 +241,14 @@ def gathered(module: M, owner: int) -> M | None:
     return found if owner == (dist.get_rank() if dist.is_initialized() else 0) else None
 
 
-def twin(module: M, tensor_for: Callable[[Tensor], Tensor | None]) -> M:
-    """The module with other tensors in place of its parameters, not trained; buffers are shared with the original."""
-    changed = {name: p if p is None else tensor_for(p) for name, p in module._parameters.items()}
-    found = copy.copy(module)
-    found._parameters = {name: t if t is None else nn.Parameter(t, requires_grad=False) for name, t in changed.items()}
-    found._modules = {name: child and twin(child, tensor_for) for name, child in module._modules.items()}
-    return found
-
-
 def whole_at(tensor: Tensor, owner: int) -> Tensor | None:
     """The unsharded tensor on the process `owner`, detached; None on the others, which never hold more than shards.
 
-    Shards are of dimension 0, along the last dimension of the mesh, as FSDP2 makes them; a collective of each group.
+    Shards are of dimension 0, along the last dimension of the mesh, as FSDP2 makes them, or ranges of entries; a
+    collective of each group.
     """
+    if isinstance(tensor, FlatShard):
+        return tensor.gathered_at(owner)
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     group = tensor.device_mesh.get_group(-1)

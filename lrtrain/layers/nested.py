@@ -83,6 +83,7 @@ class NestedLinear(FactorizedLinear):
         self.full_share = full_share if self.smaller else 1.0
         self.exponent = SCALES[scale]
         self.lasso = lasso
+        self.penalized = lasso > 0
         self.shrink_every = shrink_every
         self.shrink_threshold = shrink_threshold
         self.drawn = rank  # b in training mode
@@ -155,8 +156,6 @@ class NestedLinear(FactorizedLinear):
 
     @torch.no_grad()
     def add_penalty(self) -> None:
-        if self.lasso == 0:
-            return
         left, right = self.B.weight, self.A.weight
         _add_scaled(left, self.lasso * tail_weights(whole(left.square().sum(0))))
         _add_scaled(right, self.lasso * tail_weights(whole(right.square().sum(1)))[:, None])

@@ -108,6 +108,7 @@ class SSTLinear(FactorizedLinear):
         "bias": "bias",
     }
     paced = frozenset({"left", "right"})
+    constrained = True
 
     def __init__(
         self,

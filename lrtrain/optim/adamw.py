@@ -5,3 +5,5 @@ from lrtrain.optim.base import ShardedOptimizer
 
 class AdamW(ShardedOptimizer):
     """AdamW for every parameter; state: two float32 tensors of each parameter's shape."""
+
+    cut_anywhere = True

@@ -43,6 +43,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         model: whose trainable parameters are stepped; may be on meta, to be measured.
     """
 
+    cut_anywhere: ClassVar[bool] = False
+    """Whether it can step any range of a parameter's entries, not only whole rows."""
+
     roles: ClassVar[frozenset[str]] = frozenset()
     """The roles (see `parameter_roles`) of the parameters that the method takes."""
 

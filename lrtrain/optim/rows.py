@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from lrtrain.flat import FlatShard
 from lrtrain.layers.base import local
 
 
@@ -21,7 +22,9 @@ class Rows:
         """Of the processes that hold the other rows; None if there are none."""
         self.index = 0
         """This process's place among them."""
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, FlatShard):  # whose rows may be cut: of use are the sums alone
+            self.group, self.index = dist.group.WORLD, dist.get_rank()
+        elif isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
             sharded = [dim for dim, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
             if sharded and mesh.size(sharded[0]) > 1:
@@ -70,7 +73,10 @@ class Rows:
 
 
 def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor (m, *shape) whose rows lie where the rows of the parameter (m, …) do."""
+    """A tensor (m, *shape) of zeros whose rows lie where the rows of the parameter (m, …) do."""
+    if isinstance(parameter, FlatShard):
+        assert shape == parameter.shape[1:], "a parameter that is cut anywhere has no rows"
+        return FlatShard(torch.zeros_like(local(parameter), dtype=dtype), parameter.shape, parameter.bounds)
     part = local(parameter)
     here = torch.zeros(part.shape[0], *shape, dtype=dtype, device=part.device)
     if not isinstance(parameter, DTensor):

@@ -39,9 +39,15 @@ VARIANTS = {
 
 TOLERANCE = {"bf16": 0.02}
 
+ALIKE = {"sltrain-materialize", "sltrain-row-balanced", "recompute-compile"}  # to an engine, to others of them
+ZERO = ["engine=deepspeed", "engine.persist_below=0"]
 # What differs in how the model lies on the processes, with the variants that it is run for.
 ENGINES = {
     "hsdp": (["engine.replicas=2"], ["dense", "lowrank"]),
+    "zero1": ([*ZERO, "engine.zero_stage=1"], ["sltrain-factored", "sst", "opt-tied", "nested-shrinking"]),
+    "zero2": ([*ZERO, "engine.zero_stage=2"], ["dense", "relora", "nested-lasso", "bf16"]),
+    "zero3": ([*ZERO, "engine.zero_stage=3"], sorted(VARIANTS.keys() - ALIKE)),
+    "offloaded": ([*ZERO, "engine.zero_stage=3", "engine.offload_optimizer=true"], ["nested-lasso"]),
     "ddp": (
         ["engine=ddp"],
         ["dense", "sltrain-factored", "sst", "nested-lasso", "nested-shrinking", "bf16", "opt-tied"],

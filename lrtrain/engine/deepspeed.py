@@ -1,0 +1,267 @@
+"""DeepSpeed's ZeRO (Rajbhandari et al., 2020, arXiv 1910.02054): optimizer states, gradients and parameters in ranges.
+
+DeepSpeed gathers parameters, reduces gradients and keeps this process's range of the float32 parameters as one flat
+tensor. What it would step is stepped here, by the same optimizer as under FSDP2, as `FlatShard`s: views of that tensor.
+"""
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import hydra
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrtrain.config import Config, compute_dtype
+from lrtrain.distributed import World
+from lrtrain.engine.base import Engine, Spread
+from lrtrain.engine.fsdp import check_reduce_dtype
+from lrtrain.engine.zero_state import flat_gradients, places, refresh
+from lrtrain.errors import ConfigError
+from lrtrain.flat import FlatShard
+from lrtrain.initialize import fill, take_over
+from lrtrain.layers.base import FactorizedLinear, local, twin, whole
+from lrtrain.loss import next_token_loss
+from lrtrain.model import blocks
+
+
+class DeepSpeedEngine(Engine):
+    """ZeRO over all processes.
+
+    Args:
+        zero_stage: 1, 2 or 3.
+        offload_optimizer, offload_parameters: keep these in the host's memory.
+        persist_below: parameters with fewer entries are not cut in stage 3.
+        reduce_dtype: fp32 or bf16, in which gradients are summed over processes.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        dtype: torch.dtype,
+        compile: bool,
+        recompute_every: int,
+        recompute_keep: str,
+        zero_stage: int,
+        offload_optimizer: bool,
+        offload_parameters: bool,
+        persist_below: int,
+        reduce_dtype: str,
+    ):
+        super().__init__(world, dtype, compile, recompute_every, recompute_keep)
+        self.stage = zero_stage
+        host = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+        zero = {
+            "stage": zero_stage,
+            "overlap_comm": world.device.type == "cuda",
+            "memory_efficient_linear": False,  # which would replace torch's linear for all that is in this process
+            "stage3_param_persistence_threshold": persist_below,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        }
+        self.settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # which DeepSpeed wants to know but does not need
+            "gradient_accumulation_steps": 1,  # `forward_backward` says where a step ends
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": zero
+            | ({"offload_optimizer": host} if offload_optimizer else {})
+            | ({"offload_param": host} if offload_parameters else {}),
+            "communication_data_type": reduce_dtype,
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "steps_per_print": None,
+        }
+
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        check_reduce_dtype(config)
+        engine, optim, dtype = config.engine, config.optim, config.train.dtype
+        if engine["zero_stage"] not in (1, 2, 3):
+            raise ConfigError(f"engine.zero_stage={engine['zero_stage']} is not 1, 2 or 3")
+        if engine["offload_parameters"] and engine["zero_stage"] != 3:
+            raise ConfigError(
+                f"engine.offload_parameters=true is for engine.zero_stage=3, not {engine['zero_stage']}, which keeps "
+                f"whole parameters"
+            )
+        if not hydra.utils.get_object(optim["_target_"]).cut_anywhere:
+            raise ConfigError(
+                f"optim={optim['name']} works on rows of matrices, which engine=deepspeed cuts anywhere; use "
+                f"engine=fsdp or engine=ddp, or optim=adamw"
+            )
+        if optim["in_backward"]:
+            raise ConfigError(
+                "optim.in_backward=true steps before engine=deepspeed has summed the gradients; use engine=fsdp"
+            )
+        if dtype == "bf16_sr":
+            raise ConfigError(
+                "train.dtype=bf16_sr keeps no float32 parameters, which engine=deepspeed always does; use "
+                "train.dtype=bf16 or engine=fsdp"
+            )
+        bf16 = compute_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu")) == torch.bfloat16
+        if bf16 and engine["zero_stage"] == 1:
+            raise ConfigError(
+                f"engine.zero_stage=1 keeps gradients in another way with train.dtype={dtype}; use engine.zero_stage=2"
+            )
+        param = config.param["_target_"] and hydra.utils.get_object(config.param["_target_"])
+        if bf16 and "frozen" in getattr(param, "roles", {}).values():
+            raise ConfigError(
+                f"param={config.param['name']} has frozen parameters, of which engine=deepspeed keeps nothing but "
+                f"bfloat16 with train.dtype={dtype}; use train.dtype=fp32 or engine=fsdp"
+            )
+
+    @classmethod
+    def spread(cls, config: Config, world_size: int) -> Spread:
+        stage = config.engine["zero_stage"]
+        return Spread(world_size if stage == 3 else 1, world_size if stage > 1 else 1, world_size, masters=True)
+
+    # --- the model ---------------------------------------------------------------------------------------------------
+
+    def _place(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
+        deepspeed = quiet_deepspeed(self.world)
+        buffers = allocate(model, self.world.device, deepspeed, self.settings if self.stage == 3 else None)
+        if self.stage == 3:
+            for block in blocks(model):
+                block._z3_leaf = True  # gathered as one  # pyright: ignore[reportArgumentType]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        bare = twin(model, lambda p: p)  # DeepSpeed hangs things of its own on modules
+        self.deepspeed, self.zero, *_ = deepspeed.initialize(
+            model=Loss(model),
+            optimizer=Stepper(trained, self._step_flat),
+            config=self.settings,
+            dist_init_required=False,
+        )
+        for module, kept in buffers.items():  # in bfloat16 DeepSpeed casts them too
+            module._buffers.update(kept)
+        self.places = places(self.zero, model, self.stage)
+        self.flat = {p: place.shard() for p, place in self.places.items()}
+        shards = twin(bare, lambda p: self.flat.get(p, p))  # itself where a process has all of it
+        fill(shards, seed, fresh)
+        refresh(self.zero, self.stage)
+        return shards
+
+    def _publish(self) -> None:
+        refresh(self.zero, self.stage)
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        loss = self.deepspeed(rows.to(self.world.device, non_blocking=True))
+        self.deepspeed.backward(loss * (self.world.size / tokens), scale_wrt_gas=False)  # it takes the mean
+        if last:
+            for p, gradient in flat_gradients(self.zero, self.places, self.stage):
+                self.flat[p].grad = gradient
+        return loss.detach()
+
+    def _update(self, finite: bool) -> None:
+        self.optimizer.zero_grad()  # DeepSpeed has the gradients
+        self.finite = finite
+        self.deepspeed.step()
+
+    def _step_flat(self, flat: Tensor) -> None:
+        """The optimizer's step on what is kept in a flat float32 tensor, which has its gradient now.
+
+        None if that is not finite: DeepSpeed then puts the same parameters back in place."""
+        if not self.finite:
+            return
+        for p, place in self.places.items():
+            if place.flat is flat:
+                self.flat[p].grad = place.gradient()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _add_penalties(self) -> None:
+        for layer in self.layers:
+            if layer.penalized:
+                complete = everywhere(layer)
+                for p in complete.parameters():
+                    p.grad = torch.zeros_like(p)
+                complete.add_penalty()
+                for shard, p in zip(layer.parameters(), complete.parameters(), strict=True):
+                    if isinstance(shard.grad, FlatShard) and p.grad is not None:
+                        local(shard.grad).add_(shard.grad.cut(p.grad))
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        for layer in self.layers:
+            if layer.constrained:
+                complete = everywhere(layer)
+                complete.after_step()
+                take_over(layer, dict(complete.named_parameters()))
+        if any(layer.constrained for layer in self.layers):
+            self._publish()
+
+
+class Loss(nn.Module):
+    """The model with its loss as output: what DeepSpeed runs."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return next_token_loss(self.model, rows)
+
+
+class Stepper(torch.optim.Optimizer):
+    """What DeepSpeed takes for its optimizer: calls `step` with each flat tensor that is to be stepped."""
+
+    def __init__(self, parameters: list[nn.Parameter], step: Callable[[Tensor], None]):
+        super().__init__(parameters, {"lr": 0.0})
+        self.step_flat = step
+
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for group in self.param_groups:
+            for flat in group["params"]:
+                self.step_flat(flat)
+
+
+def quiet_deepspeed(world: World) -> ModuleType:
+    """The package, imported only here: it takes seconds, and says much."""
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # of names that it uses
+    deepspeed = importlib.import_module("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # it would compile one to all-reduce through shared memory
+    groups = deepspeed.utils.groups
+    if groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_map:
+        groups._WORLD_GROUP = None  # of an earlier run in this process
+    return deepspeed
+
+
+def allocate(
+    model: PreTrainedModel, device: torch.device, deepspeed: ModuleType, cut: dict[str, Any] | None
+) -> dict[nn.Module, dict[str, Tensor | None]]:
+    """Give a model on meta its storage, parameter by parameter; with `cut` (DeepSpeed's settings) each is cut at once,
+    so no process holds the whole. Returns the buffers of each module."""
+    init = deepspeed.zero.Init(config_dict_or_path=cut, mem_efficient_linear=False) if cut else None
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None and p not in made:
+                made[p] = nn.Parameter(torch.zeros_like(p, device=device), p.requires_grad)
+                if init is not None:
+                    init._convert_to_zero_parameters([made[p]])
+            if p is not None:
+                module._parameters[key] = made[p]
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+        buffers[module] = dict(module._buffers)
+    return buffers
+
+
+def everywhere(layer: FactorizedLinear) -> FactorizedLinear:
+    """A twin of the layer with whole parameters on every process; a collective."""
+    return twin(layer, lambda p: whole(p).clone())

@@ -1,0 +1,96 @@
+"""Where DeepSpeed's ZeRO keeps what of a parameter."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lrtrain.flat import FlatShard
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter's range within a flat tensor."""
+
+    flat: Tensor
+    start: int
+    """Of the range within `flat`."""
+    shape: torch.Size
+    bounds: tuple[int, ...]
+    """See FlatShard."""
+    trained: bool
+
+    @property
+    def size(self) -> int:
+        here = dist.get_rank()
+        return self.bounds[here + 1] - self.bounds[here]
+
+    def shard(self) -> FlatShard:
+        """The range, as a parameter."""
+        part = self.flat.detach().narrow(0, self.start, self.size)
+        return nn.Parameter(FlatShard(part, self.shape, self.bounds), self.trained)  # pyright: ignore[reportReturnType]
+
+    def gradient(self) -> FlatShard:
+        """The range of the flat tensor's gradient."""
+        assert self.flat.grad is not None
+        return FlatShard(self.flat.grad.narrow(0, self.start, self.size), self.shape, self.bounds)
+
+
+def places(zero: Any, model: nn.Module, stage: int) -> dict[Tensor, Place]:
+    """The place of each parameter of which a process has only a range; others are whole on all."""
+    return dict(_places_of_stage_3(zero, model) if stage == 3 else _places_of_stage_1_and_2(zero))
+
+
+def _places_of_stage_1_and_2(zero: Any) -> Iterator[tuple[Tensor, Place]]:
+    """All trained parameters follow one another in one tensor, which is cut into equal ranges."""
+    here, processes = dist.get_rank(), dist.get_world_size()
+    (parameters,), (flat,), (length,) = zero.bit16_groups, zero.single_partition_of_fp32_groups, zero.partition_size
+    (offsets,) = zero.round_robin_bit16_offsets
+    for p, offset in zip(parameters, offsets, strict=True):
+        bounds = tuple(min(max(i * length - offset, 0), p.numel()) for i in range(processes + 1))
+        start = min(max(offset - here * length, 0), length)
+        yield p, Place(flat, start, p.shape, bounds, True)
+
+
+def _places_of_stage_3(zero: Any, model: nn.Module) -> Iterator[tuple[Tensor, Place]]:
+    """Each parameter is cut into equal ranges, padded at the end."""
+    processes = dist.get_world_size()
+    flats = zero.fp32_partitioned_groups_flat
+    p: Any  # a parameter with what DeepSpeed attached to it
+    for p in model.parameters():
+        bounds = tuple(min(i * p.partition_numel(), p.ds_numel) for i in range(processes + 1))
+        if p.requires_grad:
+            group, start, _ = zero.grad_position[zero.get_param_id(p)]
+            yield p, Place(flats[group], start, p.ds_shape, bounds, True)
+        else:
+            yield p, Place(p.ds_tensor, 0, p.ds_shape, bounds, False)
+
+
+def flat_gradients(zero: Any, of: dict[Tensor, Place], stage: int) -> Iterator[tuple[Tensor, FlatShard]]:
+    """The gradients after the last backward pass of a step, as far as they lie here."""
+    if zero.offload_optimizer if stage == 3 else zero.cpu_offload:
+        yield from ((p, place.gradient()) for p, place in of.items() if place.trained)
+        return
+    groups = zero.fp16_groups if stage == 3 else zero.params_in_partition
+    parts: dict[Tensor, Tensor] = {}
+    for i, parameters in enumerate(groups):
+        parts |= {p: g for p, g in zip(parameters, zero.averaged_gradients[i], strict=False)}
+    for p, place in of.items():
+        if place.trained:
+            part = parts[p].view(-1)[: place.size] if place.size else place.flat.new_empty(0)
+            yield p, FlatShard(part, place.shape, place.bounds)
+
+
+@torch.no_grad()
+def refresh(zero: Any, stage: int) -> None:
+    """Give the parameters that compute the values of the flat float32 ones; a collective."""
+    if stage != 3:
+        zero.update_lp_params()
+        return
+    for group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+    if kept := zero.persistent_parameters:
+        kept[0].all_gather(kept)

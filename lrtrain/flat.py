@@ -1,0 +1,149 @@
+"""Tensors that are cut anywhere: what ZeRO's partitions hold of a parameter, as a DTensor is what FSDP2's shards hold.
+
+A process has a range of the tensor's entries in row-major order. Checkpoints know rectangles alone; such a range of a
+matrix is three at the most: the end of a row, whole rows, the beginning of a row. So it is saved and loaded in the form
+that all engines share, and no process ever holds more than its range.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+aten = torch.ops.aten
+
+
+class FlatShard(Tensor):
+    """A tensor of which each process has a range of entries; all processes share it.
+
+    It has the whole tensor's shape and no arithmetic of its own: see `local`, `whole` and `whole_at` of layers/base.py.
+
+    Args:
+        part: the entries here, 1-D: a view of where they are kept.
+        shape: of the whole tensor.
+        bounds: process i has the entries bounds[i] … bounds[i+1] − 1.
+    """
+
+    part: Tensor
+    bounds: tuple[int, ...]
+
+    @staticmethod
+    def __new__(cls, part: Tensor, shape: Sequence[int], bounds: tuple[int, ...]) -> "FlatShard":
+        made = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=part.dtype, device=part.device)
+        made.part, made.bounds = part.detach(), bounds
+        return made
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"FlatShard({tuple(self.shape)}, {self.part.numel()} entries here)"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> "FlatShard":
+        kwargs = kwargs or {}
+        if func is aten.detach.default:
+            return cls(args[0].part, args[0].shape, args[0].bounds)
+        if func is aten.clone.default:
+            return cls(args[0].part.clone(), args[0].shape, args[0].bounds)
+        if func in (aten.empty_like.default, aten.new_empty.default):  # of the same shape: there are no others
+            options = {key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None}
+            return cls(torch.empty_like(args[0].part, **options), args[0].shape, args[0].bounds)
+        raise NotImplementedError(f"{func} of a FlatShard: use its local part or the whole tensor")
+
+    @property
+    def first(self) -> int:
+        """Which entry of the whole is the first one here."""
+        return self.bounds[dist.get_rank()]
+
+    def to_local(self) -> Tensor:
+        """The entries here (1-D), not a copy."""
+        return self.part
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The entries of a whole tensor that lie here (1-D)."""
+        return whole.reshape(-1)[self.first : self.first + self.part.numel()]
+
+    def full_tensor(self) -> Tensor:
+        """The whole tensor; a collective."""
+        padded = self._padded()
+        found = padded.new_empty(len(padded) * (len(self.bounds) - 1))
+        dist.all_gather_single(found, padded)
+        return self._joined([*found.split(len(padded))])
+
+    def gathered_at(self, owner: int) -> Tensor | None:
+        """The whole tensor on process `owner`, None on the others; a collective."""
+        padded = self._padded()
+        parts = [torch.empty_like(padded) for _ in self.bounds[1:]] if owner == dist.get_rank() else None
+        dist.gather(padded, parts, dst=owner)
+        return None if parts is None else self._joined(parts)
+
+    def _padded(self) -> Tensor:
+        """The part, as long as the longest one."""
+        most = max(end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False))
+        padded = self.part.new_zeros(most)
+        padded[: self.part.numel()] = self.part
+        return padded
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        sizes = (end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False))
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).view(self.shape)
+
+    # --- as torch.distributed.checkpoint wants it --------------------------------------------------------------------
+
+    def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.part)
+        return [
+            WriteItem(
+                MetadataIndex(fqn, chunk.offsets),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        last = self.first + self.part.numel()
+        return [
+            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            for offsets, sizes in rectangles(self.shape, self.first, last)
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        start = self.first
+        for chunk in self.__create_chunk_list__():
+            size = math.prod(chunk.sizes)
+            if chunk.offsets == index.offset:
+                return self.part.narrow(0, start - self.first, size).view(chunk.sizes)
+            start += size
+        raise ValueError(f"{index.fqn} has nothing here at {index.offset}")
+
+
+def rectangles(shape: Sequence[int], first: int, last: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The entries first … last − 1 in row-major order of a tensor of this shape, as (offsets, sizes) in that order."""
+    if first >= last:
+        return
+    if len(shape) <= 1:
+        yield ((first,), (last - first,)) if shape else ((), ())
+        return
+    size = math.prod(shape[1:])
+    begin, end = -(-first // size), last // size  # whole rows
+    if begin > end:  # within a row
+        yield from _in_row(shape, end, first - end * size, last - end * size)
+        return
+    yield from _in_row(shape, begin - 1, first - (begin - 1) * size, size)
+    if begin < end:
+        yield (begin, *(0 for _ in shape[1:])), (end - begin, *shape[1:])
+    yield from _in_row(shape, end, 0, last - end * size)
+
+
+def _in_row(shape: Sequence[int], row: int, first: int, last: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for offsets, sizes in rectangles(shape[1:], first, last):
+        yield (row, *offsets), (1, *sizes)
+
+
+def placed_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have one shape and a process has the same entries of both."""
+    return one.shape == other.shape and getattr(one, "bounds", None) == getattr(other, "bounds", None)

@@ -1,0 +1,97 @@
+"""Bytes that a process receives from the others in one step, by engine and method: a table in markdown.
+
+torchrun --nproc_per_node=2 scripts/wire_bytes.py [--model llama_60m] [--methods dense lowrank sltrain]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from lrtrain import distributed
+from lrtrain.config import choice, compose
+from lrtrain.model import make_model
+
+ENGINES = {
+    "fsdp": ["engine=fsdp"],
+    "fsdp, bf16 sums": ["engine=fsdp", "engine.reduce_dtype=bf16"],
+    "ddp": ["engine=ddp"],
+    "ZeRO-1": ["engine=deepspeed", "engine.zero_stage=1"],
+    "ZeRO-2": ["engine=deepspeed", "engine.zero_stage=2"],
+    "ZeRO-3": ["engine=deepspeed", "engine.zero_stage=3"],
+}
+
+
+class ReceivedBytes(TorchDispatchMode):
+    """Counts what collectives bring to a process, by the least that any algorithm must move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.received += received(func.__name__.partition(".")[0], args)
+        return func(*args, **(kwargs or {}))
+
+
+def received(operator: str, args: tuple) -> int:
+    """Bytes of one collective: of n processes each sends and gets (n − 1)/n of the whole, twice for a sum for all."""
+    share = 1 - 1 / dist.get_world_size()
+    sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, torch.Tensor)) for arg in args[:2]]
+    if "reduce_scatter" in operator:
+        return round(share * sizes[1])
+    if "allreduce" in operator:
+        return round(2 * share * sizes[0])
+    if "allgather" in operator:
+        return round(share * sizes[0])
+    return sizes[0] if dist.get_rank() else 0  # from or to process 0
+
+
+def step_bytes(*overrides: str) -> int:
+    """Of the second step of a run, in which nothing is set up any more; the most of any process."""
+    config = compose("train.dtype=fp32", *overrides)
+    engine = choice(config.engine)(
+        world=WORLD, dtype=torch.float32, compile=False, recompute_every=0, recompute_keep="inputs"
+    )
+    engine.prepare(make_model(config), 0, choice(config.optim))
+    rows = torch.randint(1000, (1, 9), generator=torch.Generator().manual_seed(WORLD.dist_rank))
+    counted = 0
+    for step in range(2):
+        with ReceivedBytes() as wire:
+            engine.begin_step(step, 1e-3, 1.0, "global")
+            loss = engine.forward_backward(rows, 8 * WORLD.size)
+            engine.clip_and_step(loss.item())
+        counted = wire.received
+    return int(distributed.largest(counted)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="llama_60m")
+    parser.add_argument("--methods", nargs="+", default=["dense", "lowrank", "sltrain"])
+    parser.add_argument("--engines", nargs="+", default=[*ENGINES], choices=[*ENGINES])
+    parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration, for all")
+    arguments = parser.parse_args()
+    lines = [f"| MiB a step | {' | '.join(arguments.methods)} |", "| --- |" + " --- |" * len(arguments.methods)]
+    for engine in arguments.engines:
+        found = [
+            step_bytes(f"model={arguments.model}", f"param={method}", *ENGINES[engine], *arguments.overrides)
+            for method in arguments.methods
+        ]
+        lines.append(f"| {engine} | {' | '.join(f'{n / 2**20:.2f}' for n in found)} |")
+    if WORLD.main:
+        print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    WORLD = distributed.start()
+    main()
+    distributed.stop()

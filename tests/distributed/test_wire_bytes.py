@@ -1,0 +1,36 @@
+"""Bytes on the wire against what the engines' algorithms have to move."""
+
+import subprocess
+import sys
+
+import pytest
+from launching import ROOT, SMALL
+
+from lrtrain.config import compose
+from lrtrain.model import make_model, parameter_count
+
+
+def test_a_step_moves_what_the_formulas_say_and_less_with_factors():
+    """Two processes: a gather or a scatter brings each half of the parameters, a sum for both brings them once."""
+    overrides = [*SMALL, "model.vocab_size=1024"]
+    engines, methods = ["fsdp", "ZeRO-1", "ZeRO-2", "ZeRO-3"], ["dense", "lowrank"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = [str(ROOT / "scripts" / "wire_bytes.py"), "--model", "llama_tiny", "--methods", *methods]
+    done = subprocess.run(
+        [*command, *script, "--engines", *engines, "--overrides", *overrides],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    found = {row[0]: [float(value) for value in row[1:]] for row in rows}
+    for i, method in enumerate(methods):
+        model = make_model(compose(*overrides, f"param={method}"))
+        everything = 4 * parameter_count(model) / 2**20
+        head = 4 * parameter_count(model.get_output_embeddings()) / 2**20  # not gathered a second time
+        assert found["fsdp"][i] == pytest.approx(1.5 * everything - head / 2, rel=0.02)
+        assert found["ZeRO-1"][i] == pytest.approx(1.5 * everything, rel=0.02)  # gradients for both, then parameters
+        assert found["ZeRO-2"][i] == pytest.approx(1.5 * everything, rel=0.02)
+        assert found["ZeRO-3"][i] == pytest.approx(everything, rel=0.02)  # so small a model is gathered once
+    assert all(factors < dense for dense, factors in found.values())

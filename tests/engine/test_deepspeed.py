@@ -1,0 +1,77 @@
+"""ZeRO on one process against FSDP2's engine, what a step that is not finite leaves alone, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from launching import SMALL
+
+from lrtrain import distributed
+from lrtrain.config import check, choice, compose
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import local
+from lrtrain.model import make_model
+
+ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
+DEEPSPEED = (*SMALL, "param=lowrank", "engine=deepspeed", "resume=auto")
+
+
+@pytest.fixture
+def world():
+    yield distributed.start()
+    distributed.stop()
+
+
+def engine(world, *overrides: str):
+    config = compose(*DEEPSPEED, *overrides)
+    made = choice(config.engine)(
+        world=world, dtype=torch.float32, compile=False, recompute_every=0, recompute_keep="inputs"
+    )
+    made.prepare(make_model(config), 0, choice(config.optim))
+    return made
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("poison", ["gradient", "loss"])
+def test_a_step_that_is_not_finite_touches_nothing(world, stage: int, poison: str):
+    ours = engine(world, f"engine.zero_stage={stage}")
+
+    def step(loss: float):
+        ours.begin_step(0, 1e-2, 1.0, "global")
+        for half, last in zip(ROWS.split(2), (False, True), strict=True):
+            ours.forward_backward(half, 64, last)
+        if poison == "gradient" and not math.isfinite(loss):
+            loss = 1.0
+            local(ours.shards.get_parameter("model.layers.1.mlp.up_proj.B.weight").grad)[0] = math.nan
+        return ours.clip_and_step(loss)
+
+    def snapshot():
+        return {k: local(v).clone() for part in ours.state_dict().values() for k, v in part.items()}
+
+    first = step(1.0)
+    before = snapshot()
+    assert step(math.inf).skipped
+    after = snapshot()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+    again = step(1.0)
+    assert not again.skipped and again.grad_norm == pytest.approx(first.grad_norm, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (["engine.zero_stage=4"], "engine.zero_stage=4 is not 1, 2 or 3"),
+        (["optim=galore"], "optim=galore works on rows .* use engine=fsdp or engine=ddp, or optim=adamw"),
+        (["optim.in_backward=true", "train.clip=null"], "optim.in_backward=true steps before engine=deepspeed"),
+        (["train.dtype=bf16_sr"], "train.dtype=bf16_sr keeps no float32 parameters"),
+        (["train.dtype=bf16", "engine.zero_stage=1"], "engine.zero_stage=1 keeps .* use engine.zero_stage=2"),
+        (["train.dtype=bf16", "param=sst"], "param=sst has frozen parameters"),
+        (["engine.offload_parameters=true"], "engine.offload_parameters=true is for engine.zero_stage=3, not 2"),
+        (["engine.reduce_dtype=fp8"], "engine.reduce_dtype=fp8 is not one of fp32, bf16"),
+    ],
+)
+def test_what_zero_cannot_do_is_refused_in_a_sentence(overrides: list[str], sentence: str):
+    with pytest.raises(ConfigError, match=sentence):
+        config = compose(*DEEPSPEED, *overrides)
+        config.train.micro_batch_size = config.train.batch_size
+        check(config, 1)
