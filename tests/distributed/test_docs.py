@@ -1,9 +1,10 @@
-"""The commands of the pages on export, evaluation and compression, as they stand there, on tiny runs."""
+"""The commands of the pages on export, evaluation, compression and sweeps, as they stand there, on tiny runs."""
 
 import json
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,8 +36,9 @@ def folder(tmp_path_factory, cache, corpus) -> Path:
 
 
 def commands(page: str) -> list[list[str]]:
-    """The indented command lines of a page."""
-    lines = re.findall(r"^    ((?:python|torchrun) .*)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    """The indented command lines of a page, continued ones as one."""
+    text = re.sub(r"\\\n *", "", (ROOT / "docs" / page).read_text())
+    lines = re.findall(r"^    ((?:python|torchrun) .*)$", text, re.MULTILINE)
     return [shlex.split(line) for line in lines]
 
 
@@ -66,3 +68,31 @@ def test_the_commands_of_a_page_run(folder: Path, corpus: Path, page: str, monke
     if page == "compress.md":
         table = next((folder / "runs" / "llama_tiny-dense" / "compressed").glob("*/compress.md")).read_text()
         assert re.search(r"\| lowrank, outputs \| [\d,]+ \| [\d.]+ \| [\d.]+ \|", table)
+
+
+def test_the_sweeps_of_the_page_are_planned_and_its_comparisons_drawn(
+    folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    """Sweeps are trained in test_sweeps.py; here each line, as it stands, plans all of its jobs."""
+    monkeypatch.chdir(folder)
+    sweep = folder / "runs" / "llama_tiny-sltrain-by-rank"
+    sweep.mkdir()
+    for name, run_dir in {"a": "llama_tiny-dense", "b": "llama_tiny-sltrain"}.items():
+        (folder / "runs" / name).symlink_to(folder / "runs" / run_dir)
+        shutil.copytree(folder / "runs" / run_dir, sweep / name)
+    sweeps = [command for command in commands("sweeps.md") if "launch/pretrain.py" in command]
+    assert len(sweeps) >= 6
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    for command in sweeps:
+        overrides = command[command.index("launch/pretrain.py") + 1 :]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *overrides, "model=llama_tiny", "dry_run=true"])
+        monkeypatch.syspath_prepend(str(ROOT / "launch"))
+        runpy.run_path("launch/pretrain.py", run_name="__main__")
+        values = [override for override in overrides if "," in override and "(" not in override]
+        jobs = max((len(value.split(",")) for value in values), default=1)
+        assert capfd.readouterr().out.count("FLOPs per token") >= jobs, overrides
+    for command in commands("sweeps.md"):
+        if command[1] == "scripts/compare.py":
+            run(command, corpus, monkeypatch)
+    for out in (sweep / "comparison", folder / "comparison"):
+        assert {"tradeoffs.png", "curves.png"} <= {path.name for path in out.iterdir()}

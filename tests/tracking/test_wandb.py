@@ -28,7 +28,7 @@ def quiet_wandb(monkeypatch: pytest.MonkeyPatch):
 
 def open_run(run_dir: Path) -> WandbTracker:
     run_dir.mkdir(exist_ok=True)
-    return WandbTracker(CONFIG, run_dir, "run-id", {"optim": {"lr": 1e-3}})
+    return WandbTracker(CONFIG, run_dir, "run-id", {"optim": {"lr": 1e-3}, "param": {"name": "sltrain"}})
 
 
 def records(folder: Path) -> list[dict]:
@@ -62,7 +62,8 @@ def test_a_run_comes_back_as_it_was_logged(tmp_path: Path):
     assert history(folder, "train/tokens") == [(10, 1000), (20, 2000)]
     (about,) = of_type(folder, "run")
     assert about["run_id"] == "run-id"
-    assert about["tags"] == ["lowrank", "rank-4"] and about["run_group"] == "g"
+    assert about["tags"] == ["lowrank", "rank-4", "sltrain"]
+    assert (about["run_group"], about["job_type"]) == ("g", "sltrain")
     metrics = of_type(folder, "metric")
     assert any(metric.get("glob_name") == "*" and metric["step_metric"] == STEP for metric in metrics)
     assert of_type(folder, "exit")[0]["exit_code"] == 0
