@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
 from launching import ROOT, TINY
 from runs import run_jobs
 
@@ -82,11 +84,12 @@ def test_the_sweeps_of_the_page_are_planned_and_its_comparisons_drawn(
         shutil.copytree(folder / "runs" / run_dir, sweep / name)
     sweeps = [command for command in commands("sweeps.md") if "launch/pretrain.py" in command]
     assert len(sweeps) >= 6
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # which the script sets: not for the tests that follow
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    monkeypatch.delitem(Singleton._instances, Plugins, raising=False)  # an earlier test's Hydra knows no sweeper of ours
     for command in sweeps:
         overrides = command[command.index("launch/pretrain.py") + 1 :]
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *overrides, "model=llama_tiny", "dry_run=true"])
-        monkeypatch.syspath_prepend(str(ROOT / "launch"))
         runpy.run_path("launch/pretrain.py", run_name="__main__")
         values = [override for override in overrides if "," in override and "(" not in override]
         jobs = max((len(value.split(",")) for value in values), default=1)
