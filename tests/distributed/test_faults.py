@@ -11,7 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from crew import crew, train
 from launching import ROOT, command
@@ -135,38 +134,54 @@ def test_a_process_that_lives_but_does_not_come_is_named_with_where_it_is(tmp_pa
     )
 
 
-def spoil_step_3(overrides: list[str], spoiled: int) -> None:
-    """One process's gradient at step 3 is not a number; its loss is."""
+def spoil_step_3(jobs: list[list[str]], spoiled: list[int]) -> None:
+    """In each job one process's gradient at step 3 is not a number; its loss is."""
     forward = Embedding.forward
-    calls = itertools.count(1)
+    for job, culprit in zip(jobs, spoiled, strict=True):
+        calls = itertools.count(1)
 
-    def spoil(self: Embedding, rows: Tensor) -> Tensor:
-        out = forward(self, rows)
-        if os.environ["RANK"] == str(spoiled) and torch.is_grad_enabled() and next(calls) == 3:
-            out.register_hook(lambda gradient: gradient * math.nan)
-        return out
+        def spoil(self: Embedding, rows: Tensor, calls=calls, culprit=culprit) -> Tensor:
+            out = forward(self, rows)
+            if os.environ["RANK"] == str(culprit) and torch.is_grad_enabled() and next(calls) == 3:
+                out.register_hook(lambda gradient: gradient * math.nan)
+            return out
 
-    Embedding.forward = spoil
-    train(overrides)
+        Embedding.forward = spoil
+        train(job)
 
 
-@pytest.mark.parametrize("engine", ["fsdp"])
-def test_a_gradient_that_is_no_number_on_one_process_skips_the_step_on_all(tmp_path: Path, tiny, engine: str):
-    """Wherever it is: the same step is skipped, the same losses follow, and they are those of a single process."""
-    found = {}
-    for processes, spoiled in ((2, 1), (2, 0), (1, 0)):
-        run = tmp_path / f"{processes}-{spoiled}"
-        job = [*tiny, f"engine={engine}", f"run.dir={run}", "train.steps=6", "param.execution=factored"]
-        members = crew(spoil_step_3, ([*job, f"train.micro_batch_size={8 // processes}"], spoiled), tmp_path, processes)
+ENGINES = {
+    "fsdp": ["engine=fsdp"],
+    "ddp": ["engine=ddp"],
+    **{
+        f"zero{stage}": ["engine=deepspeed", f"engine.zero_stage={stage}", "engine.persist_below=0"]
+        for stage in (1, 2, 3)
+    },
+}
+
+
+def test_a_gradient_that_is_no_number_on_one_process_skips_the_step_on_all(tmp_path: Path, tiny):
+    """Under each engine, wherever it is: that step is skipped, and the same losses follow as on a single process."""
+    base = [*tiny, "train.steps=6", "param.execution=factored"]
+    spoiled = [("fsdp-first", "fsdp", 0), *((engine, engine, 1) for engine in ENGINES)]
+    jobs = [
+        [*base, *ENGINES[engine], f"run.dir={tmp_path}/{run}", "train.micro_batch_size=4"] for run, engine, _ in spoiled
+    ]
+    alone = [*base, f"run.dir={tmp_path}/alone", "train.micro_batch_size=8"]
+    for members in (
+        crew(spoil_step_3, ([alone], [0]), tmp_path, 1),
+        crew(spoil_step_3, (jobs, [culprit for *_, culprit in spoiled]), tmp_path),
+    ):
         for member in members:
-            member.join(120)
-        said = (tmp_path / "0.txt").read_text()
-        assert [member.exitcode for member in members] == [0] * processes, said
-        assert said.count("step 3 skipped: its loss or gradient is not finite") == len(found) + 1
-        found[run.name] = losses(run)
-    assert gap(found["2-0"], found["2-1"]) == 0
-    assert gap(found["2-0"], found["1-0"]) < 2e-5
-    assert all(math.isfinite(loss) for loss in found["2-0"].values()) and len(found["2-0"]) == 6
+            member.join(240)
+            assert member.exitcode == 0, (tmp_path / "0.txt").read_text()
+    said = (tmp_path / "0.txt").read_text()
+    assert said.count("step 3 skipped: its loss or gradient is not finite") == 1 + len(jobs)
+    expected = losses(tmp_path / "alone")
+    assert len(expected) == 6 and all(math.isfinite(loss) for loss in expected.values())
+    for engine in ENGINES:
+        assert gap(losses(tmp_path / engine), expected) < 2e-5, engine
+    assert gap(losses(tmp_path / "fsdp-first"), losses(tmp_path / "fsdp")) == 0
 
 
 ELSEWHERE = """
