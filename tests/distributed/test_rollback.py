@@ -12,34 +12,40 @@ from lrtrain.checkpoint import read_meta, whole_checkpoints
 from lrtrain.data.loader import PackedTrain
 from lrtrain.tracking.jsonl import series
 
-BAD = range(120, 128)  # the batch of step 16
-LEFT_OUT = [112, 128]  # and the one before it
+BAD = range(56, 64)  # the batch of step 8
+LEFT_OUT = [48, 64]  # and the one before it
+ENGINES = {
+    "fsdp": [],
+    "zero1": ["engine=deepspeed", "engine.zero_stage=1"],
+    "zero3": ["engine=deepspeed", "engine.zero_stage=3", "engine.persist_below=0"],
+}
 
 
-def on_bad_data(jobs: list[list[str]], bad: range) -> None:
+batch = PackedTrain.batch
+
+
+def spoiled(bad: range):
     """The rows at some positions are all one token that is nowhere else."""
-    batch = PackedTrain.batch
 
-    def with_bad_rows(self, position: int, batch_size: int, *place: int) -> torch.Tensor:
-        rows = batch(self, position, batch_size, *place)
-        return torch.full_like(rows, 1) if position in bad else rows
+    def rows(self: PackedTrain, position: int, *others: int) -> torch.Tensor:
+        found = batch(self, position, *others)
+        return torch.full_like(found, 1) if position in bad else found
 
-    PackedTrain.batch = with_bad_rows
-    for job in jobs:
-        train(job)
+    return rows
 
 
-def on_other_data(jobs: list[list[str]]) -> None:
+def without(self: PackedTrain, position: int, *others: int) -> torch.Tensor:
     """The data has no rows at the positions that are left out."""
-    batch = PackedTrain.batch
+    first, end = LEFT_OUT
+    return batch(self, position if position < first else position + end - first, *others)
 
-    def without(self, position: int, *others: int) -> torch.Tensor:
-        first, end = LEFT_OUT
-        return batch(self, position if position < first else position + end - first, *others)
 
-    PackedTrain.batch = without
-    for job in jobs:
-        train(job)
+def on_data(bad: range, spiked: list[list[str]], never: list[list[str]]) -> None:
+    """Train on data with bad rows, and on data that lacks these."""
+    for rows, jobs in ((spoiled(bad), spiked), (without, never)):
+        PackedTrain.batch = rows
+        for job in jobs:
+            train(job)
 
 
 @pytest.fixture
@@ -52,47 +58,43 @@ def base(tiny: list[str]) -> list[str]:
         "train.micro_batch_size=4",
         "checkpoint.every=3",
         "checkpoint.keep=4",
-        "rollback.spike=4",
-        "rollback.window=6",
+        "rollback.spike=2",
+        "rollback.window=5",
         "rollback.skip=2",
     ]
 
 
 def test_a_run_that_left_out_a_spike_is_one_that_never_saw_those_batches(tmp_path: Path, base: list[str]):
-    """Also when it stops and goes on after the rollback: what is left out is in the checkpoint."""
-    halves = [[*base, f"run.dir={tmp_path}/halves", "resume=auto", f"train.steps={steps}"] for steps in (18, 20)]
-    spiked = [*base, f"run.dir={tmp_path}/spiked", "train.steps=20"]
-    (tmp_path / "other").mkdir()
-    teams = [
-        crew(on_bad_data, ([spiked, *halves], BAD), tmp_path),
-        crew(on_other_data, ([[*base, f"run.dir={tmp_path}/never", "train.steps=20"]],), tmp_path / "other"),
-    ]
-    for member in [*teams[0], *teams[1]]:
+    """Under each engine; also when it stops and goes on after the rollback: what is left out is in the checkpoint."""
+    spiked = [[*base, *ENGINES[engine], f"run.dir={tmp_path}/{engine}", "train.steps=11"] for engine in ENGINES]
+    halves = [[*base, f"run.dir={tmp_path}/halves", "resume=auto", f"train.steps={steps}"] for steps in (9, 11)]
+    never = [[*base, *ENGINES[engine], f"run.dir={tmp_path}/never-{engine}", "train.steps=11"] for engine in ENGINES]
+    for member in crew(on_data, (BAD, [*spiked, *halves], never), tmp_path):
         member.join(240)
         assert member.exitcode == 0, (tmp_path / "0.txt").read_text()
     said = (tmp_path / "0.txt").read_text()
-    assert said.count("going back to") == 2
-    assert f"going back to {tmp_path}/spiked/checkpoints/step-00000012 and on without the sequences 112 … 127" in said
-    never = losses(tmp_path / "never")
-    assert len(never) == 20 and losses(tmp_path / "spiked") == losses(tmp_path / "halves") == never
-    for run in ("spiked", "halves"):
+    assert said.count("going back to") == len(ENGINES) + 1
+    assert f"going back to {tmp_path}/fsdp/checkpoints/step-00000006 and on without the sequences 48 … 63" in said
+    for run, engine in (*((engine, engine) for engine in ENGINES), ("halves", "fsdp")):
+        expected = losses(tmp_path / f"never-{engine}")
+        assert len(expected) == 11 and losses(tmp_path / run) == expected, run
         progress = read_meta(whole_checkpoints(tmp_path / run / "checkpoints")[-1])["progress"]
-        assert progress["left_out"] == [LEFT_OUT] and progress["position"] == 20 * 8 + 16
+        assert progress["left_out"] == [LEFT_OUT] and progress["position"] == 11 * 8 + 16
         assert series(tmp_path / run / "metrics.jsonl", "train/rollbacks")[1].tolist() == [1]
 
 
 def test_rollbacks_are_bounded_and_without_a_checkpoint_there_is_none(tmp_path: Path, base: list[str]):
-    job = [*base, "train.steps=40", "train.micro_batch_size=8", "rollback.most=2"]
-    (alone,) = crew(on_bad_data, ([[*job, f"run.dir={tmp_path}/bounded"]], range(120, 10**6)), tmp_path, 1)
+    job = [*base, "train.steps=12", "train.micro_batch_size=8", "rollback.most=2"]
+    (alone,) = crew(on_data, (range(56, 10**6), [[*job, f"run.dir={tmp_path}/bounded"]], []), tmp_path, 1)
     alone.join(300)
     said = (tmp_path / "0.txt").read_text()
     assert alone.exitcode == 1 and said.count("going back to") == 2
     assert (
-        "Diverged: step 15: the loss" in said and "after rollback.most=2 rollbacks; the last good checkpoint is" in said
+        "Diverged: step 7: the loss" in said and "after rollback.most=2 rollbacks; the last good checkpoint is" in said
     )
 
-    job += ["checkpoint.every=0", "train.steps=18", f"run.dir={tmp_path}/no"]
-    (alone,) = crew(on_bad_data, ([job], BAD), tmp_path, 1)
+    job += ["checkpoint.every=0", "train.steps=10", f"run.dir={tmp_path}/no"]
+    (alone,) = crew(on_data, (BAD, [job], []), tmp_path, 1)
     alone.join(300)
     assert alone.exitcode == 0
     assert "there is no checkpoint from before it to go back to" in (tmp_path / "0.txt").read_text()
