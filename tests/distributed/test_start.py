@@ -49,6 +49,11 @@ FULL = {
     "full-nested": ["param=nested", "param.rank=1.0"],
     "full-dlr": ["param=dlr", "param.rank=1.0", "param.activation=none"],
 }
+ZERO = {
+    "lowrank-outputs": ["engine=deepspeed", "engine.zero_stage=3", "engine.persist_below=0"],
+    "sltrain-chosen": ["engine=deepspeed", "engine.zero_stage=1"],
+    "sst": ["engine=deepspeed", "engine.zero_stage=3"],
+}
 IDS = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -61,18 +66,19 @@ def folder(tmp_path_factory, cache, corpus) -> Path:
     dense = [[*base, "param=dense", "param.rank=null", "train.steps=12", f"run.dir={folder}/origin"]]
     dense += [[*opt, "param=dense", "param.rank=null", f"run.dir={folder}/origin-opt"]]
 
-    def jobs(where: str) -> list[list[str]]:
+    def jobs(where: str, starts: dict[str, list[str]]) -> list[list[str]]:
         found = []
-        for name, change in STARTS.items():
+        for name, change in starts.items():
             origin = "origin-opt" if name.startswith("opt") else "origin"
             mine = [*(opt if name.startswith("opt") else base), f"init_from={folder}/{origin}", *change]
             found.append([*mine, f"run.dir={folder}/{where}-{name}"])
         return found
 
+    zero = {name: [*STARTS[name], *engine] for name, engine in ZERO.items()}
     start = [*base, f"init_from={folder}/origin", "train.steps=0"]
     whole = [[*start, *change, f"run.dir={folder}/{name}"] for name, change in FULL.items()]
-    run_jobs(dense + jobs("one") + whole, 1, folder)
-    run_jobs(jobs("two"), 2, folder)
+    run_jobs(dense + jobs("one", STARTS) + whole, 1, folder)
+    run_jobs(jobs("two", STARTS) + jobs("zero", zero), 2, folder)
     return folder
 
 
@@ -92,6 +98,14 @@ def test_it_is_the_same_start_on_two_processes(folder: Path, name: str):
     (start, _), (other, _) = eval_losses(one), eval_losses(two)
     assert start == pytest.approx(other, abs=1e-4)
     assert RunWeights(one).meta["ranks"] == RunWeights(two).meta["ranks"]
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_it_is_the_same_start_under_zero(folder: Path, name: str):
+    one, zero = folder / f"one-{name}", folder / f"zero-{name}"
+    assert gap(losses(one), losses(zero)) < 1e-4
+    assert eval_losses(zero)[0] == pytest.approx(eval_losses(one)[0], abs=1e-4)
+    assert RunWeights(one).meta["ranks"] == RunWeights(zero).meta["ranks"]
 
 
 @pytest.mark.parametrize("name", FULL)
