@@ -2,6 +2,7 @@
 
 import resource
 import time
+from functools import cache
 
 import torch
 
@@ -15,6 +16,7 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+@cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of this process's best square matrix product: measured, so that no table of devices can be wrong.
 
