@@ -40,6 +40,12 @@ def _named(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name)) if folder.is_dir() else []
 
 
+def last_good(folder: Path) -> str:
+    """What a run that failed can go on from, in words."""
+    kept = whole_checkpoints(folder)
+    return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+
+
 def newest_sound(folder: Path) -> Path | None:
     """The newest checkpoint in a `checkpoints` folder that is as it was written; None if there is none.
 

@@ -5,14 +5,18 @@ spike, so a restart that leaves them out is a run that goes on, and not one that
 """
 
 import statistics
+import sys
 from pathlib import Path
 
-from lrtrain.checkpoint import newest_sound, read_meta, remove, whole_checkpoints
-from lrtrain.config import RollbackConfig
+from lrtrain.checkpoint import Checkpointer, last_good, newest_sound, read_meta, remove, whole_checkpoints
+from lrtrain.config import Config, RollbackConfig
+from lrtrain.distributed import World, on_main
 from lrtrain.errors import RunFailed
+from lrtrain.progress import Progress, Window
 
-Window = list[int]
-"""[first, end): positions of sequences in the order of the data."""
+
+class Diverged(RunFailed):
+    """The loss or gradient was not finite for too many steps in a row, or spiked too often."""
 
 
 class Spike(RunFailed):
@@ -21,6 +25,52 @@ class Spike(RunFailed):
     def __init__(self, sentence: str, left_out: list[Window]):
         super().__init__(sentence)
         self.left_out = left_out
+
+
+def watch(
+    loss: float, skipped: bool, progress: Progress, config: Config, checkpointer: Checkpointer, world: World
+) -> None:
+    """Go back if the step just done was a spike, or one too many that was skipped. A collective.
+
+    Raises:
+        Spike: for `train` to go on from an earlier checkpoint.
+        Diverged: after `train.max_skipped` steps in a row without a finite loss and gradient, or a spike after
+            `rollback.most` rollbacks.
+    """
+    rollback, most = config.rollback, config.train.max_skipped
+    if not skipped:
+        reason = spike_of(loss, progress.recent, rollback)
+        if reason:
+            _roll_back(reason, rollback.skip, progress, config, checkpointer, world)
+        progress.recent = [*progress.recent, loss][-rollback.window :]
+    elif progress.skipped_in_a_row >= most:
+        reason = f"the loss or gradient was not finite for train.max_skipped={most} steps in a row"
+        if rollback.spike is not None:
+            _roll_back(reason, max(rollback.skip, most), progress, config, checkpointer, world)
+        checkpointer.wait()
+        raise Diverged(f"{reason}; {last_good(checkpointer.folder)}")
+
+
+def _roll_back(
+    reason: str, batches: int, progress: Progress, config: Config, checkpointer: Checkpointer, world: World
+) -> None:
+    """Raise Spike to leave out the last so many batches; return if there is no checkpoint from before them."""
+    folder, most = checkpointer.folder, config.rollback.most
+    first = max(0, progress.position - batches * config.train.batch_size)
+    checkpointer.wait()
+    checkpoint = on_main(lambda: checkpoint_before(folder, first))
+    if len(progress.left_out) >= most:
+        raise Diverged(f"step {progress.step}: {reason}, after rollback.most={most} rollbacks; {last_good(folder)}")
+    back = on_main(lambda: take_back(folder, checkpoint)) if checkpoint else None
+    told = f"step {progress.step}: {reason}; " + (
+        f"going back to {back} and on without the sequences {first} … {progress.position - 1}"
+        if back
+        else "there is no checkpoint from before it to go back to"
+    )
+    if world.main:
+        print(told, file=sys.stderr, flush=True)
+    if back:
+        raise Spike(told, [*progress.left_out, [first, progress.position]])
 
 
 def spike_of(loss: float, recent: list[float], config: RollbackConfig) -> str | None:

@@ -6,11 +6,11 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,19 +21,18 @@ from filelock import FileLock
 from transformers import PreTrainedModel
 
 from lrtrain import data, distributed
-from lrtrain.checkpoint import Checkpointer, read_meta, whole_checkpoints, write_durably
+from lrtrain.checkpoint import Checkpointer, last_good, read_meta, write_durably
 from lrtrain.config import Config, as_dict, choice, compute_dtype, fingerprint
 from lrtrain.distributed import World, agree, largest, on_all, on_main, total
 from lrtrain.engine.base import Engine, StepResult
 from lrtrain.errors import ConfigError, RunFailed
 from lrtrain.evaluate import Evaluation, evaluate, perplexity, spread
 from lrtrain.heartbeat import Heartbeat
-from lrtrain.initialize import generator_for, initial_layer, integer_seed
+from lrtrain.initialize import generator_for, integer_seed
 from lrtrain.model import (
     dense_parameter_count,
     factorized_layers,
     make_model,
-    matrices,
     mean_rank,
     parameter_count,
     settle,
@@ -42,23 +41,12 @@ from lrtrain.model import (
     training_flops,
 )
 from lrtrain.profiling import profiled, snapshot_when_out_of_memory
+from lrtrain.progress import Progress, Window
 from lrtrain.report import print_ledger, summary_rows
 from lrtrain.resize import wanted_ranks
-from lrtrain.rollback import Spike, Window, beyond, checkpoint_before, spike_of, take_back
+from lrtrain.rollback import Spike, beyond, watch
 from lrtrain.rundir import check_compatible, checkpoint_to_resume, claim, hold, known_run
-from lrtrain.spectra.gradients import GradientSpectra
-from lrtrain.spectra.hidden import hidden_metrics, top_states, whole_states
-from lrtrain.spectra.movement import Movement
-from lrtrain.spectra.weights import (
-    LinearLayer,
-    matching,
-    part_metrics,
-    spectra_metrics,
-    tail_metrics,
-    too_large,
-    weight_estimates,
-    weight_spectra,
-)
+from lrtrain.spectra.monitor import Monitor
 from lrtrain.start import Start
 from lrtrain.stop import StopRequest
 from lrtrain.throughput import Meter, matmul_peak, peak_memory_gib
@@ -67,10 +55,6 @@ from lrtrain.tracking.console import print_summary
 from lrtrain.truncation import Truncation, evaluate_truncated, truncation_rows
 
 T = TypeVar("T")
-
-
-class Diverged(RunFailed):
-    """The loss or gradient was not finite for too many steps in a row."""
 
 
 def pretrain(config: Config) -> None:
@@ -104,27 +88,6 @@ def train(config: Config, world: World, stop: StopRequest) -> dict[str, Any]:
         except Spike as spike:
             left_out, config = spike.left_out, dataclasses.replace(config, resume="auto")
         gc.collect()  # the model that spiked, before there is another
-
-
-@dataclass
-class Progress:
-    """Where a run stands: all that is needed to go on besides model, optimizer and the data source's own state."""
-
-    step: int = 0
-    """Optimizer steps completed, skipped ones included."""
-    position: int = 0
-    """Sequences consumed: the next step takes position … position + batch_size − 1 of the data's order."""
-    tokens: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
-    """Time spent in steps, evaluation, spectra and checkpoints aside."""
-    spectra_seconds: float = 0.0
-    """Time spent in measuring spectra."""
-    recent: list[float] = field(default_factory=list)
-    """The last losses that were no spikes, for `rollback`."""
-    left_out: list[Window] = field(default_factory=list)
-    """What rollbacks have left out of the data."""
 
 
 class Trainer:
@@ -195,11 +158,7 @@ class Trainer:
 
         self.schedule = choice(config.schedule)
         self.meter = Meter(matmul_peak(world.device, dtype), self.flops, world.size)
-        self.directions = top_states(self.engine.model, world) if config.spectra.hidden_by == "top" else []
-        self.gradients = GradientSpectra()
-        unchanged = cache(lambda: make_model(config))  # on meta, and only if updates are measured
-        drawn = None if config.init_from else lambda name: initial_layer(unchanged(), name, config.train.seed)
-        self.movement = Movement(drawn)
+        self.monitor = Monitor(config, self.engine, self.data, world)
         self.read_seconds = 0.0
         ours = checkpoint and config.resume == "auto"  # another run's checkpoint does not save this one
         self.saved_at = (self.progress.step if ours else -1, time.monotonic())
@@ -246,7 +205,9 @@ class Trainer:
         at = f"at step {self.progress.step} of {self.config.train.steps}"
         if not self.checkpointer.saved:
             ended = f"stopped by {stopped}" if stopped else "ended"
-            raise RunFailed(f"{ended} {at}, but its checkpoint could not be saved; {self._last_good()}")
+            raise RunFailed(
+                f"{ended} {at}, but its checkpoint could not be saved; {last_good(self.checkpointer.folder)}"
+            )
         if self.world.main and stopped:
             print(
                 f"stopped by {stopped} {at}; the checkpoint is saved: go on with the same command and resume=auto",
@@ -258,10 +219,6 @@ class Trainer:
         """What is to be left behind if a GPU's memory runs out, where that was asked for."""
         folder = self.run_dir / "profile" / f"process-{self.world.dist_rank}"
         return nullcontext() if self.config.train.profile is None else snapshot_when_out_of_memory(folder)
-
-    def _last_good(self) -> str:
-        kept = whole_checkpoints(self.checkpointer.folder)
-        return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
 
     def _train(self) -> bool:
         """The steps; whether no signal ended them."""
@@ -370,7 +327,7 @@ class Trainer:
                 {"train/loss": loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
                 | self.engine.optimizer.metrics()
             )
-        self._watch(loss, result)
+        watch(loss, result.skipped, progress, config, self.checkpointer, self.world)
 
     def _resize(self) -> None:
         """Go on with smaller tensors where layers want smaller ranks now."""
@@ -402,47 +359,6 @@ class Trainer:
             print(f"step {progress.step} skipped: its loss or gradient is not finite", file=sys.stderr, flush=True)
         self.tracker.log(progress.step, progress.tokens, {"train/skipped": progress.skipped})
 
-    def _watch(self, loss: float, result: StepResult) -> None:
-        """Go back if the step just done was a spike, or one too many that was skipped."""
-        progress, rollback, most = self.progress, self.config.rollback, self.config.train.max_skipped
-        if not result.skipped:
-            reason = spike_of(loss, progress.recent, rollback)
-            if reason is None or not self._roll_back(reason, rollback.skip):
-                progress.recent = [*progress.recent, loss][-rollback.window :]
-        elif progress.skipped_in_a_row >= most:
-            reason = f"the loss or gradient was not finite for train.max_skipped={most} steps in a row"
-            if rollback.spike is None or not self._roll_back(reason, max(rollback.skip, most)):
-                self.checkpointer.wait()
-                raise Diverged(f"{reason}; {self._last_good()}")
-
-    def _roll_back(self, reason: str, batches: int) -> bool:
-        """Go back to a checkpoint from before the last so many batches, to leave them out; False if there is none.
-
-        Raises:
-            Spike: for `train` to go on from there.
-            Diverged: if that was done `rollback.most` times before.
-        """
-        progress, folder = self.progress, self.checkpointer.folder
-        first = max(0, progress.position - batches * self.config.train.batch_size)
-        self.checkpointer.wait()
-        checkpoint = on_main(lambda: checkpoint_before(folder, first))
-        if len(progress.left_out) >= self.config.rollback.most:
-            raise Diverged(
-                f"step {progress.step}: {reason}, after rollback.most={self.config.rollback.most} rollbacks; "
-                f"{self._last_good()}"
-            )
-        back = on_main(lambda: take_back(folder, checkpoint)) if checkpoint else None
-        told = f"step {progress.step}: {reason}; " + (
-            f"going back to {back} and on without the sequences {first} … {progress.position - 1}"
-            if back
-            else "there is no checkpoint from before it to go back to"
-        )
-        if self.world.main:
-            print(told, file=sys.stderr, flush=True)
-        if back is None:
-            return False
-        raise Spike(told, [*progress.left_out, [first, progress.position]])
-
     def _overdue(self) -> bool:
         """Whether the main process's clock says that a checkpoint is due; the others follow it."""
         return self.world.main and time.monotonic() - self.saved_at[1] > 60 * self.config.checkpoint.minutes
@@ -450,11 +366,6 @@ class Trainer:
     def _stop_requested(self) -> bool:
         """Whether any process got a signal: a collective, so that all stop at the same place."""
         return total(self.stop.signal is not None)[0] > 0
-
-    @property
-    def matrices(self) -> Mapping[str, LinearLayer]:
-        """The layers that spectra are measured of, with the parameters that the optimizer steps."""
-        return matrices(self.engine.shards, self.config.param["pattern"])
 
     # --- looking at the model ------------------------------------------------------------------------------------
 
@@ -489,22 +400,11 @@ class Trainer:
         return found
 
     def _measure_spectra(self) -> dict[str, float]:
-        """The spectra of all matrices, logged; returns their metrics. A run too short for its cadence has none."""
-        if not 0 < self.config.spectra.every <= self.config.train.steps:
+        """The spectra of all matrices, logged; returns their metrics."""
+        if not self.monitor.active:
             return {}
         started = time.perf_counter()
-        chosen = self.config.spectra
-        large = too_large(self.matrices, chosen.exact_up_to)
-        spectra = weight_spectra({name: layer for name, layer in self.matrices.items() if name not in large})
-        shares, parts = part_metrics(matching(self.matrices, chosen.parts))
-        metrics = spectra_metrics(spectra, weight_estimates(large)) | shares
-        metrics |= tail_metrics(matching(self.matrices, chosen.tails), spectra)
-        if rows := spread(len(self.data.validation), self.config.spectra.hidden):
-            states = self.data.validation.rows(rows)
-            model, world = self.engine.model, self.world
-            kept = self.directions if chosen.hidden_by == "top" else whole_states(model, world)
-            metrics |= hidden_metrics(model, states, self.config.train.micro_batch_size, world, kept)
-        metrics |= self.movement.measure(matching(self.matrices, self.config.spectra.updates))
+        metrics, arrays = self.monitor.measure()
         seconds = time.perf_counter() - started
         progress = self.progress
         progress.spectra_seconds += seconds
@@ -513,18 +413,17 @@ class Trainer:
             everything = progress.seconds + progress.spectra_seconds
             metrics["perf/spectra_pct"] = 100 * progress.spectra_seconds / everything
         self.tracker.log(self.progress.step, self.progress.tokens, metrics)
-        if arrays := spectra | parts:
+        if arrays:
             self.tracker.log_spectra(self.progress.step, {name: values.numpy() for name, values in arrays.items()})
         return metrics
 
     def _measure_gradients(self) -> tuple[dict[str, float], float]:
         """The metrics of the gradients of the step under way, if due, and the seconds that they took."""
-        spectra, step, last = self.config.spectra, self.progress.step + 1, self.config.train.steps
-        layers = matching(self.matrices, spectra.gradients)
-        if not layers or not 0 < spectra.every <= last or not (step in (1, last) or due(spectra.every, step)):
+        layers = self.monitor.gradients_due(self.progress.step + 1)
+        if not layers:
             return {}, 0.0
         started = time.perf_counter()
-        metrics = self.gradients.measure(layers)
+        metrics = self.monitor.gradients.measure(layers)
         seconds = time.perf_counter() - started
         self.progress.spectra_seconds += seconds
         return metrics, seconds

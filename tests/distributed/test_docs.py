@@ -86,9 +86,7 @@ def test_the_sweeps_of_the_page_are_planned_and_its_comparisons_drawn(
     assert len(sweeps) >= 6
     monkeypatch.setenv("HYDRA_FULL_ERROR", "")  # which the script sets: not for the tests that follow
     monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    monkeypatch.delitem(
-        Singleton._instances, Plugins, raising=False
-    )  # an earlier test's Hydra knows no sweeper of ours
+    monkeypatch.delitem(Singleton._instances, Plugins, raising=False)  # a Hydra that knows no sweeper of ours
     for command in sweeps:
         overrides = command[command.index("launch/pretrain.py") + 1 :]
         monkeypatch.setattr(sys, "argv", ["pretrain.py", *overrides, "model=llama_tiny", "dry_run=true"])

@@ -1,0 +1,71 @@
+"""What a run measures of its model's spectra, as `conf/spectra` has it, and at which steps."""
+
+from collections.abc import Mapping
+from functools import cache
+
+from torch import Tensor, nn
+
+from lrtrain.config import Config
+from lrtrain.data import Data
+from lrtrain.distributed import World
+from lrtrain.engine.base import Engine
+from lrtrain.evaluate import spread
+from lrtrain.initialize import initial_layer
+from lrtrain.model import make_model, matrices
+from lrtrain.spectra.gradients import GradientSpectra
+from lrtrain.spectra.hidden import hidden_metrics, top_states, whole_states
+from lrtrain.spectra.movement import Movement
+from lrtrain.spectra.weights import (
+    LinearLayer,
+    matching,
+    part_metrics,
+    spectra_metrics,
+    tail_metrics,
+    too_large,
+    weight_estimates,
+    weight_spectra,
+)
+
+
+class Monitor:
+    """Measures the model that an engine trains; what it keeps from one measurement to the next is in no checkpoint."""
+
+    def __init__(self, config: Config, engine: Engine, data: Data, world: World):
+        self.config, self.engine, self.data, self.world = config, engine, data, world
+        self.chosen = config.spectra
+        self.active = 0 < self.chosen.every <= config.train.steps  # a run too short for its cadence has no spectra
+        self.directions = top_states(engine.model, world) if self.chosen.hidden_by == "top" else []
+        self.gradients = GradientSpectra()
+        unchanged = cache(lambda: make_model(config))  # on meta, and only if updates are measured
+        drawn = None if config.init_from else lambda name: initial_layer(unchanged(), name, config.train.seed)
+        self.movement = Movement(drawn)
+
+    @property
+    def matrices(self) -> Mapping[str, LinearLayer]:
+        """The layers that are measured, with the parameters that the optimizer steps."""
+        return matrices(self.engine.shards, self.config.param["pattern"])
+
+    def measure(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Metrics of weights, hidden states and updates; singular values by the layer's name. A collective."""
+        layers, chosen = self.matrices, self.chosen
+        large = too_large(layers, chosen.exact_up_to)
+        spectra = weight_spectra({name: layer for name, layer in layers.items() if name not in large})
+        shares, parts = part_metrics(matching(layers, chosen.parts))
+        metrics = spectra_metrics(spectra, weight_estimates(large)) | shares
+        metrics |= tail_metrics(matching(layers, chosen.tails), spectra)
+        metrics |= self._hidden()
+        metrics |= self.movement.measure(matching(layers, chosen.updates))
+        return metrics, spectra | parts
+
+    def _hidden(self) -> dict[str, float]:
+        rows = spread(len(self.data.validation), self.chosen.hidden)
+        if not rows:
+            return {}
+        states, model = self.data.validation.rows(rows), self.engine.model
+        kept = self.directions if self.chosen.hidden_by == "top" else whole_states(model, self.world)
+        return hidden_metrics(model, states, self.config.train.micro_batch_size, self.world, kept)
+
+    def gradients_due(self, step: int) -> Mapping[str, nn.Module]:
+        """The layers whose gradients are measured in this step: with the spectra, and in the first and the last."""
+        at = step in (1, self.config.train.steps) or step % self.chosen.every == 0 if self.active else False
+        return matching(self.matrices, self.chosen.gradients) if at else {}
