@@ -13,11 +13,9 @@ import argparse
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +28,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lrtrain.comparison import (
+from lrtrain.compare_methods import (
     COLUMNS,
     Study,
     Trial,
@@ -44,6 +42,7 @@ from lrtrain.comparison import (
     runs_ahead,
     table_rows,
 )
+from lrtrain.sweeps.processes import PRETRAIN, Running, failure_file, reason, run_parallel, start
 
 
 def main() -> None:
@@ -92,43 +91,22 @@ def read_study(args: argparse.Namespace) -> Study:
 # Running -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Running:
-    process: subprocess.Popen
-    core: int
-    started: float
-
-
 def run(study: Study, parallel: int) -> dict[str, str]:
     """Run whatever the study lacks, `parallel` runs at a time; the arms that could not be run, and why."""
     claim(study)
-    cores = sorted(os.sched_getaffinity(0))
-    free = [cores[i % len(cores)] for i in range(parallel)]
-    running: dict[Trial, Running] = {}
     failed: dict[str, str] = {}
     seconds: list[float] = []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        while True:
-            waiting = [trial for trial in lacking(study) if trial not in running and trial.arm not in failed]
-            for trial in waiting[: len(free)]:
-                core = free.pop()
-                running[trial] = Running(start(study, trial, core), core, time.monotonic())
-            if not running:
-                return failed
-            trial, ended = next_to_end(running)
-            free.append(ended.core)
-            if why := conclude(study, trial, ended.process.returncode):
-                failed[trial.arm] = why
-            seconds.append(time.monotonic() - ended.started)
-            print_progress(study, trial, seconds, parallel, failed)
-    except KeyboardInterrupt:
+
+    def ended(trial: Trial, one: Running) -> None:
+        if why := conclude(study, trial, one.process.returncode):
+            failed[trial.arm] = why
+        seconds.append(time.monotonic() - one.started)
+        print_progress(study, trial, seconds, parallel, failed)
+
+    waiting = lambda: [trial for trial in lacking(study) if trial.arm not in failed]  # noqa: E731
+    if not run_parallel(parallel, waiting, partial(begin, study), ended):
         sys.exit("stopped; the same command goes on")
-    finally:
-        for one in running.values():
-            one.process.terminate()  # each saves a checkpoint
-        for one in running.values():
-            one.process.wait()
+    return failed
 
 
 def claim(study: Study) -> None:
@@ -151,46 +129,27 @@ def lacking(study: Study) -> list[Trial]:
     return [trial for arm in study.arms for trial in left_to_run(arm, read_results(study, arm), study)]
 
 
-def start(study: Study, trial: Trial, core: int) -> subprocess.Popen:
-    """Begin a run, or go on with it, as a process with one thread on `core`."""
+def begin(study: Study, trial: Trial, slot: int) -> Running:
+    """Begin a run, or go on with it, on one core."""
     command = [
-        sys.executable,
-        str(ROOT / "launch" / "pretrain.py"),
+        *(sys.executable, str(PRETRAIN)),
         *("tracking=none", "checkpoint.every=0", "checkpoint.minutes=5", "checkpoint.keep=1"),
         *study.common,
         *study.arms[trial.arm],
         *(f"optim.lr={trial.lr}", f"train.seed={trial.seed}", "resume=auto"),
         *(f"run.name={trial.name}", f"run.dir={study.folder / trial.name}"),
     ]
-    with log_file(study, trial).open("w") as log:
-        return subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            preexec_fn=partial(os.sched_setaffinity, 0, {core}),
-            start_new_session=True,  # Ctrl-C reaches it through `run`, once
-        )
-
-
-def next_to_end(running: dict[Trial, Running]) -> tuple[Trial, Running]:
-    """Wait until a run ends, and take it out of those that are running."""
-    while True:
-        for trial, one in running.items():
-            if one.process.poll() is not None:
-                return trial, running.pop(trial)
-        time.sleep(0.1)
+    cores = sorted(os.sched_getaffinity(0))
+    return start(command, log_file(study, trial), slot, [cores[slot % len(cores)]])
 
 
 def conclude(study: Study, trial: Trial, code: int) -> str | None:
     """Note how a run ended; why its arm cannot be run, if so."""
     run_dir, log = study.folder / trial.name, log_file(study, trial)
-    last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
-    if code == 1 and "train.max_skipped" in last:
-        diverged_file(run_dir).write_text(last + "\n")
+    if code and "train.max_skipped" in (why := reason(failure_file(log), log)):
+        diverged_file(run_dir).write_text(why + "\n")
     elif (trial.lr, trial.seed) not in read_results(study, trial.arm):
-        return f"{last} (exit code {code}, {log})"
+        return f"{reason(failure_file(log), log)} (exit code {code}, {log})"
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     return None
 

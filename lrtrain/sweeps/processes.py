@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,20 +30,54 @@ class Running:
     started: float
 
 
-def start(command: Sequence[str], log: Path, slot: int, cores: Sequence[int], environment: dict[str, str]) -> Running:
-    """Begin a command on some of the cores, with its output in `log`."""
+def start(command: Sequence[str], log: Path, slot: int, cores: Sequence[int], **environment: str) -> Running:
+    """Begin a command on some of the cores, with its output in `log`, and what it fails with beside it."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    failure_file(log).unlink(missing_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(
             command,
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=os.environ | environment,
+            env=os.environ | own_environment(failure_file(log)) | environment,
             preexec_fn=partial(os.sched_setaffinity, 0, cores),
-            start_new_session=True,  # Ctrl-C reaches it through `end_all`, once
+            start_new_session=True,  # Ctrl-C reaches it through `run_parallel`, once
         )
     return Running(process, slot, time.monotonic())
+
+
+def run_parallel(
+    parallel: int,
+    waiting: Callable[[], Iterable[K]],
+    begin: Callable[[K, int], Running],
+    ended: Callable[[K, Running], None],
+) -> bool:
+    """Keep `parallel` processes running until nothing is left; whether it came to that.
+
+    SIGTERM or Ctrl-C lets those that run save a checkpoint, and ends it.
+
+    Args:
+        waiting: what can be run now; asked anew whenever a process has ended.
+        begin: starts one in a slot (0 … parallel − 1) that no other has.
+        ended: told of each that has ended by itself.
+    """
+    free, running = [*range(parallel)], {}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while True:
+            for key in [key for key in waiting() if key not in running][: len(free)]:
+                running[key] = begin(key, free.pop(0))
+            if not running:
+                return True
+            key, one = next_to_end(running)
+            free.append(one.slot)
+            ended(key, one)
+    except KeyboardInterrupt:
+        return False
+    finally:
+        end_all(running.values())
+        signal.signal(signal.SIGTERM, before)
 
 
 def next_to_end(running: dict[K, Running]) -> tuple[K, Running]:
@@ -55,11 +89,11 @@ def next_to_end(running: dict[K, Running]) -> tuple[K, Running]:
         time.sleep(0.1)
 
 
-def end_all(running: dict[K, Running]) -> None:
+def end_all(running: Iterable[Running]) -> None:
     """Let each save a checkpoint and end."""
-    for one in running.values():
+    for one in running:
         one.process.terminate()
-    for one in running.values():
+    for one in running:
         one.process.wait()
 
 
@@ -74,6 +108,11 @@ def own_environment(failure: Path) -> dict[str, str]:
     return {FAILURE: str(failure), "HYDRA_FULL_ERROR": ""}  # which this process has set for itself
 
 
+def failure_file(log: Path) -> Path:
+    """Where a process with this log leaves the sentence that it fails with."""
+    return log.with_suffix(".failure")
+
+
 class Torchruns:
     """Runs each job as its own torchrun of `nproc` processes, `parallel` of them at a time."""
 
@@ -84,50 +123,40 @@ class Torchruns:
 
     def run(self, jobs: list[Job], tell: Tell) -> list[Outcome]:
         """Every job; SIGTERM or Ctrl-C lets those that run save, and ends the sweep."""
-        free, waiting, running = [*range(self.parallel)], [*jobs], {}
+        named, started = {job.name: job for job in jobs}, []
         outcomes: dict[str, Outcome] = {}
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            while waiting or running:
-                while waiting and free:
-                    job, slot = waiting.pop(0), free.pop(0)
-                    tell.starts(job)
-                    running[job.name] = self._start(job, slot)
-                name, ended = next_to_end(running)
-                free.append(ended.slot)
-                job = next(job for job in jobs if job.name == name)
-                outcomes[name] = self._ended(job, ended.process.returncode)
-                tell.ended(outcomes[name])
-        except KeyboardInterrupt:
-            started = [job for job in jobs if job.name in running]
-            end_all(running)
-            outcomes |= {job.name: self._ended(job, 0) for job in started}
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        return [outcomes.get(job.name, Outcome(job.name, "not started")) for job in jobs]
+
+        def begin(name: str, slot: int) -> Running:
+            started.append(name)
+            tell.starts(named[name])
+            return self._start(named[name], slot)
+
+        def ended(name: str, one: Running) -> None:
+            outcomes[name] = self._ended(named[name], one.process.returncode)
+            tell.ended(outcomes[name])
+
+        run_parallel(self.parallel, lambda: [name for name in named if name not in outcomes], begin, ended)
+        stopped = {name: self._ended(named[name], 0) for name in started if name not in outcomes}
+        return [(stopped | outcomes).get(name, Outcome(name, "not started")) for name in named]
 
     def _start(self, job: Job, slot: int) -> Running:
         cores, gpus = sorted(os.sched_getaffinity(0)), torch.cuda.device_count()
-        mine = cores[slot :: self.parallel] or cores
-        environment = own_environment(self._failure(job))
+        visible = {}
         if gpus:
             share = [(slot * self.nproc + i) % gpus for i in range(self.nproc)]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, share))
-        self._failure(job).unlink(missing_ok=True)
-        return start(torchrun(job, self.nproc), self._log(job), slot, mine, environment)
+            visible["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, share))
+        return start(torchrun(job, self.nproc), self._log(job), slot, cores[slot :: self.parallel] or cores, **visible)
 
     def _ended(self, job: Job, code: int) -> Outcome:
         if (summary := job.summary) is not None:
             return Outcome(job.name, "finished", summary=summary)
         if code == 0:
             return Outcome(job.name, "stopped")
-        return Outcome(job.name, "failed", f"{reason(self._failure(job), self._log(job))} (see {self._log(job)})")
+        log = self._log(job)
+        return Outcome(job.name, "failed", f"{reason(failure_file(log), log)} (see {log})")
 
     def _log(self, job: Job) -> Path:
         return self.logs / f"{job.name}.log"
-
-    def _failure(self, job: Job) -> Path:
-        return self.logs / f"{job.name}.failure"
 
 
 def reason(failure: Path, log: Path) -> str:

@@ -37,11 +37,16 @@ class Tell:
 def run_needed(
     jobs: list[Job], found: Sequence[Outcome | None], run: Callable[[list[Job]], list[Outcome]], tell: Tell
 ) -> list[Outcome]:
-    """All outcomes: those that were found, which are told of first, and of the other jobs what `run` makes of them."""
-    for outcome in filter(None, found):
+    """All outcomes: those that were found, which are told of first, and of the other jobs what `run` makes of them.
+
+    A search may propose a job twice at a time; it is run once.
+    """
+    outcomes = {job.name: outcome for job, outcome in zip(jobs, found, strict=True)}
+    for outcome in filter(None, outcomes.values()):
         tell.ended(outcome)
-    ended = iter(run([job for job, outcome in zip(jobs, found, strict=True) if outcome is None]))
-    return [outcome or next(ended) for outcome in found]
+    left = {job.name: job for job in jobs if outcomes[job.name] is None}
+    ran = {outcome.job: outcome for outcome in run([*left.values()])}
+    return [outcomes[job.name] or ran[job.name] for job in jobs]
 
 
 def print_outcomes(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
