@@ -6,6 +6,7 @@ Here the metadata may name its own classes alone, and there are no values but te
 
 import io
 import pickle
+from functools import cached_property
 from pathlib import PosixPath
 from typing import Any
 
@@ -42,7 +43,12 @@ class TensorReader(FileSystemReader):
     """Reads a checkpoint from files; raises UnpicklingError where its metadata names something else."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with self.fs.create_stream(self._get_metadata_path(kwargs.get("rank")), "rb") as file:
+        return self._metadata
+
+    @cached_property
+    def _metadata(self) -> Metadata:
+        """Read once: with thousands of shards it takes seconds, too long to do so for each tensor."""
+        with self.fs.create_stream(self._get_metadata_path(), "rb") as file:
             metadata = MetadataUnpickler(file).load()
         assert metadata.storage_meta is not None
         metadata.storage_meta.load_id = self.load_id

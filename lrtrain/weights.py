@@ -41,7 +41,8 @@ class RunWeights:
         self.model: PreTrainedModel = make_model(self.config, self.meta["ranks"], self.meta.get("architecture"))
         """On meta."""
         self.layers = factorized_layers(self.model)
-        stored = TensorReader(self.checkpoint).read_metadata().state_dict_metadata
+        self.reader = TensorReader(self.checkpoint)
+        stored = self.reader.read_metadata().state_dict_metadata
         self.dtypes = {
             name.removeprefix("model."): found.properties.dtype
             for name, found in stored.items()
@@ -61,7 +62,7 @@ class RunWeights:
         found = {f"model.{name}": torch.empty(shapes[name].shape, dtype=self.dtypes[name]) for name in names}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(found, storage_reader=TensorReader(self.checkpoint), planner=TensorPlanner(), no_dist=True)
+            dcp.load(found, storage_reader=self.reader, planner=TensorPlanner(), no_dist=True)
         return {name.removeprefix("model."): tensor for name, tensor in found.items()}
 
     def tensor(self, name: str) -> Tensor:

@@ -1,5 +1,6 @@
 """What is exported is the model that was trained: for transformers alone, or with its factors."""
 
+import gc
 import json
 import runpy
 import subprocess
@@ -148,6 +149,31 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path):
     assert len(living) == 7 and len(list(tmp_path.glob("*.safetensors"))) == 4
     read = safetensors_files.SafetensorsFolder(tmp_path)
     assert all(torch.equal(read.tensor(str(i)), torch.full((3, 5), float(i))) for i in range(7))
+
+
+def held() -> int:
+    """Bytes of all tensors on the CPU, but those that `gc.freeze` found."""
+    tensors = (one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter))
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors if one.is_cpu}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("export", [export_dense, export_factorized])
+def test_an_export_holds_one_layer_at_a_time(runs: Path, tmp_path: Path, export, monkeypatch: pytest.MonkeyPatch):
+    read, seen = RunWeights.tensors, []
+    run = RunWeights(runs / ("dense" if export is export_dense else "sst"))
+    sizes = [tensor.nbytes for tensor in run.model.state_dict().values()]
+
+    def watched(self: RunWeights, names) -> dict[str, torch.Tensor]:
+        seen.append(held())
+        return read(self, names)
+
+    monkeypatch.setattr(RunWeights, "tensors", watched)
+    gc.freeze()
+    export(run, tmp_path / "out", None, most=10**9)
+    gc.unfreeze()
+    assert len(seen) == len(sizes) > 20 and max(sizes) * 4 < sum(sizes)
+    assert max(seen) <= max(sizes)
 
 
 def test_a_damaged_checkpoint_is_not_exported(runs: Path, tmp_path: Path):
