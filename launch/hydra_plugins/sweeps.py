@@ -198,12 +198,14 @@ class OptunaSweeper(PretrainSweeper):
         space = [override for override in overrides if override.is_sweep_override()]
         fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
         search = Search(space, self.objectives, self.sampler)
-        outcomes: list[Outcome] = []
-        while len(outcomes) < self.n_trials and not any(one.status == "stopped" for one in outcomes):
-            proposals = search.ask(min(self.n_jobs, self.n_trials - len(outcomes)))
-            batch = self.run([[*fixed, *proposal] for proposal in proposals], len(outcomes))
+        outcomes: dict[str, Outcome] = {}  # of the jobs; the same one may be proposed again
+        trials = 0
+        while trials < self.n_trials and (self.dry_run or all(one.ended for one in outcomes.values())):
+            proposals = search.ask(min(self.n_jobs, self.n_trials - trials))
+            batch = self.run([[*fixed, *proposal] for proposal in proposals], trials)
             search.tell(batch)
-            outcomes += batch
+            outcomes |= {one.job: one for one in batch if one.job not in outcomes}
+            trials += len(batch)
         if environment_rank() == 0 and not self.dry_run:
             search.report(self.jobs.sweep.folder)
-        return outcomes
+        return [*outcomes.values()]

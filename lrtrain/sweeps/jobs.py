@@ -50,6 +50,11 @@ class Outcome:
     detail: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def ended(self) -> bool:
+        """Whether its result is known: it was not stopped, and is not on its way."""
+        return self.status in ("finished", "failed")
+
 
 @dataclass(frozen=True)
 class Sweep:

@@ -44,8 +44,8 @@ class Search:
         return sorted(self.study.best_trials, key=lambda trial: trial.values)
 
     def report(self, folder: Path) -> None:
-        """Print the best trials."""
-        for trial in self.best():
+        """Print the best trials, each job once."""
+        for trial in {self.jobs[trial.number]: trial for trial in self.best()}.values():
             found = ", ".join(f"{key} {value:g}" for key, value in zip(self.objectives, trial.values, strict=True))
             print(f"best: {found}: {folder / self.jobs[trial.number]}", flush=True)
 

@@ -4,13 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launching import ROOT, TINY, command
-from runs import losses, run_jobs
+from runs import gap, losses, run_jobs, wait_for, workers
 
 from lrtrain.checkpoint import whole_checkpoints
 
@@ -54,13 +52,16 @@ def base(cache: Path, corpus: Path) -> list[str]:
     return [*rest, f"data.path={corpus}", "param.execution=factored", "run.name=s"]
 
 
+ENGINES = ["engine=fsdp,deepspeed", "train.steps=4", "checkpoint.every=1"]
+
+
 @pytest.fixture(scope="module")
 def faulty(base: list[str], tmp_path_factory) -> tuple[Path, int, str]:
     """A sweep in which one rank does not exist and process 1 fails alone at another: its folder, exit code, output."""
     folder = tmp_path_factory.mktemp("faulty")
     script = folder / "faulty.py"
     script.write_text(FAULTY.format(launch=str(ROOT / "launch"), root=str(ROOT)))
-    process = sweep([*base, "train.steps=4", "checkpoint.every=1", "param.rank=6,900,8"], 2, folder, script)
+    process = sweep([*base, *ENGINES, "param.rank=6,900,8"], 2, folder, script)
     output, _ = process.communicate(timeout=400)
     return folder / "runs" / "s", process.returncode, output
 
@@ -68,7 +69,7 @@ def faulty(base: list[str], tmp_path_factory) -> tuple[Path, int, str]:
 def test_one_process_that_fails_ends_its_job_and_no_other(faulty: tuple[Path, int, str]):
     folder, code, output = faulty
     assert code == 1, output
-    assert jobs_of(folder) == {
+    ended = {
         "rank6": {"status": "failed", "detail": "process 1: MemoryError: none is left here"},
         "rank900": {
             "status": "failed",
@@ -76,27 +77,28 @@ def test_one_process_that_fails_ends_its_job_and_no_other(faulty: tuple[Path, in
         },
         "rank8": {"status": "finished", "detail": ""},
     }
+    assert jobs_of(folder) == {f"{engine}-{k}": one for engine in ("fsdp", "deepspeed") for k, one in ended.items()}
     assert output.index("param.rank=900 is not") < output.index("step 1/4")  # told before anything is trained
-    assert "2 of 3 jobs failed" in output and output.count("none is left here") >= 3  # traceback, line, table
+    assert "4 of 6 jobs failed" in output and output.count("none is left here") >= 6  # traceback, line, table
 
 
 def test_a_job_after_one_that_failed_is_the_one_that_runs_alone(faulty: tuple[Path, int, str], base, tmp_path: Path):
     folder, *_ = faulty
     run_jobs([[*base, "param.rank=8", "train.steps=4", f"run.dir={tmp_path}/alone"]], 2, tmp_path)
-    assert losses(job_dir(folder, "rank8")) == losses(tmp_path / "alone")
+    alone = losses(tmp_path / "alone")
+    assert losses(job_dir(folder, "fsdp-rank8")) == alone
+    assert gap(losses(job_dir(folder, "deepspeed-rank8")), alone) < 2e-5
 
 
 def test_the_same_line_tries_again_what_failed_and_only_that(faulty: tuple[Path, int, str], base):
     folder, *_ = faulty
-    before = (job_dir(folder, "rank8") / "metrics.jsonl").read_bytes()
-    again = sweep([*base, "train.steps=4", "checkpoint.every=1", "param.rank=6,8"], 1, folder.parent.parent)
+    before = (job_dir(folder, "deepspeed-rank8") / "metrics.jsonl").read_bytes()
+    again = sweep([*base, *ENGINES, "param.rank=6,8"], 1, folder.parent.parent)
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
-    assert {name: one["status"] for name, one in jobs_of(folder).items() if name != "rank900"} == {
-        "rank6": "finished",
-        "rank8": "finished",
-    }
-    assert (job_dir(folder, "rank8") / "metrics.jsonl").read_bytes() == before
+    ended = {name: one["status"] for name, one in jobs_of(folder).items() if not name.endswith("rank900")}
+    assert len(ended) == 4 and {*ended.values()} == {"finished"}
+    assert (job_dir(folder, "deepspeed-rank8") / "metrics.jsonl").read_bytes() == before
 
 
 def test_an_interrupted_sweep_goes_on_with_the_job_it_was_in(base: list[str], tmp_path: Path):
@@ -105,7 +107,7 @@ def test_an_interrupted_sweep_goes_on_with_the_job_it_was_in(base: list[str], tm
     first = sweep(line, 2, tmp_path)
     run = tmp_path / "runs" / "s"
     wait_for(lambda: any(len(losses(path.parent)) > 3 for path in run.glob("*/metrics.jsonl")), first)
-    os.kill(workers(first.pid)[1], signal.SIGTERM)
+    os.kill(workers(first)[1], signal.SIGTERM)
     output, _ = first.communicate(timeout=200)
     assert first.returncode == 0 and "stopped at step" in output and "not started" in output, output
     (interrupted,) = (path for path in run.iterdir() if path.is_dir())
@@ -163,16 +165,3 @@ def test_two_processes_search_alike_and_a_search_goes_on(base: list[str], tmp_pa
         assert "best: eval_loss" in output
     assert len(names[0]) == 3 and names[0] < names[1] and len(names[1]) == 4
     assert output.count("finished before") == 6  # three lines and three rows of the table
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
-def workers(torchrun: int) -> list[int]:
-    """The training processes of a torchrun."""
-    children = subprocess.run(["pgrep", "-P", str(torchrun)], capture_output=True, text=True).stdout.split()
-    return [pid for pid in map(int, children) if b"pretrain.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
