@@ -131,7 +131,7 @@ def plot_tradeoffs(rows: Sequence[Row], title: str, out: Path) -> Path:
         memory.set(title="… against peak memory", xlabel="GiB per process")
         ranks.set(title="… against rank", xlabel="rank, mean over the layers")
         if judged := [row.eval_perplexity for row in rows if row.eval_perplexity and comparable(row, rows)]:
-            parameters.set_ylim(0.9 * min(judged), 1.5 * max(judged))  # a run that has just begun would stretch it
+            parameters.set_ylim(0.93 * min(judged), 1.12 * max(judged))  # a run that has just begun would stretch it
         if any(row.eval_perplexity for row in rows):
             parameters.set_yscale("log")
             parameters.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
@@ -106,7 +106,7 @@ def plot_run(run_dir: Path) -> Path:
 def plot_runs(run_dirs: list[Path], out: Path) -> Path:
     """Write to `out` a comparison of several runs: losses, mean effective ranks and final singular values."""
     runs = [load_run(run_dir) for run_dir in run_dirs]
-    colors = dict(zip((run.name for run in runs), cycle(RUN_COLORS), strict=False))
+    colors = dict(zip((run.name for run in runs), run_colors(len(runs)), strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure, top, bottom = _page(any(run.spectra for run in runs))
@@ -221,15 +221,24 @@ def _projection_colors(run: Run) -> dict[str, str]:
 # Several runs ----------------------------------------------------------------------------------------------
 
 
+def run_colors(count: int) -> list[str]:
+    """One for each run, no two alike."""
+    if count <= len(RUN_COLORS):
+        return [*RUN_COLORS[:count]]
+    return [to_hex(color) for color in matplotlib.colormaps["turbo"](np.linspace(0.04, 0.96, count))]
+
+
 def _compare_losses(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
+    """The final losses beside it say which color is which run."""
     loss = _common_loss(runs)
+    if all(len(run.curve(loss)[2]) < 2 for run in runs):  # one evaluation each, at the end, makes no curve
+        loss = "train/loss"
     for run in runs:
         _, tokens, losses = run.curve(loss)
-        axes.plot(tokens, losses, color=colors[run.name], lw=1.6, label=run.name)
+        axes.plot(tokens, losses, color=colors[run.name], lw=1.6)
     axes.set_title(LOSS_NAMES[loss])
     _tokens_axis(axes)
     axes.set_ylabel("loss (nats per token)")
-    axes.legend(loc="upper right")
 
 
 def _compare_final_losses(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
@@ -242,7 +251,8 @@ def _compare_final_losses(axes: Axes, runs: list[Run], colors: dict[str, str]) -
         axes.plot(final, place, "o", ms=9, color=colors[name])
         axes.annotate(f"{final:.3f}", (final, place), (9, -3.5), textcoords="offset points", color=INK)
     axes.set_yticks(range(len(finals)), [name for _, name in finals])
-    axes.margins(x=0.25, y=0.25)
+    axes.set_ylim(-0.8, len(finals) - 0.2)
+    axes.margins(x=0.25)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.set_title(f"{finals[-1][1]} ends lowest")
     axes.set_xlabel(f"final {LOSS_NAMES[loss].lower()}")
@@ -251,7 +261,7 @@ def _compare_final_losses(axes: Axes, runs: list[Run], colors: dict[str, str]) -
 def _compare_ranks(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
     for run in runs:
         steps, _, ranks = run.curve("spectra/summary/all/erank_mean")
-        axes.plot(steps, ranks, color=colors[run.name], lw=1.8, marker="o", ms=2.5, label=run.name)
+        axes.plot(steps, ranks, color=colors[run.name], lw=1.8, marker="o", ms=2.5)
     axes.set_title("Mean effective rank of all layers")
     axes.set_xlabel("step")
     axes.set_ylabel("effective rank")

@@ -42,6 +42,7 @@ from lrtrain.compare_methods import (
     runs_ahead,
     table_rows,
 )
+from lrtrain.sweeps.jobs import quoted
 from lrtrain.sweeps.processes import PRETRAIN, Running, failure_file, reason, run_parallel, start
 
 
@@ -137,7 +138,7 @@ def begin(study: Study, trial: Trial, slot: int) -> Running:
         *study.common,
         *study.arms[trial.arm],
         *(f"optim.lr={trial.lr}", f"train.seed={trial.seed}", "resume=auto"),
-        *(f"run.name={trial.name}", f"run.dir={study.folder / trial.name}"),
+        *(f"run.name={trial.name}", f"run.dir={quoted(str(study.folder / trial.name))}"),
     ]
     cores = sorted(os.sched_getaffinity(0))
     return start(command, log_file(study, trial), slot, [cores[slot % len(cores)]])

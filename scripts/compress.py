@@ -8,6 +8,7 @@ on where it stopped. Perplexities are on the run's held-out text, which neither 
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from lrtrain.config import Config, as_dict, flat
 from lrtrain.errors import ConfigError
 from lrtrain.evaluate import perplexity
+from lrtrain.sweeps.jobs import quoted
 from lrtrain.tracking.jsonl import series
 from lrtrain.weights import RunWeights
 
@@ -59,7 +61,7 @@ def main() -> None:
     before = json.loads((run.run_dir / "summary.json").read_text())
     rows = [("the dense run", f"{before['parameters']:,}", "", f"{before['eval_perplexity']:.2f}")]
     for way in args.ways:
-        rows.append(result(way, heal(run, way, args, folder / way.replace(",", "").replace(" ", "-"))))
+        rows.append(result(way, heal(run, way, args, folder / re.sub(r"\W+", "-", way))))
     report(rows, folder)
 
 
@@ -68,16 +70,16 @@ def heal(run: RunWeights, way: str, args: argparse.Namespace, out: Path) -> Path
     if not (out / "summary.json").is_file():
         budget = [] if "param=dense" in WAYS[way] else [f"compress.budget={args.budget}"]
         settings = ["tracking=none", "spectra.every=0", *WAYS[way], *budget, f"train.steps={args.steps}"]
-        where = [f"init_from={run.checkpoint}", f"run.dir={out}", f"run.name={out.name}", "resume=auto"]
+        where = [f"init_from={quoted(str(run.checkpoint))}", f"run.dir={quoted(str(out))}", f"run.name={out.name}"]
         command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), *of_the_run(run.config), "eval.every=0"]
-        if subprocess.run([*command, *settings, *where, *args.overrides], stdout=sys.stderr).returncode:
+        if subprocess.run([*command, *settings, *where, "resume=auto", *args.overrides], stdout=sys.stderr).returncode:
             sys.exit(f"{way} could not be run")
     return out
 
 
 def of_the_run(config: Config) -> list[str]:
     """Overrides that say what the run had: its text, and how much of it a step and an evaluation take."""
-    path = [] if config.data.path is None else [f"data.path={config.data.path}"]
+    path = [] if config.data.path is None else [f"data.path={quoted(config.data.path)}"]
     keys = ("data.seq_len", "data.validation_fraction", "train.batch_size", "train.micro_batch_size", "eval.sequences")
     values = flat(as_dict(config))
     return [f"model={config.model.name}", f"data={config.data.name}", *path, *(f"{key}={values[key]}" for key in keys)]

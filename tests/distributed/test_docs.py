@@ -69,7 +69,7 @@ def test_the_commands_of_a_page_run(folder: Path, corpus: Path, page: str, monke
         run(command, corpus, monkeypatch)
     if page == "compress.md":
         table = next((folder / "runs" / "llama_tiny-dense" / "compressed").glob("*/compress.md")).read_text()
-        assert re.search(r"\| lowrank, outputs \| [\d,]+ \| [\d.]+ \| [\d.]+ \|", table)
+        assert re.search(r"\| lowrank, WeLore's ranks \| [\d,]+ \| [\d.]+ \| [\d.]+ \|", table)
 
 
 def test_the_sweeps_of_the_page_are_planned_and_its_comparisons_drawn(
