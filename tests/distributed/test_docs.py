@@ -48,7 +48,7 @@ def run(command: list[str], corpus: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Run a command of the docs; trainings are made smaller, scripts run in this process."""
     if command[1] == "scripts/compress.py":
         sizes = [override for override in TINY if override.startswith("model.")]
-        command = [*command, *sizes, "train.steps=2", "compress.sequences=16", "--ways", "lowrank, outputs"]
+        command = [*command, *sizes, "train.steps=2", "compress.sequences=16", "--ways", "lowrank, WeLore's ranks"]
     elif command[1] == "launch/pretrain.py":
         command = [*command, *SMALLER, f"data.path={corpus}", "train.steps=2"]
     if command[0] == "python" and command[1].startswith("scripts/"):
