@@ -4,6 +4,7 @@ The step travels as data (`train/step`, the x-axis of every chart), never as wan
 an older checkpoint wandb would drop the repeated steps, since its own step may not go back.
 """
 
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Mapping
@@ -44,6 +45,8 @@ class WandbTracker(Tracker):
             config=config,
             settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=FLUSH_SECONDS),
         )
+        for handler in logging.getLogger("wandb").handlers:
+            handler.handleError = lambda record: None  # else each line that a full disk has no room for is a traceback
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
 

@@ -1,6 +1,7 @@
 """What happens to others when something goes wrong on one: real processes, real signals, real limits of a disk."""
 
 import itertools
+import json
 import math
 import os
 import re
@@ -9,8 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import pytest
 import torch
 from crew import crew, train
 from launching import ROOT, command
@@ -18,7 +22,7 @@ from runs import gap, logged_steps, losses, wait_for, workers
 from torch import Tensor
 from torch.nn import Embedding
 
-from lrtrain.checkpoint import whole_checkpoints
+from lrtrain.checkpoint import damage_of, read_meta, whole_checkpoints
 
 ENDLESS = ["train.steps=100000", "schedule=constant", "param.execution=factored"]
 
@@ -65,6 +69,51 @@ def test_a_disk_that_fills_up_does_not_end_a_run_and_its_last_checkpoint_decides
     kept = whole_checkpoints(run / "checkpoints")[-1]
     assert f"but its checkpoint could not be saved; the last good checkpoint is {kept}" in said()
     assert "Traceback" not in said()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own, of 6 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small disk is not permitted here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill_up(disk: Path) -> Path:
+    """Leave no room; returns the file that takes it."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    return ballast
+
+
+def test_wandb_on_a_full_disk_costs_a_run_nothing_but_its_charts(tmp_path: Path, disk: Path, tiny):
+    run, output = disk / "run", tmp_path / "output"
+    job = [*tiny, *ENDLESS, f"run.dir={run}", "tracking=wandb", "spectra=light", "spectra.every=2"]
+    process = start([*job, "checkpoint.every=5"], 1, output)
+    wait_for(lambda: bool(whole_checkpoints(run / "checkpoints")) and logged_steps(run) > 8, process)
+    before = losses(run)
+    ballast = fill_up(disk)
+    said = lambda: output.read_text()  # noqa: E731
+    wait_for(lambda: "the checkpoint of step" in said() and "wandb failed" in said(), process)
+    assert whole_checkpoints(run / "checkpoints")
+    ballast.unlink()
+    process.terminate()
+    assert process.wait(60) == 0 and "the checkpoint is saved" in said()
+    assert "Traceback" not in said() and said().count("wandb failed with OSError(28") == 1
+    kept = whole_checkpoints(run / "checkpoints")[-1]
+    assert damage_of(kept) is None and max(losses(run)) == read_meta(kept)["step"] == len(losses(run)) > len(before)
+    (charts,) = run.glob("wandb/offline-run-*")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(charts)]
+    found = subprocess.run(inspect, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    records = [json.loads(line) for line in found.stdout.splitlines()]
+    charted = [r["item"]["train/step"] for r in records if r["type"] == "history" and "train/loss" in r["item"]]
+    assert charted[: len(before) - 1] == [*before][:-1]  # wandb holds the last row open
 
 
 def test_a_run_that_is_stopped_keeps_its_directory_and_goes_on(tmp_path: Path, tiny):
