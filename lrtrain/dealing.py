@@ -68,12 +68,23 @@ def _shared(turn: Sequence[str], mine: Values | None) -> Iterator[tuple[str, Val
 
 
 def _from_owner(values: Values | None, owner: int) -> Values:
-    """The named tensors of process `owner`, on every process; the others give None."""
-    box: list[Any] = [values and {name: (t.shape, t.dtype, t.device.type) for name, t in values.items()}]
+    """The named tensors of process `owner`, on every process; the others give None.
+
+    Numbers travel with the names: a message for each would take longer than to compute most of them."""
+    box: list[Any] = [values and {name: _announced(tensor) for name, tensor in values.items()}]
     dist.broadcast_object_list(box, src=owner)
     received = {}
-    for name, (shape, dtype, device) in (box[0] or {}).items():
+    for name, announced in (box[0] or {}).items():
+        if isinstance(announced, Tensor):
+            received[name] = announced
+            continue
+        shape, dtype, device = announced
         received[name] = values[name].contiguous() if values else torch.empty(shape, dtype=dtype, device=device)
         wire = received[name]
         dist.broadcast(wire.view(torch.uint8) if wire.dtype == torch.uint16 else wire, src=owner)  # gloo has no uint16
     return received
+
+
+def _announced(tensor: Tensor) -> Tensor | tuple[torch.Size, torch.dtype, str]:
+    number = tensor.ndim == 0 and tensor.device.type == "cpu"
+    return tensor if number else (tensor.shape, tensor.dtype, tensor.device.type)

@@ -43,7 +43,7 @@ def main() -> None:
         parser.error(f"{out} exists; choose another --out")
     steps = spectra_steps(args.run)
     if not steps or not (args.run / "config.yaml").exists():
-        parser.error(f"{args.run} has no spectra and config.yaml: train it with spectra=light")
+        parser.error(f"{args.run} has no exact spectra: train it with spectra=light spectra.exact_up_to=null")
     spectra = {name: torch.from_numpy(sigma) for name, sigma in load_spectra(args.run, steps[-1]).items()}
     shapes = shapes_of(args.run)
     if shapes.keys() - spectra.keys():

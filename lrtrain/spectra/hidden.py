@@ -1,6 +1,6 @@
 """How many dimensions the hidden states of a model use, after each block, on a fixed set of tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -80,24 +80,26 @@ def hidden_metrics(
 ) -> dict[str, float]:
     """`hidden/<metric>/L00`, … for the states after each block, of which `states` say what is kept and measured.
 
-    A collective. No states are kept. Runs uncompiled and in eval mode.
+    A collective. States are looked at as a block gives them out, and none is kept. Runs uncompiled and in eval mode.
 
     Args:
         rows: token ids (sequences, seq_len + 1), the same on every process; each takes its share of them.
         batch_size: sequences per process and forward pass.
     """
+    mine = rows[:0]
+
+    def look(depth: int, hidden: Tensor) -> None:
+        states[depth].add(hidden[: len(mine)])
+
     for found in states:
         found.begin()
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"), recorded(blocks(model)) as outputs:
+        with torch.compiler.set_stance("force_eager"), watched(blocks(model), look):
             for first in range(0, len(rows), batch_size * world.size):
                 mine = rows[first + world.dist_rank * batch_size :][:batch_size]
                 # Forward passes are collectives: a process that has no rows left runs one that does not count.
                 model((mine if len(mine) else rows[:1])[:, :-1].to(world.device), use_cache=False)
-                for found, hidden in zip(states, outputs, strict=True):
-                    found.add(hidden[: len(mine)])
-                outputs.clear()
     finally:
         model.train()
     return {
@@ -113,16 +115,15 @@ def _width(model: nn.Module) -> int:
 
 
 @contextmanager
-def recorded(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """What the blocks give out, appended as they do."""
-    outputs: list[Tensor] = []
+def watched(layers: nn.ModuleList, look: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """`look(depth, hidden)` at what each block gives out, as it does."""
 
-    def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+    def hook(depth: int) -> Callable[..., None]:
+        return lambda module, inputs, output: look(depth, output[0] if isinstance(output, tuple) else output)
 
-    handles = [layer.register_forward_hook(keep) for layer in layers]
+    handles = [layer.register_forward_hook(hook(depth)) for depth, layer in enumerate(layers)]
     try:
-        yield outputs
+        yield
     finally:
         for handle in handles:
             handle.remove()

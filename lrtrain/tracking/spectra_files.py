@@ -1,13 +1,15 @@
 """Full spectra on disk: `<run.dir>/spectra/step-00000100.npz`, one float32 array per layer name.
 
-Sparse-plus-low-rank layers whose parts were measured also have `<layer>/low_rank`, `<layer>/sparse` and their `_null`:
-what each part contributes to each singular value (`lrtrain.spectra.parts`)."""
+Sparse-plus-low-rank layers whose parts were measured also have `<layer>/<part>` for each of `PARTS`: what it
+contributes to each singular value (`lrtrain.spectra.parts`)."""
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+PARTS = ("low_rank", "sparse", "low_rank_null", "sparse_null")
 
 
 def save_spectra(run_dir: Path, step: int, spectra: Mapping[str, np.ndarray]) -> None:
@@ -31,7 +33,7 @@ def load_spectra(run_dir: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def load_parts(run_dir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
-    """Layer name → `low_rank`, `sparse`, `low_rank_null`, `sparse_null` → contributions to the singular values."""
+    """Layer name → one of `PARTS` → its contributions to the singular values."""
     found: dict[str, dict[str, np.ndarray]] = {}
     with np.load(_path(run_dir, step), allow_pickle=False) as arrays:
         for layer, _, name in (key.rpartition("/") for key in arrays.files if "/" in key):

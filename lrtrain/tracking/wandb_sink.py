@@ -16,6 +16,7 @@ import numpy as np
 from lrtrain.spectra.names import depth_of, projection_of
 from lrtrain.tracking.base import Tracker, Value
 from lrtrain.tracking.config import TrackingConfig
+from lrtrain.tracking.spectra_files import PARTS
 
 STEP = "train/step"
 LAYERED = ("spectra", "gradients", "updates")  # the sections of metrics that each layer has
@@ -72,13 +73,18 @@ class WandbTracker(Tracker):
         self._run.log({STEP: step, "train/tokens": tokens, **row})
 
     def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
-        """For each projection a table of σ and a chart of it over the index, one line per layer."""
+        """For each projection a table of σ and a chart of it over the index, one line per layer; and a table of what
+        the parts of its layers contribute to σ."""
         projections: defaultdict[str, dict[str, np.ndarray]] = defaultdict(dict)
         for layer, sigma in spectra.items():
             if "/" not in layer:
                 projections[projection_of(layer)][layer] = sigma
-        charts = {f"spectra_curves/{name}": self._chart(step, name, layers) for name, layers in projections.items()}
-        self._run.log({STEP: step, **charts})
+        row: dict[str, Any] = {STEP: step}
+        for name, layers in projections.items():
+            row[f"spectra_curves/{name}"] = self._chart(step, name, layers)
+            if parted := [layer for layer in layers if f"{layer}/{PARTS[0]}" in spectra]:
+                row[f"contributions/{name}"] = self._contributions(step, parted, spectra)
+        self._run.log(row)
 
     def log_image(self, step: int, name: str, path: Path) -> None:
         self._run.log({STEP: step, name: self._wandb.Image(str(path))})
@@ -121,6 +127,17 @@ class WandbTracker(Tracker):
             fields={"step": "index", "lineKey": "layer", "lineVal": "sigma"},
             string_fields={"title": f"Singular values of {projection} at step {step}", "xname": "index"},
         )
+
+    def _contributions(self, step: int, layers: list[str], spectra: Mapping[str, np.ndarray]):
+        rows: list[Any] = [
+            [step, layer, int(index), *(float(spectra[name][index]) for name in (layer, *parts))]
+            for layer in layers
+            for parts in [[f"{layer}/{part}" for part in PARTS]]
+            for index in shown_indices(len(spectra[layer]))
+        ]
+        types: list[Any] = [int, str, int, *[float] * (1 + len(PARTS))]
+        columns = ["step", "layer", "index", "sigma", *PARTS]
+        return self._wandb.Table(columns=columns, data=rows, dtype=types, optional=False)
 
 
 def layer_metrics(metrics: Mapping[str, float]) -> dict[str, dict[str, dict[str, float]]]:

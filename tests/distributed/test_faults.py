@@ -1,7 +1,6 @@
 """What happens to others when something goes wrong on one: real processes, real signals, real limits of a disk."""
 
 import itertools
-import json
 import math
 import os
 import re
@@ -18,6 +17,7 @@ import pytest
 import torch
 from crew import crew, train
 from launching import ROOT, command
+from offline import history, segments
 from runs import gap, logged_steps, losses, wait_for, workers
 from torch import Tensor
 from torch.nn import Embedding
@@ -108,12 +108,8 @@ def test_wandb_on_a_full_disk_costs_a_run_nothing_but_its_charts(tmp_path: Path,
     assert "Traceback" not in said() and said().count("wandb failed with OSError(28") == 1
     kept = whole_checkpoints(run / "checkpoints")[-1]
     assert damage_of(kept) is None and max(losses(run)) == read_meta(kept)["step"] == len(losses(run)) > len(before)
-    (charts,) = run.glob("wandb/offline-run-*")
-    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(charts)]
-    found = subprocess.run(inspect, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    records = [json.loads(line) for line in found.stdout.splitlines()]
-    charted = [r["item"]["train/step"] for r in records if r["type"] == "history" and "train/loss" in r["item"]]
-    assert charted[: len(before) - 1] == [*before][:-1]  # wandb holds the last row open
+    (charts,) = segments(run)
+    assert [step for step, _ in history(charts, "train/loss")][: len(before) - 1] == [*before][:-1]  # it holds the last
 
 
 def test_a_run_that_is_stopped_keeps_its_directory_and_goes_on(tmp_path: Path, tiny):

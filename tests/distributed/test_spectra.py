@@ -1,9 +1,13 @@
 """Looking at a model never changes what it becomes."""
 
+import json
+import math
+import re
 from pathlib import Path
 
 import pytest
-from launching import TINY
+from launching import ROOT, TINY
+from offline import of_type, segments
 from runs import losses, run_jobs
 
 from lrtrain.tracking.jsonl import read_metrics, series
@@ -13,6 +17,12 @@ METHODS = {
     "sltrain": ["param=sltrain", "param.execution=factored"],
     "lost": ["param=lost"],
     "sst": ["param=sst", "param.iteration=2", "param.round=2", "param.warmup=2"],  # with random choices of its own
+}
+FULL = ["spectra=full", "spectra.every=1", "train.steps=2"]
+# Together all that there is; power laws are fitted from 64 values.
+SEEN = {
+    "exact": [*FULL, *METHODS["sltrain"], "model.config.hidden_size=64"],
+    "estimated": [*FULL, "param=dense", "spectra.exact_up_to=32", "spectra.hidden_by=top"],
 }
 MEASURED = {"off": ["spectra=off"], "full": ["spectra=full", "spectra.every=1"]}
 
@@ -25,9 +35,13 @@ def runs(tmp_path_factory, cache, corpus) -> Path:
         for name, method in METHODS.items()
         for how, measured in MEASURED.items()
     ]
-    run_jobs(jobs, 2, folder)
+    base = [*TINY, f"data.path={corpus}"]
+    top = [*base, *SEEN["estimated"], f"run.dir={folder}/shared-estimated"]
+    run_jobs([*jobs, top], 2, folder)
     alone = [*TINY, f"data.path={corpus}", *METHODS["sltrain"], *MEASURED["full"], "train.steps=1"]
-    run_jobs([[*alone, f"run.dir={folder}/alone"]], 1, folder)
+    blocks = ["train.micro_batch_size=4", "tracking=wandb"]  # of as many rows as two processes have
+    seen = [[*base, *change, *blocks, f"run.dir={folder}/seen-{name}"] for name, change in SEEN.items()]
+    run_jobs([[*alone, f"run.dir={folder}/alone"], *seen], 1, folder)
     return folder
 
 
@@ -90,3 +104,55 @@ def test_two_processes_measure_what_one_does(runs: Path):
     }
     for name, value in measured.items():
         assert shared["metrics"][name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_two_processes_find_the_leading_direction_and_the_estimates_of_one(runs: Path):
+    """At each measurement, of which each improves the one before."""
+    rows = zip(*(read_metrics(runs / f"{how}-estimated" / "metrics.jsonl") for how in ("seen", "shared")), strict=True)
+    compared: set[str] = set()
+    for alone, shared in rows:
+        names = {name for name in alone["metrics"] if name.startswith(("hidden/", "spectra/summary"))}
+        compared |= {name.split("/")[1] for name in names if name.startswith("hidden/")}
+        for name in names:
+            assert shared["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-3), name
+    assert compared == {"top_share", "mean_share", "mnn"}
+
+
+def documented() -> set[str]:
+    """`<section>/<metric>` of the tables of docs/spectra.md; its headings stand for sections of names."""
+    sections = {"Hidden states": "hidden", "Gradients": "gradients", "Updates": "updates"}
+    found = set()
+    for chapter in (ROOT / "docs" / "spectra.md").read_text().split("\n## "):
+        section = sections.get(chapter.partition("\n")[0], "spectra")
+        for table in re.findall(r"^\| metric \|.*\n(?:\|.*\n)+", chapter, re.MULTILINE):
+            for first, second in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE):
+                names = re.findall("`(.+?)`", first)
+                names = [names[0].rpartition("_")[0] + name if name[0] == "_" else name for name in names]
+                names += [f"{name}_stderr" for name in names if "the same with `_stderr`" in second]
+                found |= {f"{section}/{name.replace('…', end)}" for name in names for end in ("start", "last")}
+    return found
+
+
+def test_what_the_page_on_spectra_names_is_what_wandb_gets(runs: Path):
+    """In offline files: each documented name, and no other."""
+    page, logged = (ROOT / "docs" / "spectra.md").read_text(), set()
+    for name in SEEN:
+        (folder,) = segments(runs / f"seen-{name}")
+        for key in {key for record in of_type(folder, "history") for key in record["item"]}:
+            section, _, rest = key.partition("/")
+            metric = rest.partition("/")[0] if section == "hidden" else rest.rpartition("/")[2].removesuffix("_mean")
+            if section in ("spectra", "gradients", "updates", "hidden"):
+                logged.add(f"{section}/{re.sub('^(left|right)_', '', metric)}")
+            elif section == "spectra_meta" or key.startswith("perf/spectra"):
+                assert key in page, key
+    assert logged == documented()
+
+
+def test_wandb_gets_what_the_parts_of_layers_contribute_too(runs: Path):
+    (folder,) = segments(runs / "seen-exact")
+    path, *_ = sorted(folder.glob("files/media/table/contributions/q_proj*.json"))
+    table = json.loads(path.read_text())
+    assert table["columns"][:3] == ["step", "layer", "index"] and len(table["data"]) == 2 * 64
+    for *_, sigma, low_rank, sparse, low_rank_null, sparse_null in table["data"]:
+        assert low_rank + sparse == pytest.approx(sigma, rel=1e-4, abs=1e-6)
+        assert math.isfinite(low_rank_null + sparse_null)

@@ -92,3 +92,22 @@ def test_a_run_gives_a_file_with_which_a_model_has_these_ranks(tmp_path: Path, m
     with pytest.raises(SystemExit):
         suggest_ranks.main()  # it does not overwrite
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "estimated, sentence",
+    [(["down_proj"], "estimated the spectra of its larger matrices"), ([""], "has no exact spectra")],
+)
+def test_estimated_spectra_are_refused(tmp_path: Path, monkeypatch, capsys, estimated: list[str], sentence: str):
+    """Some, or all of a run's: then it has no files."""
+    config = compose(*TINY, "param=dense", "data.path=.")
+    OmegaConf.save(OmegaConf.create(as_dict(config)), tmp_path / "config.yaml")
+    layers = matrices(make_model(config), config.param["pattern"])
+    exact = {name: FLAT.numpy() for name in layers if not any(part in name for part in estimated)}
+    if exact:
+        save_spectra(tmp_path, 7, exact)
+    monkeypatch.setattr(sys, "argv", ["suggest_ranks.py", str(tmp_path), "--budget", "0.4", "--out", f"{tmp_path}/o"])
+    with pytest.raises(SystemExit):
+        suggest_ranks.main()
+    said = capsys.readouterr().err
+    assert sentence in said and "spectra.exact_up_to=null" in said and not (tmp_path / "o").exists()

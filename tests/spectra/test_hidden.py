@@ -1,6 +1,7 @@
 """Measures of the states after each block against those computed from all states at once."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -54,6 +55,22 @@ def test_measuring_leaves_mode_hooks_and_random_numbers_as_they_were(world, mode
     hidden_metrics(model, ROWS, 2, world, whole_states(model, world))
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert not any(layer._forward_hooks for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("kept", [whole_states, top_states])
+def test_no_states_are_held_beyond_the_next_block(world, model: LlamaForCausalLM, kept):
+    """Of the three blocks: what goes into the one at work, and what comes out."""
+    made, alive = [], []
+
+    def count(module, inputs, output):
+        made.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+        alive.append(sum(states() is not None for states in made))
+
+    handles = [block.register_forward_hook(count) for block in model.model.layers]
+    hidden_metrics(model, ROWS, 2, world, kept(model, world))
+    for handle in handles:
+        handle.remove()
+    assert len(made) == 3 * -(-len(ROWS) // 2) and max(alive) <= 2
 
 
 def test_states_that_are_not_finite_give_nan(world, model: LlamaForCausalLM):

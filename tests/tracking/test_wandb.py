@@ -1,4 +1,4 @@
-"""Offline W&B runs, read back with its own command-line reader."""
+"""Offline W&B runs, read back."""
 
 import json
 import os
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from offline import STEP, history, of_type, segments
 
 from lrtrain.tracking.config import TrackingConfig, WandbMode
-from lrtrain.tracking.wandb_sink import DEPTHS_SHOWN, STEP, WandbTracker, evenly, layer_metrics, shown_indices
+from lrtrain.tracking.wandb_sink import DEPTHS_SHOWN, WandbTracker, evenly, layer_metrics, shown_indices
 
 pytest.importorskip("wandb")
 
@@ -29,26 +30,6 @@ def quiet_wandb(monkeypatch: pytest.MonkeyPatch):
 def open_run(run_dir: Path) -> WandbTracker:
     run_dir.mkdir(exist_ok=True)
     return WandbTracker(CONFIG, run_dir, "run-id", {"optim": {"lr": 1e-3}, "param": {"name": "sltrain"}})
-
-
-def records(folder: Path) -> list[dict]:
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    shown = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
-    return [json.loads(line) for line in shown.stdout.splitlines()]
-
-
-def of_type(folder: Path, kind: str) -> list[dict]:
-    return [record[kind] for record in records(folder) if record["type"] == kind]
-
-
-def history(folder: Path, key: str) -> list[tuple]:
-    """(step, value) of the rows that have the key."""
-    items = [record["item"] for record in of_type(folder, "history")]
-    return [(item[STEP], item[key]) for item in items if key in item]
-
-
-def segments(run_dir: Path) -> list[Path]:
-    return sorted(run_dir.glob("wandb/offline-run-*"))
 
 
 def test_a_run_comes_back_as_it_was_logged(tmp_path: Path):

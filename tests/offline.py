@@ -1,0 +1,28 @@
+"""Offline W&B runs, read back with its own command-line reader."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+STEP = "train/step"
+
+
+def of_type(folder: Path, kind: str) -> list[dict]:
+    """The records of a kind in an offline run's folder, also in one whose file is not complete."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    shown = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    records = [json.loads(line) for line in shown.stdout.splitlines()]
+    assert records, shown.stderr
+    return [record[kind] for record in records if record["type"] == kind]
+
+
+def history(folder: Path, key: str) -> list[tuple]:
+    """(step, value) of the rows that have the key."""
+    items = [record["item"] for record in of_type(folder, "history")]
+    return [(item[STEP], item[key]) for item in items if key in item]
+
+
+def segments(run_dir: Path) -> list[Path]:
+    """The folders of a run's parts: one for each time it was started."""
+    return sorted(run_dir.glob("wandb/offline-run-*"))
