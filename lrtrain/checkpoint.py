@@ -131,7 +131,7 @@ class Checkpointer:
         self.saved = True
         if world.main:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".*"):
+            for leftover in folder.glob(".step-*"):
                 shutil.rmtree(leftover)
 
     def save(self, state: dict[str, Any], step: int, meta: dict[str, Any]) -> None:

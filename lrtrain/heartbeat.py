@@ -66,7 +66,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         watched = [*range(1, self.world.size)] if self.world.main else [0]
-        last, silent = self._read(watched), dict.fromkeys(watched, 0.0)
+        last, silent = dict.fromkeys(watched, "") | self._read(watched), dict.fromkeys(watched, 0.0)
         for beat in itertools.count():
             if self._over.wait(self.every):
                 return self._write(f"{OVER} {self._note()}")

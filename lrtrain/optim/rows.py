@@ -64,7 +64,7 @@ class Rows:
         padded = rows.new_zeros(self.most, *rows.shape[1:])
         padded[: len(rows)] = rows
         whole = rows.new_empty(self.most * self.processes, *rows.shape[1:])
-        dist.all_gather_into_tensor(whole, padded, group=self.group)
+        dist.all_gather_single(whole, padded, group=self.group)
         return whole[: self.shape[0]]
 
     def cut(self, whole: Tensor) -> Tensor:

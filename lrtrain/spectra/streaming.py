@@ -26,7 +26,7 @@ class LeadingDirection:
 
     def begin(self) -> None:
         """Start a look at the rows: the sums are of this look alone."""
-        if self.product.any():
+        if self.product.any() and self.product.isfinite().all():
             self.basis, _ = _leading(self.product)
             self.first_look = False
         self.product = torch.zeros_like(self.basis)
@@ -39,7 +39,7 @@ class LeadingDirection:
         product, total = _summed(rows.T @ (rows @ self.basis)), _summed(rows.sum(0))
         count, energy = _summed(torch.stack([rows.new_tensor(len(rows)), rows.square().sum()])).tolist()
         self.product += product
-        if count and self.first_look:
+        if count and self.first_look and product.isfinite().all():
             known = self.rows * self.basis * self.values
             self.basis, self.values = _leading((known + product) / (self.rows + count))
         self.along += float(_summed((rows @ self.basis[:, 0]).square().sum()))
@@ -48,8 +48,9 @@ class LeadingDirection:
 
     def metrics(self) -> dict[str, float]:
         """`top_share`, λ_1 over the trace, from below: the share of Σ‖z‖² along the leading direction as known at each
-        row; `mean_share`, exactly, the share along the rows' mean. Nothing where all rows are zero."""
-        if not self.energy > 0:
+        row; `mean_share`, exactly, the share along the rows' mean. Nothing where all rows are zero; NaN where
+        one is not finite."""
+        if self.energy == 0:
             return {}
         mean = self.sum / self.rows
         return {

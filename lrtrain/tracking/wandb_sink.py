@@ -136,7 +136,7 @@ class WandbTracker(Tracker):
             for index in shown_indices(len(spectra[layer]))
         ]
         types: list[Any] = [int, str, int, *[float] * (1 + len(PARTS))]
-        columns = ["step", "layer", "index", "sigma", *PARTS]
+        columns: list[Any] = ["step", "layer", "index", "sigma", *PARTS]
         return self._wandb.Table(columns=columns, data=rows, dtype=types, optional=False)
 
 

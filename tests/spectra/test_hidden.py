@@ -1,6 +1,7 @@
 """Measures of the states after each block against those computed from all states at once."""
 
 import copy
+import math
 import weakref
 
 import pytest
@@ -73,12 +74,22 @@ def test_no_states_are_held_beyond_the_next_block(world, model: LlamaForCausalLM
     assert len(made) == 3 * -(-len(ROWS) // 2) and max(alive) <= 2
 
 
-def test_states_that_are_not_finite_give_nan(world, model: LlamaForCausalLM):
+def test_states_that_are_not_finite_give_nan_and_no_more_when_they_are_again(world, model: LlamaForCausalLM):
+    kept, other = top_states(model, world), top_states(model, world)
+    for states in (kept, other):
+        hidden_metrics(model, ROWS, 2, world, states)
+    weight = model.model.layers[1].mlp.up_proj.weight
+    sound = weight.detach().clone()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.inf)
     found = hidden_metrics(model, ROWS, 2, world, whole_states(model, world))
     assert found["hidden/rankme/L00"] > 1
     assert found["hidden/rankme/L01"] != found["hidden/rankme/L01"]
+    shares = hidden_metrics(model, ROWS, 2, world, kept)
+    assert all(math.isnan(shares[f"hidden/{share}_share/L01"]) for share in ("top", "mean"))
+    weight.data.copy_(sound)
+    after, expected = (hidden_metrics(model, ROWS, 2, world, states) for states in (kept, other))
+    assert all(after[name] == expected[name] for name in after if not name.endswith("L00"))  # which was always finite
 
 
 def test_the_leading_direction_is_found_from_measurement_to_measurement(world, model: LlamaForCausalLM):
