@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import command
+from launching import TINY, command
 from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, wait_for, workers
 
 from lrtrain.checkpoint import read_meta, whole_checkpoints
@@ -44,43 +44,57 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(
-    tmp_path: Path, tiny: list[str], streamed: list[str], name: str
-):
-    """4 + 4 + 4 steps, an epoch ending in between, on the same world size bit for bit; then also on another one."""
-    base = [*tiny, "train.batch_size=160", "train.micro_batch_size=80", "optim.weight_decay=0.1", *RESUMED[name]]
-    # a constant learning rate does not depend on train.steps, which the pieces set
-    base = base_of(name, [*base, "schedule=constant", "schedule.warmup=0.0"])
-    if name == "streamed":
-        base = [override for override in base if override != "data=local"] + streamed
-    pieces = [[*base, f"run.dir={tmp_path}/pieces", "resume=auto", f"train.steps={steps}"] for steps in (4, 8, 12)]
-    whole = [*base, f"run.dir={tmp_path}/whole", "train.steps=12"]
-    run_jobs([*pieces, whole], 2, tmp_path)
-    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "whole")) == 12
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, cache: Path, corpus: Path, streamed: list[str]) -> Path:
+    """4 + 4 + 4 steps, an epoch ending in between, and 12; the last four again on one process."""
+    folder = tmp_path_factory.mktemp("resumed")
+    together, alone = [], []
+    for name, more in RESUMED.items():
+        base = [*TINY, f"data.path={corpus}", "train.batch_size=160", "train.micro_batch_size=80"]
+        # a constant learning rate does not depend on train.steps, which the pieces set
+        base += ["optim.weight_decay=0.1", *more, "schedule=constant", "schedule.warmup=0.0"]
+        base = base_of(name, base)
+        if name == "streamed":
+            base = [override for override in base if override != "data=local"] + streamed
+        pieces = [*base, f"run.dir={folder}/{name}/pieces", "resume=auto"]
+        together += [[*pieces, f"train.steps={steps}"] for steps in (4, 8, 12)]
+        together.append([*base, f"run.dir={folder}/{name}/whole", "train.steps=12"])
+        if name != "opt-with-dropout":  # which draws from (seed, step, process): on another number it is another run
+            first = folder / name / "pieces" / "checkpoints" / "step-00000008"
+            again = [*base, f"run.dir={folder}/{name}/alone", f"resume={first}", "train.steps=12"]
+            alone.append([*again, "train.micro_batch_size=160"])
+    run_jobs(together, 2, folder)
+    run_jobs(alone, 1, folder)
+    return folder
 
-    if name == "opt-with-dropout":
-        return  # dropout draws from (seed, step, process): another number of processes is another run
-    first, last = whole_checkpoints(tmp_path / "pieces" / "checkpoints")
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(resumed: Path, name: str):
+    """On the same world size bit for bit; then also on another one."""
+    pieces, expected = resumed / name / "pieces", losses(resumed / name / "whole")
+    assert losses(pieces) == expected and len(expected) == 12
+    first, last = whole_checkpoints(pieces / "checkpoints")
     assert (first.name, last.name) == ("step-00000008", "step-00000012")
     if name == "shrinking":
         assert max(read_meta(last)["ranks"].values()) < max(read_meta(first)["ranks"].values()) < 8
-    alone = [*base, f"run.dir={tmp_path}/alone", f"resume={first}", "train.steps=12"]
-    run_jobs([[*alone, "train.micro_batch_size=160"]], 1, tmp_path)
-    found, expected = losses(tmp_path / "alone"), losses(tmp_path / "whole")
-    assert found.keys() == {9, 10, 11, 12}
-    assert max(abs(found[step] - expected[step]) for step in found) < 2e-5
+    if name != "opt-with-dropout":
+        found = losses(resumed / name / "alone")
+        assert found.keys() == {9, 10, 11, 12}
+        assert max(abs(found[step] - expected[step]) for step in found) < 2e-5
 
 
-@pytest.mark.parametrize("name", REVISED)
-def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[str], name: str):
+def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[str]):
     """Stopped in the middle of an iteration, where a draw is due and where an SVD or merge is; on two processes."""
-    base = [*tiny, *REVISED[name], "schedule=constant", "schedule.warmup=0.0", "spectra.every=1"]
-    pieces = [[*base, f"run.dir={tmp_path}/pieces", "resume=auto", f"train.steps={n}"] for n in (3, 4, 6, 9)]
-    run_jobs([*pieces, [*base, f"run.dir={tmp_path}/whole", "train.steps=9"]], 2, tmp_path)
-    assert losses(tmp_path / "pieces") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "whole")) == 9
+    jobs = []
+    for name, more in REVISED.items():
+        base = [*tiny, *more, "schedule=constant", "schedule.warmup=0.0", "spectra.every=1"]
+        pieces = [*base, f"run.dir={tmp_path}/{name}/pieces", "resume=auto"]
+        jobs += [[*pieces, f"train.steps={steps}"] for steps in (3, 4, 6, 9)]
+        jobs.append([*base, f"run.dir={tmp_path}/{name}/whole", "train.steps=9"])
+    run_jobs(jobs, 2, tmp_path)
+    for name in REVISED:
+        whole = losses(tmp_path / name / "whole")
+        assert losses(tmp_path / name / "pieces") == whole and len(whole) == 9, name
 
 
 def test_killed_at_ten_random_moments_it_loses_nothing_but_the_steps_since_the_last_checkpoint(
@@ -165,8 +179,8 @@ def test_a_second_run_on_the_same_directory_is_refused_and_the_first_goes_on(tmp
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path: Path, tiny: list[str], launch):
     base = [*tiny, "schedule=constant", "param.execution=factored", "checkpoint.every=2"]
     run = tmp_path / "damaged"
-    run_jobs([[*base, f"run.dir={tmp_path}/whole", "train.steps=6"]], 2, tmp_path)
-    run_jobs([[*base, f"run.dir={run}", "train.steps=4"]], 2, tmp_path)
+    whole = [*base, f"run.dir={tmp_path}/whole", "train.steps=6"]
+    run_jobs([whole, [*base, f"run.dir={run}", "train.steps=4"]], 2, tmp_path)
     newest = whole_checkpoints(run / "checkpoints")[-1]
     shard = max(newest.glob("*.distcp"), key=lambda file: file.stat().st_size)
     content = bytearray(shard.read_bytes())
