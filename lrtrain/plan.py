@@ -48,8 +48,13 @@ class Memory:
     optimizer: int
     supports: int
     gathered: int
-    """One block's (or the head's) whole parameters and gradients in use and on their way, and the root's."""
+    """One block's (or the head's) whole parameters and gradients in use and on their way, and the root's; of a process
+    that shares with none, the head's gradient, which is made while all activations are there."""
     activations: int
+    recomputed: int
+    """One block's activations when it is run again, as far as they are more than the logits, which are gone by then."""
+    not_at_once: int
+    """≤ 0: with one micro-batch in a step, activations go as gradients come."""
 
     @property
     def total(self) -> int:
@@ -132,33 +137,47 @@ def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtyp
     supports = sum(
         b.numel() * b.element_size() for m in model.modules() if isinstance(m, FactorizedLinear) for b in m.buffers()
     )
+    head = cast(nn.Module, model.get_output_embeddings())
+    single = config.train.batch_size == config.train.micro_batch_size * world_size
+    # The embeddings' gradient of the micro-batch before is still on its way.
+    late = 0 if single else trainable_count(model.get_input_embeddings())
+    gathered = int(dtype.itemsize * (copies + 2 * rest + late)) if wrapped else own * trainable_count(head)
+    gradients, optimizer = own * held // spread.gradients, choice(config.optim)(model).state_bytes(spread.states)
+    kept, block, logits = activation_bytes(config, model, dtype)
+    recomputed = max(0, block - logits)
+    when_most = kept + logits + recomputed + (0 if wrapped else gathered)
     return Memory(
         weights=weights + masters,
-        gradients=own * held // spread.gradients,
-        optimizer=choice(config.optim)(model).state_bytes(spread.states),
+        gradients=gradients,
+        optimizer=optimizer,
         supports=supports,
-        gathered=int(dtype.itemsize * (copies + 2 * rest)) if wrapped else 0,
-        activations=activation_bytes(config, model, dtype),
+        gathered=gathered,
+        activations=kept + logits,
+        recomputed=recomputed,
+        not_at_once=-min(gradients, when_most - block) if single else 0,
     )
 
 
-def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Bytes that one micro-batch's forward pass keeps for its backward pass, and the logits of which it ends.
+def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes that one micro-batch's forward pass keeps for its backward pass, bytes of a block that is run again there,
+    and bytes of the logits that are held at a time.
 
     The forward pass really runs, on the meta device.
     """
     nn.Module.to(model, dtype)
     model.set_attn_implementation(FLASH)
-    recompute(model, config.train.recompute_every, config.train.recompute_keep)
     shape = (config.train.micro_batch_size, config.data.seq_len + 1)
     rows = torch.empty(shape, dtype=torch.int64, device="meta")
-    kept = kept_bytes(lambda: next_token_loss(model.train(), rows))
+    whole = kept_bytes(lambda: next_token_loss(model.train(), rows))
+    again = recompute(model, config.train.recompute_every, config.train.recompute_keep)
+    kept = kept_bytes(lambda: next_token_loss(model.train(), rows)) if again else whole
+    block = (whole - kept) // again if again else 0
     tokens, vocabulary = shape[0] * config.data.seq_len, model.config.get_text_config().vocab_size
     if not ends_with_head(model, rows):
-        return kept + FP32 * tokens * vocabulary  # the logits' gradient
+        return kept, block, FP32 * tokens * vocabulary  # the logits' gradient
     head = sum(p.nbytes for p in cast(nn.Module, model.get_output_embeddings()).parameters() if p.requires_grad)
     narrow = 2 * dtype.itemsize if dtype.itemsize < FP32 else 0  # logits and their gradient besides float32 ones
-    return kept - head + (FP32 + narrow) * min(tokens, CHUNK) * vocabulary  # the head's gradient is counted with others
+    return kept - head, block, (FP32 + narrow) * min(tokens, CHUNK) * vocabulary  # head: counted with the gradients
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor]) -> int:

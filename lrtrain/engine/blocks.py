@@ -22,15 +22,20 @@ def compile_blocks(model: PreTrainedModel) -> None:
         block.compile()
 
 
-def recompute(model: PreTrainedModel, every: int, keep: str) -> None:
+def recompute(model: PreTrainedModel, every: int, keep: str) -> int:
     """Run every `every`-th block again in the backward pass (0: none) and keep only the block's inputs (`inputs`) or
-    also the products A x of its factorized layers (`bottleneck`), which then are not computed a second time."""
+    also the products A x of its factorized layers (`bottleneck`), which then are not computed a second time.
+
+    Returns:
+        How many blocks that are.
+    """
     contexts = {}
     if keep == "bottleneck":
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, keep_latents(model))
-    if every:
-        for block in list(blocks(model))[::every]:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+    again = list(blocks(model))[::every] if every else []
+    for block in again:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+    return len(again)
 
 
 def keep_latents(model: PreTrainedModel) -> Callable[..., CheckpointPolicy]:

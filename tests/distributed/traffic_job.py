@@ -5,11 +5,13 @@ torchrun --nproc_per_node=4 tests/distributed/traffic_job.py '[["engine.replicas
 
 import json
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch.distributed import ProcessGroup
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -41,30 +43,49 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def allocated_at_most(step: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator gives out at a time while `step` runs, above what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
 def measured(overrides: list[str], world: World) -> dict[str, dict]:
     """One step: what was received and is held, and what was planned."""
     config = compose(*overrides)
     dtype = compute_dtype(config, world.device)
-    engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=0, recompute_keep="inputs")
+    every, keep = config.train.recompute_every, config.train.recompute_keep
+    engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=every, recompute_keep=keep)
     engine.prepare(make_model(config), 0, choice(config.optim))
     rows = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_len + 1))
     passes = config.train.batch_size // (world.size * len(rows))
-    for counting in (False, True):  # the first step also looks at the model once
-        engine.begin_step(0, 1e-3, 1.0, "global")
-        with Counted() if counting else nullcontext() as counted:
-            for i in range(passes):
-                loss = engine.forward_backward(rows, 1000, i + 1 == passes)
-        gradients = sum(local(p.grad).nbytes for p in engine.model.parameters() if p.grad is not None)
-        engine.clip_and_step(loss.item())
+
+    def gradients() -> torch.Tensor:
+        losses = [engine.forward_backward(rows, 1000, i + 1 == passes) for i in range(passes)]
+        return losses[-1]
+
+    engine.begin_step(0, 1e-3, 1.0, "global")
+    engine.clip_and_step(gradients().item())  # this step also looks at the model once
+    engine.begin_step(1, 1e-3, 1.0, "global")
+    with Counted() as counted:
+        loss = gradients()
+    held = sum(local(p.grad).nbytes for p in engine.model.parameters() if p.grad is not None)
+    engine.clip_and_step(loss.item())
+    engine.begin_step(2, 1e-3, 1.0, "global")
+    peak = allocated_at_most(gradients)
     states = [t for s in engine.optimizer.state.values() for t in s.values() if t.ndim]
     return {
         "received": counted.received,
         "traffic": vars(traffic(config, make_model(config), dtype, world.size)),
         "held": {
             "weights": sum(local(p).nbytes for p in engine.model.parameters()),
-            "gradients": gradients,
+            "gradients": held,
             "optimizer": sum(local(t).nbytes for t in states),
         },
+        "peak": peak,
+        "processes": world.size,
         "memory": vars(memory_per_process(config, make_model(config), dtype, world.size)),
     }
 
