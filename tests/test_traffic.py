@@ -21,7 +21,7 @@ KINDS = {
 }
 
 
-LARGER = ["model.vocab_size=4096", "model.config.hidden_size=128", "model.config.intermediate_size=344", "param.rank=32"]
+WIDER = ["model.vocab_size=4096", "model.config.hidden_size=128", "model.config.intermediate_size=344", "param.rank=32"]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -30,7 +30,7 @@ def measured(request, cache) -> dict[str, dict]:
     jobs = {name: [*RUN, *change] for name, change in KINDS.items()}
     for passes in (1, 2):
         rows = ["data.seq_len=64", "train.micro_batch_size=4", f"train.batch_size={4 * passes * request.param}"]
-        jobs[f"peak-{passes}"] = [*RUN, *LARGER, *rows, "param=sltrain", "param.execution=factored"]
+        jobs[f"peak-{passes}"] = [*RUN, *WIDER, *rows, "param=sltrain", "param.execution=factored"]
         again = ["train.recompute_every=1", "model.vocab_size=512", "param.rank=8"]
         jobs[f"again-{passes}"] = [*jobs[f"peak-{passes}"], *again]
     if request.param == 4:
