@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crew import crew, train
 from launching import TINY
 from runs import OPT, gap, losses, run_jobs
 
@@ -148,6 +149,14 @@ def test_a_chosen_support_is_kept_and_exported(folder: Path, tmp_path: Path):
         assert (logits(tmp_path / f"{name}-dense") - expected).abs().max() < 1e-5
 
 
+def before_and_after(first: list[list[str]], weights: Path, last: list[str]) -> None:
+    """Train, remove the weights that were started from, and train again."""
+    for job in first:
+        train(job)
+    shutil.rmtree(weights, ignore_errors=True)
+    train(last)
+
+
 def test_resuming_is_exact_and_needs_the_weights_no_more(folder: Path, tmp_path: Path, corpus: Path):
     """From an export, whose architecture and tokenizer the run has taken over."""
     export_dense(RunWeights(folder / "origin"), tmp_path / "weights", None, most=100_000)
@@ -155,9 +164,10 @@ def test_resuming_is_exact_and_needs_the_weights_no_more(folder: Path, tmp_path:
     base = [*(o for o in TINY if not o.startswith("model")), f"data.path={corpus}", "model=hf", *change]
     base = [*base, f"init_from={tmp_path}/weights"]
     pieces = [*base, f"run.dir={tmp_path}/pieces", "resume=auto"]
-    run_jobs([[*base, f"run.dir={tmp_path}/whole", "train.steps=4"], [*pieces, "train.steps=2"]], 2, tmp_path)
-    shutil.rmtree(tmp_path / "weights")
-    run_jobs([[*pieces, "train.steps=4"]], 2, tmp_path)
+    first = [[*base, f"run.dir={tmp_path}/whole", "train.steps=4"], [*pieces, "train.steps=2"]]
+    for member in crew(before_and_after, (first, tmp_path / "weights", [*pieces, "train.steps=4"]), tmp_path):
+        member.join(240)
+        assert member.exitcode == 0, (tmp_path / "0.txt").read_text()
     assert losses(tmp_path / "pieces") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 4
     assert eval_losses(tmp_path / "whole")[0] == pytest.approx(eval_losses(folder / "one-sltrain-chosen")[0], abs=1e-5)
     assert whole_checkpoints(tmp_path / "pieces" / "checkpoints")
