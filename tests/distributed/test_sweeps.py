@@ -1,5 +1,6 @@
 """Sweeps on two real processes: one job after another, whatever happens to one of them."""
 
+import importlib
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ from launching import ROOT, TINY, command
 from runs import gap, losses, run_jobs, wait_for, workers
 
 from lrtrain.checkpoint import whole_checkpoints
+from lrtrain.errors import ConfigError
+from lrtrain.sweeps.jobs import Sweep
 
 # Runs launch/pretrain.py with a job in which only process 1 fails, in the middle of a step.
 FAULTY = """
@@ -136,9 +139,15 @@ def test_jobs_as_torchruns_of_their_own_say_how_they_ended(base: list[str], tmp_
     ended = jobs_of(tmp_path / "runs" / "s")
     assert {name: one["status"] for name, one in ended.items()} == {"lr0.001": "finished", "lr1e+38": "failed"}
     assert ended["lr1e+38"]["detail"].startswith("the loss or gradient was not finite for train.max_skipped=1")
-    refused = sweep([*base, *more], 2, tmp_path)
-    output, _ = refused.communicate(timeout=300)
-    assert "hydra/launcher=torchrun starts each job's processes itself: use python, not torchrun" in output
+
+
+def test_jobs_with_a_torchrun_of_their_own_are_not_started_under_torchrun(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launcher = importlib.import_module("hydra_plugins.sweeps").TorchrunLauncher(nproc=1, parallel=1)
+    launcher.sweep = Sweep("s", Path("s"), [])
+    with pytest.raises(ConfigError, match="starts each job's processes itself: use python, not torchrun"):
+        launcher.run([])
 
 
 def test_jobs_are_submitted_as_to_slurm(base: list[str], tmp_path: Path):
