@@ -1,0 +1,108 @@
+"""How long a run stands still for a checkpoint, how long until it is on the disk, and how long resuming takes, beside
+plain writing and reading of as many bytes on the same disk.
+
+    python scripts/bench_checkpoint.py model=llama_1b param=sltrain
+    torchrun --nproc_per_node=2 scripts/bench_checkpoint.py --folder /scratch model=llama_350m
+
+What is left of a step while a checkpoint is written in the background is not measured here; the time that `save` takes
+is what the loop waits.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lrtrain import distributed
+from lrtrain.checkpoint import Checkpointer, damage_of, whole_checkpoints
+from lrtrain.config import choice, compose, compute_dtype
+from lrtrain.distributed import World, on_main
+from lrtrain.layers.base import local
+from lrtrain.model import make_model
+
+BLOCK = 2**24  # bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("bench_checkpoint"), help="is made, and removed again")
+    parser.add_argument("overrides", nargs="*", help="of the configuration")
+    args = parser.parse_args()
+    world = distributed.start()
+    if args.folder.exists():
+        sys.exit(f"--folder {args.folder} exists; give one to be made")
+    try:
+        measure(args.overrides, args.folder, world)
+    finally:
+        shutil.rmtree(args.folder, ignore_errors=True)
+        distributed.stop()
+
+
+def measure(overrides: list[str], folder: Path, world: World) -> None:
+    config = compose(*overrides)
+    engine = choice(config.engine)(
+        world=world, dtype=compute_dtype(config, world.device), compile=False, recompute_every=0, recompute_keep="inputs"
+    )
+    engine.prepare(make_model(config), 0, choice(config.optim), fresh=False)
+    state = engine.state_dict()
+    size = sum(local(t).nbytes for part in state.values() for t in part.values()) * world.size
+    checkpointer = Checkpointer(folder, world, keep=1, keep_every=None, asynchronous=True)
+
+    def show(what: str, seconds: float) -> None:
+        if world.main:
+            print(f"{what:44} {seconds:7.2f} s  {size / seconds / 1e9:6.2f} GB/s", flush=True)
+
+    def whole() -> Path:
+        return whole_checkpoints(folder)[-1]
+
+    for step, which in enumerate(("first", "second")):
+        show(f"{which} save: the loop stands still", timed(lambda step=step: checkpointer.save(state, step, {})))
+        show("  then until it is on the disk", timed(checkpointer.wait))
+    on_main(lambda: forget(folder))
+    show("resume: checksums, from the disk", timed(lambda: on_main(lambda: damage_of(whole()))))
+    show("  then filling model and optimizer", timed(lambda: checkpointer.load(state, whole())))
+    if world.main:
+        file = folder / "plain"
+        show("plain write and fsync", timed(lambda: write(file, size)))
+        forget(folder)
+        show("plain read", timed(lambda: read(file)))
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def write(path: Path, size: int) -> None:
+    block = torch.randint(256, (BLOCK,), dtype=torch.uint8).numpy().tobytes()
+    with path.open("wb") as file:
+        for _ in range(-(-size // BLOCK)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(path: Path) -> None:
+    with path.open("rb", buffering=0) as file:
+        while file.read(BLOCK):
+            pass
+
+
+def forget(folder: Path) -> None:
+    """Have the system drop what it holds of the files in memory, so that they are read from the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+if __name__ == "__main__":
+    main()
