@@ -47,9 +47,8 @@ def main() -> None:
 
 def measure(overrides: list[str], folder: Path, world: World) -> None:
     config = compose(*overrides)
-    engine = choice(config.engine)(
-        world=world, dtype=compute_dtype(config, world.device), compile=False, recompute_every=0, recompute_keep="inputs"
-    )
+    dtype = compute_dtype(config, world.device)
+    engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=0, recompute_keep="inputs")
     engine.prepare(make_model(config), 0, choice(config.optim), fresh=False)
     state = engine.state_dict()
     size = sum(local(t).nbytes for part in state.values() for t in part.values()) * world.size
