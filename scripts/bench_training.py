@@ -63,7 +63,7 @@ class Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama_60m", help="a name from conf/model")
-    parser.add_argument("--methods", nargs="+", default=["dense", "lowrank", "sltrain", "lost", "cola"])
+    parser.add_argument("--methods", nargs="+", default=["dense", "lowrank", "sltrain", "galore", "lost", "cola"])
     parser.add_argument("--plain", nargs="*", default=["sltrain", "galore", "lost", "cola"], help="published forms")
     parser.add_argument("--two", nargs="*", default=["dense"], help="methods to run on two processes too")
     parser.add_argument("--sequences", type=int, default=4, help="per step")
@@ -171,7 +171,8 @@ def serve(args: argparse.Namespace) -> None:
         step, model = plain_loop(common, method, rows)
     else:
         world = distributed.start()
-        step, model = ours([*common, *args.ours, f"param={method}"], rows, world)
+        chosen = ["param=dense", "optim=galore"] if method == "galore" else [f"param={method}"]
+        step, model = ours([*common, *args.ours, *chosen], rows, world)
     flops = training_flops(model, args.seq_len).model
     while (told := sys.stdin.readline().strip()) == "step":
         started = time.perf_counter()

@@ -35,6 +35,7 @@ def base(corpus) -> list[str]:
         *TINY,
         f"data.path={corpus}",
         "train.batch_size=12",
+        "train.micro_batch_size=6",
         "optim.weight_decay=0.1",
         "schedule=constant",
         "schedule.warmup=0.0",
@@ -55,7 +56,7 @@ def runs(tmp_path_factory, cache, base) -> Path:
         ]
 
     halves = at("halves", "resume=auto", steps=2) + at("halves", "resume=auto")
-    backward = at("backward", "optim.in_backward=true", "train.micro_batch_size=6", without=WITHOUT_BACKWARD)
+    backward = at("backward", "optim.in_backward=true", without=WITHOUT_BACKWARD)
     run_jobs(at("one"), 1, folder)
     run_jobs(at("two") + halves + backward, 2, folder)
     run_jobs(at("three", without=set(JOBS) - ON_THREE), 3, folder)
@@ -80,5 +81,4 @@ def test_a_run_in_halves_is_the_run_as_a_whole_bit_for_bit(runs: Path, name: str
 
 @pytest.mark.parametrize("name", sorted(set(JOBS) - WITHOUT_BACKWARD))
 def test_updates_in_the_backward_pass_are_those_after_it(runs: Path, name: str):
-    """Up to the order in which micro-batches are summed."""
     assert gap(losses(runs / f"two-{name}"), losses(runs / f"backward-{name}")) < TOLERANCE.get(name, 2e-5)

@@ -39,7 +39,8 @@ VARIANTS = {
 
 TOLERANCE = {"bf16": 0.02}
 
-ALIKE = {"sltrain-materialize", "sltrain-row-balanced", "recompute-compile"}  # to an engine, to others of them
+# To an engine like others of them, or run by another stage of it.
+ALIKE = {"sltrain-materialize", "sltrain-row-balanced", "sltrain-block", "recompute-compile", "cola", "nested-lasso"}
 ZERO = ["engine=deepspeed", "engine.persist_below=0"]
 # What differs in how the model lies on the processes, with the variants that it is run for.
 ENGINES = {
@@ -60,7 +61,7 @@ ELSEWHERE = [(engine, name) for engine, (_, names) in ENGINES.items() for name i
 def variants(tmp_path_factory, cache, corpus) -> Path:
     """Every variant for 6 steps on one process and on two, and some on two by another engine."""
     folder = tmp_path_factory.mktemp("variants")
-    base = [*TINY, f"data.path={corpus}", "train.steps=6", "spectra.every=3", "optim.weight_decay=0.1"]
+    base = [*TINY, f"data.path={corpus}", "train.steps=6", "spectra.every=6", "optim.weight_decay=0.1"]
 
     def job(where: str, name: str, *more: str) -> list[str]:
         return [*base_of(name, base), *VARIANTS[name], *more, f"run.dir={folder}/{where}-{name}"]
