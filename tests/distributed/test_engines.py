@@ -37,8 +37,8 @@ def runs(tmp_path_factory, cache, corpus) -> Path:
     """Whole runs of 12 steps on two processes, the same in parts by one engine after the other, and each in halves."""
     folder = tmp_path_factory.mktemp("engines")
     base = [
-        *TINY, f"data.path={corpus}", "train.batch_size=12", "train.micro_batch_size=4", "optim.weight_decay=0.1",
-        "optim.other_lr=2e-3", "optim.lr_ratio=2", "schedule=constant", "schedule.warmup=0.0",
+        *TINY, f"data.path={corpus}", "train.batch_size=12", "optim.weight_decay=0.1", "optim.other_lr=2e-3",
+        "optim.lr_ratio=2", "schedule=constant", "schedule.warmup=0.0",
     ]  # fmt: skip
 
     def job(run: str, method: str, engine: str, steps: int) -> list[str]:

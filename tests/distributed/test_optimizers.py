@@ -59,7 +59,7 @@ def runs(tmp_path_factory, cache, base) -> Path:
     backward = at("backward", "optim.in_backward=true", without=WITHOUT_BACKWARD)
     run_jobs(at("one"), 1, folder)
     run_jobs(at("two") + halves + backward, 2, folder)
-    run_jobs(at("three", without=set(JOBS) - ON_THREE), 3, folder)
+    run_jobs(at("three", "train.micro_batch_size=4", without=set(JOBS) - ON_THREE), 3, folder)
     return folder
 
 
