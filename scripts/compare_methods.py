@@ -104,7 +104,9 @@ def run(study: Study, parallel: int) -> dict[str, str]:
         seconds.append(time.monotonic() - one.started)
         print_progress(study, trial, seconds, parallel, failed)
 
-    waiting = lambda: [trial for trial in lacking(study) if trial.arm not in failed]  # noqa: E731
+    def waiting() -> list[Trial]:
+        return [trial for trial in lacking(study) if trial.arm not in failed]
+
     if not run_parallel(parallel, waiting, partial(begin, study), ended):
         sys.exit("stopped; the same command goes on")
     return failed

@@ -67,5 +67,6 @@ class Monitor:
 
     def gradients_due(self, step: int) -> Mapping[str, nn.Module]:
         """The layers whose gradients are measured in this step: with the spectra, and in the first and the last."""
-        at = step in (1, self.config.train.steps) or step % self.chosen.every == 0 if self.active else False
-        return matching(self.matrices, self.chosen.gradients) if at else {}
+        if not self.active or (step % self.chosen.every and step not in (1, self.config.train.steps)):
+            return {}
+        return matching(self.matrices, self.chosen.gradients)

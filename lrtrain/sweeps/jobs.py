@@ -121,8 +121,10 @@ def label(key: str, value: str) -> str:
     return re.sub(r"[^\w.%+-]+", "_", (key.rsplit(".", 1)[-1] if "." in key else "") + value).strip("_")
 
 
-def quoted(value: str) -> str:
-    """A string as Hydra's grammar reads it back."""
+def quoted(value: str | Sequence[str]) -> str:
+    """A string, or a list of some, as Hydra's grammar reads it back."""
+    if not isinstance(value, str):
+        return f"[{','.join(map(quoted, value))}]"
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 

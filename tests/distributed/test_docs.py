@@ -15,6 +15,9 @@ from hydra.core.singleton import Singleton
 from launching import ROOT, TINY
 from runs import run_jobs
 
+from lrtrain.config import compose
+from lrtrain.sweeps.jobs import quoted
+
 SMALLER = [override for override in TINY if not override.startswith("model")]
 
 
@@ -70,6 +73,13 @@ def test_the_commands_of_a_page_run(folder: Path, corpus: Path, page: str, monke
     if page == "compress.md":
         table = next((folder / "runs" / "llama_tiny-dense" / "compressed").glob("*/compress.md")).read_text()
         assert re.search(r"\| lowrank, WeLore's ranks \| [\d,]+ \| [\d.]+ \| [\d.]+ \|", table)
+
+
+def test_compress_takes_over_where_the_text_of_the_run_lies(cache: Path):
+    of_the_run = runpy.run_path(str(ROOT / "scripts" / "compress.py"))["of_the_run"]
+    for path in ("it's here/*.txt", ["a b.txt", "it's here"]):
+        config = compose(*SMALLER, f"data.path={quoted(path)}")
+        assert compose(*of_the_run(config)).data.path == path
 
 
 def test_the_sweeps_of_the_page_are_planned_and_its_comparisons_drawn(
