@@ -60,6 +60,10 @@ class Memory:
     def total(self) -> int:
         return sum(vars(self).values())
 
+    def parts(self) -> dict[str, int]:
+        """What there is of it, in words."""
+        return {name.replace("_", " "): size for name, size in vars(self).items() if size}
+
 
 def print_plan(config: Config, world_size: int) -> None:
     """Print what `dry_run=true` promises."""
@@ -87,7 +91,7 @@ def print_plan(config: Config, world_size: int) -> None:
         table.add_row("  trained of them", f"{trained / 1e6:,.2f} M")
     table.add_row("  dense model, for comparison", f"{dense / 1e6:,.2f} M  ({ours / dense:.0%})")
     table.add_row("[bold]memory per process", f"[bold]{memory.total / 2**30:,.2f} GiB")
-    for part, size in vars(memory).items():
+    for part, size in memory.parts().items():
         table.add_row(f"  {part}", f"{size / 2**30:,.3f} GiB")
     table.add_row("[bold]FLOPs per token, forward and backward", f"[bold]{flops.model / 1e9:,.3f} G")
     table.add_row("  dense model, for comparison", f"{flops.dense_equivalent / 1e9:,.3f} G")

@@ -58,7 +58,7 @@ def print_forecast(overrides: list[str], gpus: int, own: dict[str, float]) -> No
     table.add_column()
     table.add_column(justify="right")
     table.add_row("[bold]memory per GPU", f"[bold]{memory.total / 2**30:,.2f} GiB")
-    for part, size in vars(memory).items():
+    for part, size in memory.parts().items():
         table.add_row(f"  {part}", f"{size / 2**30:,.3f} GiB")
     table.add_row("[bold]received per GPU and step", f"[bold]{sent.total / 1e9:,.3f} GB")
     for part, size in vars(sent).items():
