@@ -163,7 +163,7 @@ def _draw_front(axes: Axes, rows: Sequence[Row], key: str, colors: dict[str, str
     axes.plot([points[i][0] for i in front], [points[i][1] for i in front], color=INK, lw=1, ls=":", zorder=1)
     for place in front[:8]:
         axes.annotate(label(judged[place]), points[place], (6, 5), textcoords="offset points", fontsize=8, color=INK)
-    axes.margins(0.15)
+    axes.margins(x=0.25, y=0.15)
 
 
 def _draw_ranks(axes: Axes, rows: Sequence[Row], colors: dict[str, str]) -> None:

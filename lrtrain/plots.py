@@ -265,7 +265,7 @@ def _compare_ranks(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
     axes.set_title("Mean effective rank of all layers")
     axes.set_xlabel("step")
     axes.set_ylabel("effective rank")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
