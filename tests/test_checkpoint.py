@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
+from crew import together
 
 from lrtrain import distributed
 from lrtrain.checkpoint import (
@@ -157,22 +157,21 @@ def test_values_that_are_no_tensors_are_refused(tmp_path: Path, world):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("full", [0, 1])
-def test_a_disk_that_is_full_on_one_process_costs_one_checkpoint(tmp_path: Path, capfd, asynchronous: bool, full: int):
-    spawn(_save_on_a_full_disk, (str(tmp_path), asynchronous, full), nprocs=2)
+def test_a_disk_that_is_full_on_one_process_costs_one_checkpoint(tmp_path: Path, asynchronous: bool, full: int):
+    together(save_on_a_full_disk, (tmp_path, asynchronous, full), tmp_path)
     assert [p.name for p in whole_checkpoints(tmp_path)] == ["step-00000001", "step-00000003"]
     assert not list(tmp_path.glob(".step*"))
-    assert capfd.readouterr().err.count("the checkpoint of step 2 failed: ") == 1
+    said = "".join((tmp_path / f"{k}.txt").read_text() for k in range(2))
+    assert said.count("the checkpoint of step 2 failed: ") == 1
 
 
-def _save_on_a_full_disk(dist_rank: int, folder: str, asynchronous: bool, full: int) -> None:
-    os.environ |= {"RANK": str(dist_rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "LOCAL_WORLD_SIZE": "2"}
-    os.environ["MASTER_PORT"] = str(20000 + os.getppid() % 20000 + 2 * asynchronous + full)
+def save_on_a_full_disk(folder: Path, asynchronous: bool, full: int) -> None:
     world = distributed.start()
-    saver = Checkpointer(Path(folder), world, keep=9, keep_every=None, asynchronous=asynchronous)
+    saver = Checkpointer(folder, world, keep=9, keep_every=None, asynchronous=asynchronous)
     state = {name: torch.ones(2**16) for name in "ab"}  # a file of its own for each process
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for step, disk in enumerate((resource.RLIM_INFINITY, 2**16, resource.RLIM_INFINITY), start=1):
-        if dist_rank == full:  # no file of this process may grow beyond
+        if world.dist_rank == full:  # no file of this process may grow beyond
             resource.setrlimit(resource.RLIMIT_FSIZE, (disk, resource.RLIM_INFINITY))
         saver.save(state, step, {})
         saver.wait()

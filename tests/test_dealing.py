@@ -1,17 +1,17 @@
 """Layers that are dealt out: whole on one process at a time, and on no process more than one."""
 
 import copy
-import os
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from crew import together
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.spawn import spawn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrtrain import distributed
@@ -75,15 +75,12 @@ class LayersHeld(TorchDispatchMode):
 
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_process_holds_more_than_one_whole_layer(replicas: int, dtype: torch.dtype):
-    port = 20000 + os.getpid() % 20000 + 2 * replicas + (dtype == torch.bfloat16)
-    spawn(_deal, (replicas, dtype, port), nprocs=4)
+def test_no_process_holds_more_than_one_whole_layer(tmp_path: Path, replicas: int, dtype: torch.dtype):
+    together(deal, (replicas, dtype), tmp_path, 4)
 
 
-def _deal(dist_rank: int, replicas: int, dtype: torch.dtype, port: int) -> None:
-    os.environ |= {"RANK": str(dist_rank), "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    distributed.start()
+def deal(replicas: int, dtype: torch.dtype) -> None:
+    world = distributed.start()
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(shape[1], shape[0], bias=True, dtype=dtype) for shape in SHAPES))
     expected = [{key: p.detach().clone() for key, p in layer.named_parameters()} for layer in model]
@@ -101,7 +98,7 @@ def _deal(dist_rank: int, replicas: int, dtype: torch.dtype, port: int) -> None:
         found = dict(dealt_layers(dict(model.named_children()), compute))
     weights = [parameters["weight"] for parameters in expected]
     assert [found[name]["sum"] for name in found] == [weight.sum(dtype=torch.float64) for weight in weights]
-    assert computed == [str(i) for i in range(len(SHAPES)) if i % 4 == dist_rank]
+    assert computed == [str(i) for i in range(len(SHAPES)) if i % 4 == world.dist_rank]
     assert held.most == 1
     if dtype == torch.float32:
         _measure_everything(mesh if replicas > 1 else mesh["shard"])

@@ -2,11 +2,9 @@
 
 import ast
 import json
-import os
-import subprocess
 from pathlib import Path
 
-from launching import ROOT, command
+from launching import ROOT
 
 FORBIDDEN = {
     "eval",
@@ -54,7 +52,7 @@ class MineForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_code_that_comes_with_a_model_is_run_only_where_that_is_asked_for(tmp_path: Path):
+def test_code_that_comes_with_a_model_is_run_only_where_that_is_asked_for(tmp_path: Path, launch, monkeypatch):
     folder, touched = tmp_path / "mine", tmp_path / "touched"
     folder.mkdir()
     (folder / "mine.py").write_text(CODE.format(touched=str(touched)))
@@ -63,23 +61,23 @@ def test_code_that_comes_with_a_model_is_run_only_where_that_is_asked_for(tmp_pa
     settings["auto_map"] = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
     (folder / "config.json").write_text(json.dumps(settings))
     job = ["model=hf", f"model.path={folder}", "model.vocab_size=384", "param.rank=8", "dry_run=true"]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
 
-    refused = subprocess.run(command(job, 1), capture_output=True, text=True, env=environment, cwd=tmp_path)
+    refused = launch(job)
     assert refused.returncode == 2 and not touched.exists()
     assert refused.stderr.strip() == f"model.path={folder} brings code of its own; model.trust_remote_code=true runs it"
     job.append("model.trust_remote_code=true")
-    done = subprocess.run(command(job, 1), capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = launch(job)
     assert done.returncode == 0 and touched.exists(), done.stderr
 
 
-def test_keys_of_the_environment_are_not_in_the_run_directory(tmp_path: Path, tiny: list[str]):
+def test_keys_of_the_environment_are_not_in_the_run_directory(tmp_path: Path, tiny: list[str], launch, monkeypatch):
     secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "HF_TOKEN": "hf_thisisasecretofmine"}
     run = tmp_path / "run"
     job = [*tiny, "tracking=wandb", "train.steps=3", "spectra.every=1", "checkpoint.every=2", f"run.dir={run}"]
-    done = subprocess.run(
-        command(job, 1), capture_output=True, text=True, env=os.environ | secrets, cwd=tmp_path, timeout=120
-    )
+    for name, secret in secrets.items():
+        monkeypatch.setenv(name, secret)
+    done = launch(job)
     assert done.returncode == 0 and [*run.glob("wandb/offline-run-*")], done.stderr
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 20

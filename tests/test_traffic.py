@@ -1,11 +1,11 @@
 """The plan's bytes on the wire and shards against what real processes send and hold."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from launching import ROOT, SMALL
+from crew import together
+from launching import SMALL
+from traffic_job import measure
 
 from lrtrain.config import compose
 from lrtrain.model import make_model
@@ -25,7 +25,7 @@ WIDER = ["model.vocab_size=4096", "model.config.hidden_size=128", "model.config.
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
-def measured(request, cache) -> dict[str, dict]:
+def measured(request, cache, tmp_path_factory) -> dict[str, dict]:
     """A step of each kind; on four processes also with two replicas, and with four."""
     jobs = {name: [*RUN, *change] for name, change in KINDS.items()}
     for passes in (1, 2):
@@ -36,13 +36,9 @@ def measured(request, cache) -> dict[str, dict]:
     if request.param == 4:
         jobs |= {f"replicas-{n}": [*RUN, "param=lowrank", f"engine.replicas={n}"] for n in (2, 4)}
         jobs["ddp"] = [*RUN, "param=lowrank", "engine=ddp"]
-    script = str(ROOT / "tests" / "distributed" / "traffic_job.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}"]
-    done = subprocess.run(
-        [*torchrun, script, json.dumps([*jobs.values()])], capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(zip(jobs, json.loads(done.stdout.splitlines()[-1]), strict=True))
+    folder = tmp_path_factory.mktemp("traffic")
+    together(measure, ([*jobs.values()], folder / "found.json"), folder, request.param)
+    return dict(zip(jobs, json.loads((folder / "found.json").read_text()), strict=True))
 
 
 def test_bytes_received_are_planned(measured: dict[str, dict]):

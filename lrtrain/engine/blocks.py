@@ -19,7 +19,7 @@ def compile_blocks(model: PreTrainedModel) -> None:
     torch._dynamo.config.recompile_limit = GRAPHS_PER_BLOCK * len(blocks(model))
     torch._dynamo.config.accumulated_recompile_limit = 4 * torch._dynamo.config.recompile_limit
     for block in blocks(model):
-        block.compile()
+        block.forward = torch.compile(block.forward)  # not its hooks, which gather what the engine spreads
 
 
 def recompute(model: PreTrainedModel, every: int, keep: str) -> int:

@@ -2,39 +2,33 @@
 
 import json
 import logging
-import os
-import socket
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from corpora import c4_config, local_config
-from torch.multiprocessing.spawn import spawn
+from crew import together
 
+from lrtrain import distributed
 from lrtrain.data import DataConfig, prepare
 
 
-def work(rank: int, local: DataConfig, c4: DataConfig, port: int, folder: Path) -> None:
-    logging.basicConfig(level=logging.INFO, filename=folder / f"log-{rank}")
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=2)  # so both begin together
+def work(local: DataConfig, c4: DataConfig, folder: Path) -> None:
+    rank = distributed.start().dist_rank  # so both begin together
+    logging.basicConfig(level=logging.INFO, filename=folder / f"log-{rank}", force=True)
     packed = prepare(local, seed=0)
     train = prepare(c4, seed=0).train
     for position in range(0, 60, 12):
         train.batch(position, 12, rank, 2)
     result = {"fingerprint": packed.fingerprint, "state": train.state()}
     (folder / f"result-{rank}").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder where two processes have done their work."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    spawn(work, (local_config(folder), c4_config(folder), port, folder), nprocs=2)
+    together(work, (local_config(folder), c4_config(folder), folder), folder)
     return folder
 
 

@@ -1,17 +1,14 @@
 """Whole runs on real processes, several in the same ones."""
 
-import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launching import ROOT, command
+from crew import together, train_all
+from launching import command
 
 from lrtrain.tracking.jsonl import series
-
-JOBS = str(ROOT / "tests" / "distributed" / "jobs.py")
 
 OPT = [
     "model=opt_125m",
@@ -32,10 +29,7 @@ REVISED = {
 
 def run_jobs(jobs: list[list[str]], processes: int, folder: Path) -> None:
     """Run configurations one after another in the same processes; the last one draws its picture."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    start = [sys.executable] if processes == 1 else torchrun
-    done = subprocess.run([*start, JOBS, json.dumps(jobs)], cwd=folder, capture_output=True, text=True, timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    together(train_all, (jobs,), folder, processes)
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -8,8 +8,10 @@ import sys
 import weakref
 from pathlib import Path
 
+import crew
 import pytest
 import torch
+from crew import together
 from launching import ROOT, TINY
 from runs import OPT, run_jobs
 from safetensors.torch import load_file
@@ -213,9 +215,8 @@ def test_two_processes_evaluate_all_of_another_text(runs: Path, tmp_path: Path, 
     text = ["data.path=" + str(corpus / "000.txt"), "data.seq_len=16", "data.validation_fraction=0"]
     arguments = [runs / "sltrain", *text, "eval.sequences=1000", "--json"]
     script("evaluate", *arguments, tmp_path / "one.json", monkeypatch=monkeypatch)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, ROOT / "scripts" / "evaluate.py", *arguments, tmp_path / "two.json"]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True, timeout=120)
+    arguments = [str(argument) for argument in (*arguments, tmp_path / "two.json")]
+    together(crew.script, (ROOT / "scripts" / "evaluate.py", arguments), tmp_path)
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
     tokens = len(load(runs / "sltrain").tokenizer.encode((corpus / "000.txt").read_text())) + 1  # and EOS
     assert 0 <= tokens - one["tokens"] <= 17 and one["tokens"] == two["tokens"]

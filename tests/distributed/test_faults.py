@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crew import crew, train
+from crew import crew, together, train
 from launching import ROOT, command
 from offline import history, segments
 from runs import gap, logged_steps, losses, wait_for, workers
@@ -213,13 +213,8 @@ def test_a_gradient_that_is_no_number_on_one_process_skips_the_step_on_all(tmp_p
         [*base, *ENGINES[engine], f"run.dir={tmp_path}/{run}", "train.micro_batch_size=4"] for run, engine, _ in spoiled
     ]
     alone = [*base, f"run.dir={tmp_path}/alone", "train.micro_batch_size=8"]
-    for members in (
-        crew(spoil_step_3, ([alone], [0]), tmp_path, 1),
-        crew(spoil_step_3, (jobs, [culprit for *_, culprit in spoiled]), tmp_path),
-    ):
-        for member in members:
-            member.join(240)
-            assert member.exitcode == 0, (tmp_path / "0.txt").read_text()
+    together(spoil_step_3, ([alone], [0]), tmp_path, 1)
+    together(spoil_step_3, (jobs, [culprit for *_, culprit in spoiled]), tmp_path)
     said = (tmp_path / "0.txt").read_text()
     assert said.count("step 3 skipped: its loss or gradient is not finite") == 1 + len(jobs)
     expected = losses(tmp_path / "alone")

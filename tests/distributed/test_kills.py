@@ -8,7 +8,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from crew import crew, train
+from crew import crew, together, train
 from runs import logged_steps, losses
 
 from lrtrain.checkpoint import damage_of, whole_checkpoints
@@ -42,8 +42,7 @@ def test_any_process_killed_at_any_moment_costs_nothing_but_steps(tmp_path: Path
     """Two processes; the other one ends by itself, and the resumed trace is the uninterrupted one bit for bit."""
     base = [*tiny, "train.steps=30", "checkpoint.every=2", "train.batch_size=2", "train.micro_batch_size=1"]
     base += ["data.seq_len=16", "param.execution=factored", "checkpoint.keep=3"]
-    for member in crew(train, ([*base, f"run.dir={tmp_path}/whole"],), tmp_path):
-        member.join(300)
+    together(train, ([*base, f"run.dir={tmp_path}/whole"],), tmp_path)
     expected = losses(tmp_path / "whole")
     assert len(expected) == 30
 
@@ -71,7 +70,6 @@ def test_any_process_killed_at_any_moment_costs_nothing_but_steps(tmp_path: Path
         after = whole_checkpoints(run / "checkpoints")
         assert not before or after[-1].name >= before[-1].name
         assert [damage_of(checkpoint) for checkpoint in after] == [None] * len(after)
-    for member in crew(train, ([*base, f"run.dir={run}", "resume=auto"],), tmp_path):
-        member.join(300)
+    together(train, ([*base, f"run.dir={run}", "resume=auto"],), tmp_path)
     assert losses(run) == expected
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")] == []

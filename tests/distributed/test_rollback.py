@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from crew import crew, train
+from crew import crew, together, train
 from runs import losses
 
 from lrtrain.checkpoint import read_meta, whole_checkpoints
@@ -69,9 +69,7 @@ def test_a_run_that_left_out_a_spike_is_one_that_never_saw_those_batches(tmp_pat
     spiked = [[*base, *ENGINES[engine], f"run.dir={tmp_path}/{engine}", "train.steps=11"] for engine in ENGINES]
     halves = [[*base, f"run.dir={tmp_path}/halves", "resume=auto", f"train.steps={steps}"] for steps in (9, 11)]
     never = [[*base, *ENGINES[engine], f"run.dir={tmp_path}/never-{engine}", "train.steps=11"] for engine in ENGINES]
-    for member in crew(on_data, (BAD, [*spiked, *halves], never), tmp_path):
-        member.join(240)
-        assert member.exitcode == 0, (tmp_path / "0.txt").read_text()
+    together(on_data, (BAD, [*spiked, *halves], never), tmp_path)
     said = (tmp_path / "0.txt").read_text()
     assert said.count("going back to") == len(ENGINES) + 1
     assert f"going back to {tmp_path}/fsdp/checkpoints/step-00000006 and on without the sequences 48 … 63" in said
@@ -94,8 +92,6 @@ def test_rollbacks_are_bounded_and_without_a_checkpoint_there_is_none(tmp_path: 
     )
 
     job += ["checkpoint.every=0", "train.steps=10", f"run.dir={tmp_path}/no"]
-    (alone,) = crew(on_data, (BAD, [job], []), tmp_path, 1)
-    alone.join(300)
-    assert alone.exitcode == 0
+    together(on_data, (BAD, [job], []), tmp_path, 1)
     assert "there is no checkpoint from before it to go back to" in (tmp_path / "0.txt").read_text()
     assert all(map(math.isfinite, losses(tmp_path / "no").values()))

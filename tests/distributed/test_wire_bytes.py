@@ -1,29 +1,23 @@
 """Bytes on the wire against what the engines' algorithms have to move."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+from crew import script, together
 from launching import ROOT, SMALL
 
 from lrtrain.config import compose
 from lrtrain.model import make_model, parameter_count
 
 
-def test_a_step_moves_what_the_formulas_say_and_less_with_factors():
+def test_a_step_moves_what_the_formulas_say_and_less_with_factors(tmp_path: Path):
     """Two processes: a gather or a scatter brings each half of the parameters, a sum for both brings them once."""
     overrides = [*SMALL, "model.vocab_size=1024"]
     engines, methods = ["fsdp", "ZeRO-1", "ZeRO-2", "ZeRO-3"], ["dense", "lowrank"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = [str(ROOT / "scripts" / "wire_bytes.py"), "--model", "llama_tiny", "--methods", *methods]
-    done = subprocess.run(
-        [*command, *script, "--engines", *engines, "--overrides", *overrides],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    arguments = ["--model", "llama_tiny", "--methods", *methods, "--engines", *engines, "--overrides", *overrides]
+    together(script, (ROOT / "scripts" / "wire_bytes.py", arguments), tmp_path)
+    said = (tmp_path / "0.txt").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in said if line.startswith("|")][2:]
     found = {row[0]: [float(value) for value in row[1:]] for row in rows}
     for i, method in enumerate(methods):
         model = make_model(compose(*overrides, f"param={method}"))

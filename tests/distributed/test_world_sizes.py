@@ -61,7 +61,14 @@ ELSEWHERE = [(engine, name) for engine, (_, names) in ENGINES.items() for name i
 def variants(tmp_path_factory, cache, corpus) -> Path:
     """Every variant for 6 steps on one process and on two, and some on two by another engine."""
     folder = tmp_path_factory.mktemp("variants")
-    base = [*TINY, f"data.path={corpus}", "train.steps=6", "spectra.every=6", "optim.weight_decay=0.1"]
+    base = [
+        *TINY,
+        f"data.path={corpus}",
+        "train.micro_batch_size=4",
+        "train.steps=6",
+        "spectra.every=6",
+        "optim.weight_decay=0.1",
+    ]
 
     def job(where: str, name: str, *more: str) -> list[str]:
         return [*base_of(name, base), *VARIANTS[name], *more, f"run.dir={folder}/{where}-{name}"]

@@ -10,11 +10,12 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from crew import together
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 
+from lrtrain import distributed
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
@@ -81,7 +82,7 @@ def test_measuring_leaves_the_model_as_it_was():
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_with_sharded_weights_get_the_spectra_of_one(tmp_path: Path, processes: int):
-    spawn(_measure_sharded, args=(str(tmp_path), processes), nprocs=processes)
+    together(measure_sharded, (tmp_path,), tmp_path, processes)
     layers = linear_layers(small_model())
     alone = weight_spectra(layers)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(processes)]
@@ -162,11 +163,10 @@ def test_bfloat16_weights_are_measured_in_more():
         torch.testing.assert_close(sigma, exact, rtol=1e-5, atol=1e-7)
 
 
-def _measure_sharded(rank: int, folder: str, processes: int):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+def measure_sharded(folder: Path) -> None:
+    world = distributed.start()
     model = small_model()
-    mesh = init_device_mesh("cpu", (processes,))
+    mesh = init_device_mesh("cpu", (world.size,))
     for block in model.children():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -178,11 +178,11 @@ def _measure_sharded(rank: int, folder: str, processes: int):
     with counted() as sent_as_rows, patch("lrtrain.spectra.weights.sends_gram", lambda layer: False):
         weight_spectra(layers)
     found |= {"sent": sum(sent), "sent_as_rows": sum(sent_as_rows), "parts": part_metrics(layers)[0]}
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(found, folder / f"{world.dist_rank}.pt")
     with torch.no_grad():
         model.get_parameter("0.q_proj.B.weight").zero_()  # no Gram resolves what it is a factor of
     assert weight_spectra(layers)["0.q_proj"].tolist() == [0.0] * 5
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 @contextmanager

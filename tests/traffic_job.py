@@ -1,10 +1,6 @@
-"""Counts what the processes of a step send and hold, and prints it beside the plan, as JSON.
-
-torchrun --nproc_per_node=4 tests/distributed/traffic_job.py '[["engine.replicas=1", ...], ...]'
-"""
+"""Counts what the processes of a step send and hold, and writes it beside the plan, as JSON."""
 
 import json
-import sys
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -13,8 +9,6 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lrtrain import distributed
 from lrtrain.config import choice, compose, compute_dtype
@@ -90,9 +84,10 @@ def measured(overrides: list[str], world: World) -> dict[str, dict]:
     }
 
 
-if __name__ == "__main__":
+def measure(jobs: list[list[str]], out: Path) -> None:
+    """The job of a crew: all of them, one after another."""
     world = distributed.start()
-    found = [measured(overrides, world) for overrides in json.loads(sys.argv[1])]
+    found = [measured(overrides, world) for overrides in jobs]
     if world.main:
-        print(json.dumps(found), flush=True)
+        out.write_text(json.dumps(found))
     distributed.stop()
