@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TINY, command
+from launching import ROOT, TINY
 
 
 def one_core_for_each_worker() -> None:
@@ -62,11 +62,8 @@ def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Run `launch/pretrain.py` with overrides as a user would, in an empty folder, and wait for it."""
 
     def run(overrides: list[str], processes: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
-        if processes == 1:
-            from crew import python  # not before this process has its core: it imports torch
+        from crew import Command  # not before this process has its core: it imports torch
 
-            return python(ROOT / "launch" / "pretrain.py", overrides, tmp_path, timeout)
-        line = command(overrides, processes)
-        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=timeout)
+        return Command(ROOT / "launch" / "pretrain.py", overrides, tmp_path, processes).result(timeout)
 
     return run

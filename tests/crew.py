@@ -45,12 +45,17 @@ def free_port() -> int:
 
 def crew(job: Callable[..., None], arguments: tuple[Any, ...], folder: Path, size: int = 2) -> list[BaseProcess]:
     """Start `job(*arguments)` on `size` processes that find each other; what process k says is in `folder/k.txt`."""
+    said = [folder / f"{k}.txt" for k in range(size)]
+    return [
+        forked(job, arguments, folder, place, (file, file)) for place, file in zip(torchruns(size), said, strict=True)
+    ]
+
+
+def torchruns(size: int) -> list[dict[str, Any]]:
+    """What torchrun would add to the environment of each process."""
     meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    members = []
-    for k in range(size):
-        place = meeting_point | {"RANK": k, "LOCAL_RANK": k, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        members.append(forked(job, arguments, folder, place, (folder / f"{k}.txt", folder / f"{k}.txt")))
-    return members
+    sizes = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return [meeting_point | sizes | {"RANK": k, "LOCAL_RANK": k} for k in range(size)]
 
 
 def together(job: Callable[..., None], arguments: tuple[Any, ...], folder: Path, size: int = 2) -> None:
@@ -65,17 +70,61 @@ def together(job: Callable[..., None], arguments: tuple[Any, ...], folder: Path,
     assert codes == [0] * size, "\n".join((folder / f"{k}.txt").read_text() for k in range(size))
 
 
-def python(path: Path, arguments: list[str], folder: Path, timeout: float = 240) -> CompletedProcess[str]:
-    """`python path *arguments` in `folder`, without the seconds that imports take."""
-    with TemporaryDirectory() as said:
-        out, err = Path(said, "out"), Path(said, "err")
-        process = forked(script, (path, arguments), folder, {}, (out, err))
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            raise TimeoutExpired([str(path), *arguments], timeout, out.read_text(), err.read_text())
-        assert process.exitcode is not None
-        return CompletedProcess([str(path), *arguments], process.exitcode, out.read_text(), err.read_text())
+class Command:
+    """`python path *arguments` in `folder`, or `torchrun`, without the seconds that imports take; used as a Popen.
+
+    What all processes say is its stdout and stderr, or with `merged` all of it stdout.
+    """
+
+    def __init__(self, path: Path, arguments: list[str], folder: Path, size: int = 1, merged: bool = False):
+        self.args = [str(path), *arguments]
+        self.folder = TemporaryDirectory()
+        out = [Path(self.folder.name, f"{k}.out") for k in range(size)]
+        err = out if merged else [file.with_suffix(".err") for file in out]
+        places = [{}] if size == 1 else torchruns(size)
+        self.said = (out, [] if merged else err)
+        self.members = [
+            forked(script, (path, arguments), folder, place, files)
+            for place, files in zip(places, zip(out, err, strict=True), strict=True)
+        ]
+        self.pid = self.members[0].pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code; None while it runs. Where a process fails the others are ended, as by torchrun."""
+        codes = [member.exitcode for member in self.members]
+        failed = [code for code in codes if code]
+        if self.returncode is None and (failed or None not in codes):
+            self.kill()
+            self.returncode = failed[0] if failed else 0
+        return self.returncode
+
+    def wait(self, timeout: float = 240) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutExpired(self.args, timeout, *self.outputs())
+            time.sleep(0.01)
+        return code
+
+    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.outputs()
+
+    def outputs(self) -> tuple[str, str]:
+        """What has been said on stdout and stderr so far, process by process."""
+        out, err = ("".join(file.read_text() for file in files if file.exists()) for files in self.said)
+        return out, err
+
+    def kill(self) -> None:
+        for member in self.members:
+            member.kill()
+            member.join()
+
+    def result(self, timeout: float = 240) -> CompletedProcess[str]:
+        """As of subprocess.run."""
+        return CompletedProcess(self.args, self.wait(timeout), *self.outputs())
 
 
 def forked(

@@ -5,8 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from crew import together, train_all
-from launching import command
+from crew import Command, together, train_all
+from launching import ROOT
 
 from lrtrain.tracking.jsonl import series
 
@@ -48,14 +48,12 @@ def base_of(name: str, tiny: list[str]) -> list[str]:
     return [*OPT, *(o for o in tiny if not o.startswith("model"))] if name.startswith("opt") else tiny
 
 
-def start(overrides: list[str], processes: int, folder: Path) -> subprocess.Popen:
+def start(overrides: list[str], processes: int, folder: Path) -> Command:
     """The user's command, running."""
-    return subprocess.Popen(
-        command(overrides, processes), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return Command(ROOT / "launch" / "pretrain.py", overrides, folder, processes, merged=True)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, timeout: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen | Command, timeout: float = 120) -> None:
     """Until the condition holds; fails if the process ends before."""
     deadline = time.monotonic() + timeout
     while not condition():

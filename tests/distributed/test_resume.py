@@ -5,13 +5,12 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from launching import TINY, command
-from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, wait_for, workers
+from launching import TINY
+from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, wait_for
 
 from lrtrain.checkpoint import read_meta, whole_checkpoints
 
@@ -98,7 +97,7 @@ def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[s
 
 
 def test_killed_at_random_moments_it_loses_nothing_but_the_steps_since_the_last_checkpoint(
-    tmp_path: Path, tiny: list[str]
+    tmp_path: Path, tiny: list[str], launch
 ):
     """The user's command (`test_kills.py` kills two processes); the resumed trace is the uninterrupted one."""
     base = [*tiny, "train.steps=150", "checkpoint.every=4", "train.batch_size=2", "data.seq_len=16"]
@@ -116,7 +115,7 @@ def test_killed_at_random_moments_it_loses_nothing_but_the_steps_since_the_last_
         process.wait()
         after = whole_checkpoints(run / "checkpoints")
         assert not before or after[-1].name >= before[-1].name
-    done = subprocess.run(command(job, 1), cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = launch(job)
     assert done.returncode == 0, done.stderr
     assert losses(run) == losses(tmp_path / "whole")
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
@@ -127,7 +126,7 @@ def test_a_signal_to_one_process_saves_on_all_and_says_how_to_go_on(tmp_path: Pa
     job = [*tiny, "train.steps=100000", f"run.dir={run}", "resume=auto", "schedule=constant"]
     process = start(job, 2, tmp_path)
     wait_for(lambda: logged_steps(run) > 3, process)
-    os.kill(workers(process)[1], signal.SIGTERM)
+    os.kill(process.members[1].pid, signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     saved = whole_checkpoints(run / "checkpoints")[-1]

@@ -4,16 +4,18 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TINY, command
-from runs import gap, losses, run_jobs, wait_for, workers
+from crew import Command
+from launching import ROOT, TINY
+from runs import gap, losses, run_jobs, wait_for
 
 from lrtrain.checkpoint import whole_checkpoints
 from lrtrain.errors import ConfigError
 from lrtrain.sweeps.jobs import Sweep
+
+PRETRAIN = ROOT / "launch" / "pretrain.py"
 
 # Runs launch/pretrain.py with a job in which only process 1 fails, in the middle of a step.
 FAULTY = """
@@ -31,12 +33,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def sweep(overrides: list[str], processes: int, folder: Path, script: Path | None = None) -> subprocess.Popen:
+def sweep(overrides: list[str], processes: int, folder: Path, script: Path = PRETRAIN) -> Command:
     """A sweep as a user starts it, or by another script."""
-    line = command(["-m", *overrides], processes)
-    if script:
-        line[line.index(str(ROOT / "launch" / "pretrain.py"))] = str(script)
-    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return Command(script, ["-m", *overrides], folder, processes, merged=True)
 
 
 def jobs_of(folder: Path) -> dict[str, dict[str, str]]:
@@ -106,11 +105,11 @@ def test_the_same_line_tries_again_what_failed_and_only_that(faulty: tuple[Path,
 
 def test_an_interrupted_sweep_goes_on_with_the_job_it_was_in(base: list[str], tmp_path: Path):
     """SIGTERM to one process; the losses of all jobs are those of the sweep that was not interrupted, bit for bit."""
-    line = [*base, "train.steps=60", "schedule=constant", "optim.lr=1e-3,2e-3", "param.rank=8"]
+    line = [*base, "train.steps=30", "schedule=constant", "optim.lr=1e-3,2e-3", "param.rank=8"]
     first = sweep(line, 2, tmp_path)
     run = tmp_path / "runs" / "s"
     wait_for(lambda: any(len(losses(path.parent)) > 3 for path in run.glob("*/metrics.jsonl")), first)
-    os.kill(workers(first)[1], signal.SIGTERM)
+    os.kill(first.members[1].pid, signal.SIGTERM)
     output, _ = first.communicate(timeout=200)
     assert first.returncode == 0 and "stopped at step" in output and "not started" in output, output
     (interrupted,) = (path for path in run.iterdir() if path.is_dir())
@@ -125,7 +124,7 @@ def test_an_interrupted_sweep_goes_on_with_the_job_it_was_in(base: list[str], tm
     assert whole.returncode == 0, output
     for name in ("lr0.001", "lr0.002"):
         found = losses(job_dir(run, name))
-        assert len(found) == 60 and found == losses(job_dir(tmp_path / "whole" / "runs" / "s", name))
+        assert len(found) == 30 and found == losses(job_dir(tmp_path / "whole" / "runs" / "s", name))
 
 
 # --- jobs in processes of their own, and searches --------------------------------------------------------------------
