@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import asdict, dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
@@ -442,7 +442,7 @@ def from_stored(plain: dict[str, Any]) -> Config:
 
 def as_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain containers."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)  # type: ignore[return-value]
+    return asdict(config)
 
 
 def flat(node: Any, prefix: str = "") -> dict[str, Any]:

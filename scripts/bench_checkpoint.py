@@ -1,16 +1,14 @@
 """How long a run stands still for a checkpoint, how long until it is on the disk, and how long resuming takes, beside
-plain writing and reading of as many bytes on the same disk.
+plain writing and reading of as many bytes on the same disk; and a step while one is written, beside a step at rest.
 
     python scripts/bench_checkpoint.py model=llama_1b param=sltrain
     torchrun --nproc_per_node=2 scripts/bench_checkpoint.py --folder /scratch model=llama_350m
-
-What is left of a step while a checkpoint is written in the background is not measured here; the time that `save` takes
-is what the loop waits.
 """
 
 import argparse
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,12 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import distributed
 from lrtrain.checkpoint import Checkpointer, damage_of, whole_checkpoints
-from lrtrain.config import choice, compose, compute_dtype
-from lrtrain.distributed import World, on_main
+from lrtrain.config import Config, choice, compose, compute_dtype
+from lrtrain.distributed import World, from_main, on_main
+from lrtrain.engine.base import Engine
 from lrtrain.layers.base import local
 from lrtrain.model import make_model
 
 BLOCK = 2**24  # bytes
+STEPS = 5
 
 
 def main() -> None:
@@ -49,21 +49,34 @@ def measure(overrides: list[str], folder: Path, world: World) -> None:
     config = compose(*overrides)
     dtype = compute_dtype(config, world.device)
     engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=0, recompute_keep="inputs")
-    engine.prepare(make_model(config), 0, choice(config.optim), fresh=False)
+    engine.prepare(make_model(config), 0, choice(config.optim))
+    step = a_step(engine, config)
+    step()  # the states of the optimizer are made in it
     state = engine.state_dict()
     size = sum(local(t).nbytes for part in state.values() for t in part.values()) * world.size
     checkpointer = Checkpointer(folder, world, keep=1, keep_every=None, asynchronous=True)
+
+    def whole() -> Path:
+        return whole_checkpoints(folder)[-1]
 
     def show(what: str, seconds: float) -> None:
         if world.main:
             print(f"{what:44} {seconds:7.2f} s  {size / seconds / 1e9:6.2f} GB/s", flush=True)
 
-    def whole() -> Path:
-        return whole_checkpoints(folder)[-1]
+    def show_step(what: str, seconds: list[float]) -> None:
+        if world.main:
+            print(f"{what:44} {statistics.median(seconds):7.2f} s  the median of {len(seconds)}", flush=True)
 
-    for step, which in enumerate(("first", "second")):
-        show(f"{which} save: the loop stands still", timed(lambda step=step: checkpointer.save(state, step, {})))
+    for number, which in enumerate(("first", "second")):
+        show(f"{which} save: the loop stands still", timed(lambda number=number: checkpointer.save(state, number, {})))
         show("  then until it is on the disk", timed(checkpointer.wait))
+    show_step("a step", [timed(step) for _ in range(STEPS)])
+    checkpointer.save(state, 2, {})
+    beside = []
+    while not from_main((folder / "step-00000002").exists()):
+        beside.append(timed(step))
+    checkpointer.wait()
+    show_step("a step while a checkpoint is written", beside)
     on_main(lambda: forget(folder))
     show("resume: checksums, from the disk", timed(lambda: on_main(lambda: damage_of(whole()))))
     show("  then filling model and optimizer", timed(lambda: checkpointer.load(state, whole())))
@@ -72,6 +85,18 @@ def measure(overrides: list[str], folder: Path, world: World) -> None:
         show("plain write and fsync", timed(lambda: write(file, size)))
         forget(folder)
         show("plain read", timed(lambda: read(file)))
+
+
+def a_step(engine: Engine, config: Config) -> Callable[[], None]:
+    """An optimizer step on one micro-batch of random tokens on each process."""
+    rows = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_len + 1))
+    tokens = rows[:, 1:].numel() * engine.world.size
+
+    def step() -> None:
+        engine.begin_step(0, 1e-4, None, "global")
+        engine.clip_and_step(engine.forward_backward(rows, tokens).item())
+
+    return step
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -3,10 +3,10 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from crew import Command
 from launching import ROOT, TINY
 
 from lrtrain.compare_methods import (
@@ -144,9 +144,7 @@ def test_a_variant_shares_its_method_s_color():
 
 
 def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    script = str(ROOT / "scripts" / "compare_methods.py")
-    command = [sys.executable, script, "--study", "study.yaml", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    return Command(ROOT / "scripts" / "compare_methods.py", ["--study", "study.yaml", *arguments], folder).result()
 
 
 def test_a_study_runs_reports_and_runs_nothing_twice(cache: Path, corpus: Path, tmp_path: Path):

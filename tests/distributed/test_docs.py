@@ -5,11 +5,11 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from crew import Command
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
 from launching import ROOT, TINY
@@ -58,8 +58,9 @@ def run(command: list[str], corpus: Path, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(sys, "argv", command[1:])
         runpy.run_path(command[1], run_name="__main__")
         return
-    start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]}
-    done = subprocess.run([*start[command[0]], *command[1:]], capture_output=True, text=True, timeout=300)
+    start, rest = (command[1], command[2:]) if command[0] == "torchrun" else ("--nproc_per_node=1", command[1:])
+    processes = int(start.removeprefix("--nproc_per_node="))
+    done = Command(Path(rest[0]).resolve(), rest[1:], Path.cwd(), processes).result()
     assert done.returncode == 0, done.stdout + done.stderr
 
 
