@@ -3,6 +3,7 @@ can start and kill many of them."""
 
 import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -149,6 +150,8 @@ def _run(
     environment: dict[str, str],
     said: tuple[Path, Path],
 ) -> None:
+    gc.freeze()  # what the server has imported is not searched for garbage again and again,
+    gc.set_threshold(50_000)  # and what little comes in a test only now and then
     os.chdir(folder)
     os.environ.clear()
     os.environ |= environment

@@ -43,7 +43,15 @@ MEASURED = {"bf16": 0.02, "sst": 3e-4}  # an SVD turns close singular vectors as
 # These take half a minute to compile where no kernel is kept from earlier; the latter under ZeRO-3 too.
 NOT_ON_ONE, NOT_ON_TWO = {"recompute-compile"}, {"cola-bottleneck-compile"}
 # To an engine like others of them, or run by another stage of it.
-ALIKE = {"sltrain-materialize", "sltrain-row-balanced", "sltrain-block", "recompute-compile", "cola", "nested-lasso"}
+ALIKE = {
+    "sltrain-materialize",
+    "sltrain-row-balanced",
+    "sltrain-block",
+    "recompute-compile",
+    "cola",
+    "nested-lasso",
+    "lowrank",
+}
 ZERO = ["engine=deepspeed", "engine.persist_below=0"]
 # What differs in how the model lies on the processes, with the variants that it is run for.
 ENGINES = {
@@ -54,7 +62,7 @@ ENGINES = {
     "offloaded": ([*ZERO, "engine.zero_stage=3", "engine.offload_optimizer=true"], ["nested-lasso"]),
     "ddp": (
         ["engine=ddp"],
-        ["dense", "sltrain-factored", "sst", "nested-lasso", "nested-shrinking", "bf16", "opt-tied"],
+        ["dense", "sst", "nested-shrinking", "bf16", "opt-tied"],
     ),
 }
 ELSEWHERE = [(engine, name) for engine, (_, names) in ENGINES.items() for name in names]
