@@ -63,20 +63,19 @@ def measure(overrides: list[str], folder: Path, world: World) -> None:
         if world.main:
             print(f"{what:44} {seconds:7.2f} s  {size / seconds / 1e9:6.2f} GB/s", flush=True)
 
-    def show_step(what: str, seconds: list[float]) -> None:
-        if world.main:
-            print(f"{what:44} {statistics.median(seconds):7.2f} s  the median of {len(seconds)}", flush=True)
-
     for number, which in enumerate(("first", "second")):
         show(f"{which} save: the loop stands still", timed(lambda number=number: checkpointer.save(state, number, {})))
         show("  then until it is on the disk", timed(checkpointer.wait))
-    show_step("a step", [timed(step) for _ in range(STEPS)])
+    alone = [timed(step) for _ in range(STEPS)]
     checkpointer.save(state, 2, {})
     beside = []
     while not from_main((folder / "step-00000002").exists()):
         beside.append(timed(step))
     checkpointer.wait()
-    show_step("a step while a checkpoint is written", beside)
+    if world.main:
+        at_rest, writing = statistics.median(alone), statistics.mean(beside)
+        print(f"{'a step':44} {at_rest:7.2f} s")
+        print(f"{'  while a checkpoint is written':44} {writing:7.2f} s  {len(beside)} of them", flush=True)
     on_main(lambda: forget(folder))
     show("resume: checksums, from the disk", timed(lambda: on_main(lambda: damage_of(whole()))))
     show("  then filling model and optimizer", timed(lambda: checkpointer.load(state, whole())))
