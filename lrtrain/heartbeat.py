@@ -22,6 +22,7 @@ from lrtrain.errors import RunFailed
 
 PACKAGE = Path(__file__).parent
 TORCH = Path(dist.__file__).parent
+COLLECTIVES = ("distributed.py", "gloo.py")  # ours: who called them is of interest
 OVER = "over"
 
 _runs = itertools.count()
@@ -135,7 +136,7 @@ def place(frame: FrameType | None) -> str:
         path = Path(frame.f_code.co_filename)
         if collective is None and TORCH in path.parents:
             collective = frame.f_code.co_name
-        if path.is_relative_to(PACKAGE) and path.name != "distributed.py":
+        if path.is_relative_to(PACKAGE) and path.name not in COLLECTIVES:
             ours = f"{path.name}:{frame.f_code.co_name}"
             return f"{collective} of {ours}" if collective else ours
         frame = frame.f_back

@@ -52,6 +52,10 @@ def received(operator: str, args: tuple) -> int:
         return round(2 * share * sizes[0])
     if "allgather" in operator:
         return round(share * sizes[0])
+    if operator == "recv_":
+        return sizes[0]
+    if operator == "send":
+        return 0
     return sizes[0] if dist.get_rank() else 0  # from or to process 0
 
 

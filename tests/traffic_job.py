@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.distributed import ProcessGroup
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lrtrain import distributed
 from lrtrain.config import choice, compose, compute_dtype
 from lrtrain.distributed import World
+from lrtrain.engine import gloo
 from lrtrain.layers.base import local
 from lrtrain.model import make_model
 from lrtrain.plan import memory_per_process
@@ -20,20 +22,42 @@ from lrtrain.traffic import traffic
 
 
 class Counted(TorchDispatchMode):
-    """Bytes that this process receives in collectives, by kind."""
+    """Bytes that this process receives, by what they are for."""
 
     def __init__(self):
         super().__init__()
         self.received = {"gathered": 0.0, "reduced": 0.0, "replicated": 0.0}
+        self.kind = ""
+        self.patches = [self.during(gloo.AllGather, "gathered"), self.during(gloo.ReduceScatter, "reduced")]
+
+    def during(self, collective: type, kind: str):
+        """What is received within `collective` is of this kind."""
+        call = collective.__call__
+
+        def counted(*args, **kwargs):
+            self.kind = kind
+            return call(*args, **kwargs)
+
+        return patch.object(collective, "__call__", counted)
+
+    def __enter__(self):
+        for one in self.patches:
+            one.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for one in self.patches:
+            one.stop()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kinds = {"_allgather_base_": "gathered", "_reduce_scatter_base_": "reduced", "allreduce_": "replicated"}
-        kind = kinds.get(str(func).split(".")[1]) if str(func).startswith("c10d.") else None
-        if kind is not None:
+        operator = str(func).split(".")[1] if str(func).startswith("c10d.") else None
+        if operator == "recv_":
+            self.received[self.kind] += args[0][0].nbytes
+        elif operator == "allreduce_":
             size = next(ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject)
                         and "ProcessGroup" in str(a._type()))  # fmt: skip
-            whole = args[0] if kind == "gathered" else args[1] if kind == "reduced" else args[0][0]
-            self.received[kind] += whole.nbytes * (size - 1) / size * (2 if kind == "replicated" else 1)
+            self.received["replicated"] += args[0][0].nbytes * (size - 1) / size * 2
         return func(*args, **(kwargs or {}))
 
 

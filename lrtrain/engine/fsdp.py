@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lrtrain.config import DTYPES, Config
 from lrtrain.distributed import World, total
+from lrtrain.engine import gloo
 from lrtrain.engine.base import Engine, Spread
 from lrtrain.errors import ConfigError
 from lrtrain.initialize import materialize
@@ -67,6 +68,9 @@ class FSDPEngine(Engine):
             sharded = fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=unit is not head)
             sharded.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
             sharded.set_force_sum_reduction_for_comms(True)
+            if self.world.device.type == "cpu":
+                sharded.set_custom_all_gather(gloo.AllGather())  # pyright: ignore[reportArgumentType]
+                sharded.set_custom_reduce_scatter(gloo.ReduceScatter())  # pyright: ignore[reportArgumentType]
 
     def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
         if isinstance(self.model, FSDPModule):

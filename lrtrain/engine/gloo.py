@@ -1,0 +1,63 @@
+"""FSDP2's collectives on CPUs, straight from process to process.
+
+gloo's reduce-scatter sums the whole on every process and leaves each its part, and its all-gather takes three times as
+long as the messages of which it consists (measured with 120 MB on two processes: 151 → 45 ms, 121 → 39 ms).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Gloo:
+    """What FSDP2 wants of either."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(math.prod(size), dtype=dtype, device=device)
+
+
+class AllGather(Gloo):
+    """For `FSDPModule.set_custom_all_gather`."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        """Put every process's `input_tensor` (n) into `output_tensor` (processes × n)."""
+        assert not async_op
+        parts = output_tensor.view(group.size(), -1)
+        exchange([input_tensor] * group.size(), parts, group)
+        parts[group.rank()].copy_(input_tensor)
+
+
+class ReduceScatter(Gloo):
+    """For `FSDPModule.set_custom_reduce_scatter`. A process adds up its part in the order of the processes: the sum is
+    the same from run to run."""
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: dist.ReduceOp.RedOpType,
+        async_op: bool = False,
+    ) -> None:
+        """Sum `input_tensor` (processes × n) over processes, and put this one's part into `output_tensor` (n)."""
+        assert op == dist.ReduceOp.SUM and not async_op
+        parts = input_tensor.view(group.size(), -1)
+        mine = torch.empty_like(parts)
+        exchange(list(parts), mine, group)
+        mine[group.rank()].copy_(parts[group.rank()])
+        torch.sum(mine, dim=0, out=output_tensor)
+
+
+def exchange(give: Sequence[Tensor], take: Tensor, group: dist.ProcessGroup) -> None:
+    """Send `give[k]` (n) to process k of the group and receive `take[k]` (n) from it, for all but this process."""
+    others = [k for k in range(group.size()) if k != group.rank()]
+    works = [dist.irecv(take[k], group=group, group_src=k) for k in others]
+    works += [dist.isend(give[k], group=group, group_dst=k) for k in others]
+    for work in works:
+        assert work is not None
+        work.wait()

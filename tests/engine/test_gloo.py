@@ -1,0 +1,44 @@
+"""Sums over processes against the same sums without processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from crew import together
+
+from lrtrain import distributed
+from lrtrain.engine.gloo import AllGather, ReduceScatter
+
+
+def numbers(dist_rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """(size × 7): what a process has to give."""
+    return torch.randn(size * 7, generator=torch.Generator().manual_seed(dist_rank)).to(dtype)
+
+
+def add_up(dtype: torch.dtype) -> None:
+    world = distributed.start()
+    group = dist.group.WORLD
+    assert group is not None
+    given = [numbers(k, world.size, dtype) for k in range(world.size)]
+    reduce_scatter, all_gather = ReduceScatter(), AllGather()
+    mine = reduce_scatter.allocate((7,), dtype=dtype, device=world.device)
+    reduce_scatter(mine, given[world.dist_rank].clone(), group, dist.ReduceOp.SUM)
+    everything = torch.stack(given).double().sum(0)
+    # Summed in float32 and rounded once.
+    expected = everything.view(world.size, 7)[world.dist_rank]
+    torch.testing.assert_close(mine.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+    gathered = all_gather.allocate((world.size * 7,), dtype=dtype, device=world.device)
+    all_gather(gathered, mine, group)
+    torch.testing.assert_close(gathered.double(), everything, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    own = gathered.view(world.size, 7)[world.dist_rank]
+    all_gather(gathered, own, group)  # as FSDP2 does: the input lies within the output
+    assert torch.equal(own, mine)
+    distributed.stop()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_sums_are_cut_and_put_together_again(tmp_path: Path, processes: int, dtype: torch.dtype):
+    together(add_up, (dtype,), tmp_path, processes)
