@@ -1,6 +1,7 @@
 """Processes that train together, without torchrun: forked from a server that has imported everything, so that a test
 can start and kill many of them."""
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -17,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import transformers.models.llama.modeling_llama
@@ -28,6 +29,15 @@ from lrtrain.distributed import environment_world_size
 from lrtrain.train import pretrain
 
 FORKS = multiprocessing.get_context("forkserver")
+
+
+class Place(NamedTuple):
+    """Where a process runs, with what more in its environment, and the files that get its stdout and stderr."""
+
+    folder: Path
+    environment: Mapping[str, Any]
+    out: Path
+    err: Path
 
 
 @functools.cache
@@ -47,9 +57,8 @@ def free_port() -> int:
 def crew(job: Callable[..., None], arguments: tuple[Any, ...], folder: Path, size: int = 2) -> list[BaseProcess]:
     """Start `job(*arguments)` on `size` processes that find each other; what process k says is in `folder/k.txt`."""
     said = [folder / f"{k}.txt" for k in range(size)]
-    return [
-        forked(job, arguments, folder, place, (file, file)) for place, file in zip(torchruns(size), said, strict=True)
-    ]
+    environments = torchruns(size)
+    return [forked(job, arguments, Place(folder, environments[k], said[k], said[k])) for k in range(size)]
 
 
 def torchruns(size: int) -> list[dict[str, Any]]:
@@ -61,8 +70,10 @@ def torchruns(size: int) -> list[dict[str, Any]]:
 
 def together(job: Callable[..., None], arguments: tuple[Any, ...], folder: Path, size: int = 2) -> None:
     """`crew`, to its end, which has to be a good one."""
-    members = crew(job, arguments, folder, size)
+    members, deadline = crew(job, arguments, folder, size), time.monotonic() + 1200
     while any(member.is_alive() for member in members) and not any(member.exitcode for member in members):
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.01)
     codes = [member.exitcode for member in members]
     for member in members:
@@ -82,12 +93,10 @@ class Command:
         self.folder = TemporaryDirectory()
         out = [Path(self.folder.name, f"{k}.out") for k in range(size)]
         err = out if merged else [file.with_suffix(".err") for file in out]
-        places = [{}] if size == 1 else torchruns(size)
+        environments = [{}] if size == 1 else torchruns(size)
         self.said = (out, [] if merged else err)
-        self.members = [
-            forked(script, (path, arguments), folder, place, files)
-            for place, files in zip(places, zip(out, err, strict=True), strict=True)
-        ]
+        places = [Place(folder, environments[k], out[k], err[k]) for k in range(size)]
+        self.members = [forked(script, (path, arguments), place) for place in places]
         self.pid = self.members[0].pid
         self.returncode: int | None = None
 
@@ -128,35 +137,23 @@ class Command:
         return CompletedProcess(self.args, self.wait(timeout), *self.outputs())
 
 
-def forked(
-    job: Callable[..., None],
-    arguments: tuple[Any, ...],
-    folder: Path,
-    environment: Mapping[str, Any],
-    said: tuple[Path, Path],
-) -> BaseProcess:
-    """Start `job(*arguments)` in `folder`, with more in its environment; stdout and stderr go to the files `said`."""
-    everything = dict(os.environ) | {key: str(value) for key, value in environment.items()}
+def forked(job: Callable[..., None], arguments: tuple[Any, ...], place: Place) -> BaseProcess:
+    """Start `job(*arguments)` at a place."""
     start_server()
-    process = FORKS.Process(target=_run, args=(job, arguments, folder, everything, said))
+    environment = dict(os.environ) | {key: str(value) for key, value in place.environment.items()}
+    process = FORKS.Process(target=_run, args=(job, arguments, place._replace(environment=environment)))
     process.start()
+    atexit.register(process.kill)  # where a test failed: else its end would be waited for
     return process
 
 
-def _run(
-    job: Callable[..., None],
-    arguments: tuple[Any, ...],
-    folder: Path,
-    environment: dict[str, str],
-    said: tuple[Path, Path],
-) -> None:
+def _run(job: Callable[..., None], arguments: tuple[Any, ...], place: Place) -> None:
     gc.freeze()  # what the server has imported is not searched for garbage again and again,
     gc.set_threshold(50_000)  # and what little comes in a test only now and then
-    os.chdir(folder)
+    os.chdir(place.folder)
     os.environ.clear()
-    os.environ |= environment
-    out, err = said
-    with out.open("a", buffering=1) as stdout, err.open("a", buffering=1) as stderr:
+    os.environ |= place.environment
+    with place.out.open("a", buffering=1) as stdout, place.err.open("a", buffering=1) as stderr:
         os.dup2(stdout.fileno(), 1)
         os.dup2(stderr.fileno(), 2)
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):

@@ -28,8 +28,10 @@ class AllGather(Gloo):
         """Put every process's `input_tensor` (n) into `output_tensor` (processes × n)."""
         assert not async_op
         parts = output_tensor.view(group.size(), -1)
-        exchange([input_tensor] * group.size(), parts, group)
-        parts[group.rank()].copy_(input_tensor)
+        mine = parts[group.rank()]
+        if mine.data_ptr() != input_tensor.data_ptr():  # FSDP2 has it in place
+            mine.copy_(input_tensor)
+        exchange(mine.expand_as(parts), parts, group)
 
 
 class ReduceScatter(Gloo):
@@ -48,13 +50,13 @@ class ReduceScatter(Gloo):
         assert op == dist.ReduceOp.SUM and not async_op
         parts = input_tensor.view(group.size(), -1)
         mine = torch.empty_like(parts)
-        exchange(list(parts), mine, group)
+        exchange(parts, mine, group)
         mine[group.rank()].copy_(parts[group.rank()])
         torch.sum(mine, dim=0, out=output_tensor)
 
 
-def exchange(give: Sequence[Tensor], take: Tensor, group: dist.ProcessGroup) -> None:
-    """Send `give[k]` (n) to process k of the group and receive `take[k]` (n) from it, for all but this process."""
+def exchange(give: Tensor, take: Tensor, group: dist.ProcessGroup) -> None:
+    """Send `give[k]` to process k of the group, but this one, and receive `take[k]` from it; both (processes × n)."""
     others = [k for k in range(group.size()) if k != group.rank()]
     works = [dist.irecv(take[k], group=group, group_src=k) for k in others]
     works += [dist.isend(give[k], group=group, group_dst=k) for k in others]

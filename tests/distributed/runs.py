@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from crew import Command, together, train_all
-from launching import ROOT
+from launching import ROOT, command
 
 from lrtrain.tracking.jsonl import series
 
@@ -51,6 +51,12 @@ def base_of(name: str, tiny: list[str]) -> list[str]:
 def start(overrides: list[str], processes: int, folder: Path) -> Command:
     """The user's command, running."""
     return Command(ROOT / "launch" / "pretrain.py", overrides, folder, processes, merged=True)
+
+
+def torchrun(overrides: list[str], processes: int, folder: Path) -> subprocess.Popen:
+    """The user's command as it is typed, running: where what torchrun does is of interest."""
+    line = command(overrides, processes)
+    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen | Command, timeout: float = 120) -> None:

@@ -240,7 +240,7 @@ def test_a_path_that_is_missing_on_one_host_is_said_once_and_ends_all(tmp_path: 
     job = [*tiny, "data.path=corpus", f"run.dir={tmp_path}/run"]
     script = [f"{tmp_path}/", str(ROOT / "launch" / "pretrain.py")]
     done = Command(tmp_path / "elsewhere.py", [*script, *job], tmp_path, 2).result()
-    assert done.returncode
+    assert done.returncode == 2
     sentence = (
         r"^on process 1 \(host \S+\) alone: data.path=corpus matches no file; give files, folders or globs of .*$"
     )

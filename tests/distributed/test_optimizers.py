@@ -17,7 +17,6 @@ SETTINGS = {
 }
 ON_SLTRAIN = {"adamw8bit", "apollo", "trion", "spectron", "loro", "preconditioned_adamw"}
 WITHOUT_BACKWARD = {"loro"}
-BACKWARD_ON_TWO = {"adamw", "adamw8bit", "galore", "muon"}  # the others on one
 ON_THREE = {"adamw8bit", "dct_adamw", "galore", "muon"}  # rows that do not divide evenly
 # A gradient that differs in its last bits rounds to another code, or turns close singular vectors of BA; noise of
 # rounding is drawn by shard.
@@ -57,11 +56,8 @@ def runs(tmp_path_factory, cache, base) -> Path:
         ]
 
     halves = at("halves", "resume=auto", steps=2) + at("halves", "resume=auto")
-    backward = at("backward", "optim.in_backward=true", without=set(JOBS) - BACKWARD_ON_TWO)
-    alone = at(
-        "backward", "optim.in_backward=true", "train.micro_batch_size=12", without=WITHOUT_BACKWARD | BACKWARD_ON_TWO
-    )
-    run_jobs(at("one") + alone, 1, folder)
+    backward = at("backward", "optim.in_backward=true", without=WITHOUT_BACKWARD)
+    run_jobs(at("one"), 1, folder)
     run_jobs(at("two") + halves + backward, 2, folder)
     run_jobs(at("three", "train.micro_batch_size=4", without=set(JOBS) - ON_THREE), 3, folder)
     return folder

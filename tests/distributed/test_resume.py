@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from launching import TINY
-from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, wait_for
+from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, torchrun, wait_for, workers
 
 from lrtrain.checkpoint import read_meta, whole_checkpoints
 
@@ -20,7 +20,7 @@ def streamed(tmp_path_factory, corpus) -> list[str]:
     """Overrides that read the corpus as `data=c4` reads C4: files of JSON lines, streamed."""
     folder = tmp_path_factory.mktemp("c4")
     texts = [path.read_text() for path in sorted(corpus.iterdir())]
-    for name, part in {"train": texts[:16], "validation": texts[100:]}.items():
+    for name, part in {"train": texts[:100], "validation": texts[100:]}.items():
         for i in range(4):
             with gzip.open(folder / f"c4-{name}.{i:05d}-of-00004.json.gz", "wt") as file:
                 file.writelines(json.dumps({"text": text}) + "\n" for text in part[i::4])
@@ -49,7 +49,7 @@ def resumed(tmp_path_factory, cache: Path, corpus: Path, streamed: list[str]) ->
     folder = tmp_path_factory.mktemp("resumed")
     together, alone = [], []
     for name, more in RESUMED.items():
-        base = [*TINY, f"data.path={corpus}/00*.txt", "train.batch_size=32", "train.micro_batch_size=16"]
+        base = [*TINY, f"data.path={corpus}", "train.batch_size=160", "train.micro_batch_size=80"]
         # a constant learning rate does not depend on train.steps, which the pieces set
         base += ["optim.weight_decay=0.1", *more, "schedule=constant", "schedule.warmup=0.0"]
         base = base_of(name, base)
@@ -61,7 +61,7 @@ def resumed(tmp_path_factory, cache: Path, corpus: Path, streamed: list[str]) ->
         if name != "opt-with-dropout":  # which draws from (seed, step, process): on another number it is another run
             first = folder / name / "pieces" / "checkpoints" / "step-00000008"
             again = [*base, f"run.dir={folder}/{name}/alone", f"resume={first}", "train.steps=12"]
-            alone.append([*again, "train.micro_batch_size=32"])
+            alone.append([*again, "train.micro_batch_size=160"])
     run_jobs(together, 2, folder)
     run_jobs(alone, 1, folder)
     return folder
@@ -124,9 +124,9 @@ def test_killed_at_random_moments_it_loses_nothing_but_the_steps_since_the_last_
 def test_a_signal_to_one_process_saves_on_all_and_says_how_to_go_on(tmp_path: Path, tiny: list[str]):
     run = tmp_path / "run"
     job = [*tiny, "train.steps=100000", f"run.dir={run}", "resume=auto", "schedule=constant"]
-    process = start(job, 2, tmp_path)
+    process = torchrun(job, 2, tmp_path)
     wait_for(lambda: logged_steps(run) > 3, process)
-    os.kill(process.members[1].pid, signal.SIGTERM)
+    os.kill(workers(process)[1], signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     saved = whole_checkpoints(run / "checkpoints")[-1]
