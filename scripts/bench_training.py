@@ -10,8 +10,8 @@ share of this machine's best matrix product in the same dtype, measured with as 
     python scripts/bench_training.py --model llama_1b --overrides model.config.num_hidden_layers=4 --sequences 8
 
 The plain loop: the stock model, its own loss, torch's AdamW. `plain METHOD` is what the paper prints (see
-`bench_layers.py`), for GaLore a projection by an SVD of the whole gradient. `lrtrain METHOD ×2` is FSDP2 on two
-processes with one thread each.
+`bench_layers.py`), for GaLore a projection by an SVD of the whole gradient. `×2` is on two processes with one thread
+each: FSDP2 for lrtrain, DistributedDataParallel for the plain loop.
 """
 
 import argparse
@@ -27,17 +27,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import distributed
 from lrtrain.config import choice, compose, compute_dtype
-from lrtrain.distributed import World
+from lrtrain.distributed import World, environment_rank, environment_world_size
 from lrtrain.initialize import materialize
 from lrtrain.model import architecture, factorized_layers, make_model, parameter_count, settle, training_flops
 from lrtrain.throughput import matmul_peak, peak_memory_gib
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama_60m", help="a name from conf/model")
     parser.add_argument("--methods", nargs="+", default=["dense", "lowrank", "sltrain", "galore", "lost", "cola"])
     parser.add_argument("--plain", nargs="*", default=["sltrain", "galore", "lost", "cola"], help="published forms")
-    parser.add_argument("--two", nargs="*", default=["dense"], help="methods to run on two processes too")
+    parser.add_argument("--two", nargs="*", default=["dense"], help="methods of lrtrain on two processes")
     parser.add_argument("--sequences", type=int, default=4, help="per step")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender, after two that warm up")
@@ -79,7 +81,8 @@ def main() -> None:
         return
 
     names = [f"plain {method}" for method in args.plain]
-    names += [f"lrtrain {method}" for method in args.methods] + [f"lrtrain {method} ×2" for method in args.two]
+    names += [f"lrtrain {method}" for method in args.methods]
+    names += [f"{REFERENCE} ×2"] * bool(args.two) + [f"lrtrain {method} ×2" for method in args.two]
     reference = Contender(REFERENCE)
     results: list[Result] = []
     taken: list[float] = []
@@ -166,8 +169,8 @@ def serve(args: argparse.Namespace) -> None:
     vocabulary = compose(*common).model.vocab_size
     shape = (args.sequences, args.seq_len + 1)
     rows = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    rows = rows.tensor_split(environment_world_size())[environment_rank()]
     if kind == "plain":
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
         step, model = plain_loop(common, method, rows)
     else:
         world = distributed.start()
@@ -189,7 +192,9 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def plain_loop(overrides: list[str], method: str, rows: Tensor) -> tuple[Step, PreTrainedModel]:
-    """One step of the loop that anyone would write first, and its model."""
+    """One step of the loop that anyone would write first, on this process's share of the rows, and its model."""
+    size = environment_world_size()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) // size)
     dense = method in ("dense", "galore")
     config = compose(*overrides, f"param={'dense' if dense else method}")
     if dense:
@@ -204,13 +209,17 @@ def plain_loop(overrides: list[str], method: str, rows: Tensor) -> tuple[Step, P
             form = PLAIN[method](layer).forward
             layer.forward = lambda x, form=form: form(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
     model.train()
+    replica = model
+    if size > 1:
+        dist.init_process_group("gloo")
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     projected = [p for n, p in model.named_parameters() if method == "galore" and "proj" in n]
     optimizer = torch.optim.AdamW([p for p in parameters if not any(p is q for q in projected)], lr=1e-3)
     galore = PublishedGaLore(projected, rank=config.model.recipe.rank, gap=200)
 
     def step() -> None:
-        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+        loss = replica(input_ids=rows, labels=rows, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -252,9 +261,8 @@ def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTra
     config = compose(*overrides)
     model = make_model(config)
     dtype = compute_dtype(config, world.device)
-    tokens = rows[:, 1:].numel()
-    mine = rows.tensor_split(world.size)[world.dist_rank]
-    executions = settle(model, mine[:, 1:].numel(), dtype, world.device)
+    tokens = rows[:, 1:].numel() * world.size
+    executions = settle(model, rows[:, 1:].numel(), dtype, world.device)
     for name, layer in factorized_layers(model).items():
         layer.execution = executions.get(name)
     train = config.train
@@ -269,7 +277,7 @@ def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTra
 
     def step() -> None:
         engine.begin_step(0, 1e-3, 1.0, "global")
-        loss = engine.forward_backward(mine, tokens)
+        loss = engine.forward_backward(rows, tokens)
         engine.clip_and_step(distributed.total(loss.item())[0] / tokens)
 
     return step, engine.model

@@ -1,5 +1,6 @@
 """A small corpus, a run that takes a second, and the user's command line as fixtures."""
 
+import gc
 import os
 import random
 import subprocess
@@ -12,14 +13,24 @@ from launching import ROOT, TINY
 
 def one_core_for_each_worker() -> None:
     """Parallel tests (pytest -n) do not share cores: OpenMP's threads spin while they wait for one another, and where
-    several processes have two threads on the same two cores each, that takes several times as long."""
+    several processes have two threads on the same two cores each, that takes several times as long.
+
+    On its core a thread that wakes up waits for its turn (SCHED_BATCH): gloo's spins while the thread that it took the
+    core from holds its lock, which was a fourth of the time of a small run on two processes."""
     cores = sorted(os.sched_getaffinity(0))
     worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
     os.sched_setaffinity(0, {cores[worker % len(cores)]})
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     one_core_for_each_worker()  # before torch is imported, and for all that the tests start
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now is not searched for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

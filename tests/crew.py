@@ -21,14 +21,22 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import transformers.models.llama.modeling_llama
-import transformers.models.opt.modeling_opt  # noqa: F401  # these by the server, once for all
-
-from lrtrain.config import check, compose
+from lrtrain.config import check, compose, default_composition
 from lrtrain.distributed import environment_world_size
 from lrtrain.train import pretrain
 
 FORKS = multiprocessing.get_context("forkserver")
+# What the server imports, once for all: this file, and with it most, and what a run imports as it goes.
+PRELOADED = [
+    "crew",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.opt.modeling_opt",
+    "lrtrain.layers.sltrain",
+    "lrtrain.plots",
+    "matplotlib.backends.backend_agg",
+    "wandb",
+]
+default_composition("train.steps=1", "param.rank={a: 1}")  # so that Hydra has its plugins, and its parser its tables
 
 
 class Place(NamedTuple):
@@ -42,8 +50,8 @@ class Place(NamedTuple):
 
 @functools.cache
 def start_server() -> None:
-    """Start the server that forks; it imports this file, and with it everything. It does not know our sys.path."""
-    FORKS.set_forkserver_preload(["crew"])
+    """Start the server that forks. It does not know our sys.path."""
+    FORKS.set_forkserver_preload(PRELOADED)
     with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
         forkserver.ensure_running()
 
