@@ -53,7 +53,7 @@ class Heartbeat:
             # A connection of its own: this one can ask while the main thread waits for an answer.
             self._store = dist.PrefixStore(self._prefix, rendezvous().clone())  # pyright: ignore[reportAttributeAccessIssue]
             self._store.set_timeout(timedelta(seconds=self.every))
-            self._write("")
+            self._write(f"start {self._who()} at its start")
             dist.barrier()
             self._thread.start()
         return self
@@ -95,10 +95,13 @@ class Heartbeat:
             return {}
         return {process: value.decode() for process, value in zip(processes, found, strict=True)}
 
+    def _who(self) -> str:
+        return f"(host {socket.gethostname()}, pid {os.getpid()})"
+
     def _note(self) -> str:
         """Who this is and where it is."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        return f"(host {socket.gethostname()}, pid {os.getpid()}) at step {self.step + 1} in {place(frame)}"
+        return f"{self._who()} at step {self.step + 1} in {place(frame)}"
 
     def _end(self, lost: dict[int, str]) -> None:
         """Tell of the silent processes, once for all, and end this one; torchrun or the scheduler ends the others."""

@@ -21,6 +21,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from launching import ROOT
+
 from lrtrain.config import check, compose, default_composition
 from lrtrain.distributed import environment_world_size
 from lrtrain.train import pretrain
@@ -36,6 +38,7 @@ PRELOADED = [
     "matplotlib.backends.backend_agg",
     "wandb",
 ]
+sys.path.append(str(ROOT / "launch"))  # its sweepers and launchers are there
 default_composition("train.steps=1", "param.rank={a: 1}")  # so that Hydra has its plugins, and its parser its tables
 
 

@@ -1,9 +1,12 @@
 """Who is taken for gone, with a store that answers late."""
 
+import os
+import socket
 import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lrtrain.distributed import World
 from lrtrain.heartbeat import Heartbeat
@@ -63,3 +66,13 @@ def test_no_new_note_for_the_whole_time_ends_the_run_whether_the_store_answers_o
 
 def test_a_process_that_has_left_the_run_is_not_missed(monkeypatch: pytest.MonkeyPatch):
     assert silent_after(["0 a", "over a", "over a", "over a", "over a", "over a"], monkeypatch) is None
+
+
+def test_a_process_that_falls_silent_before_its_first_beat_has_said_who_it_is(monkeypatch: pytest.MonkeyPatch):
+    store = dist.HashStore()
+    monkeypatch.setattr("lrtrain.heartbeat.rendezvous", lambda: store)
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    heartbeat = Heartbeat(World(1, 1, 2, 2, torch.device("cpu")), 30)
+    dist.PrefixStore(heartbeat._prefix, store).set("0", "what it waits for")
+    with heartbeat:
+        assert heartbeat._read([1]) == {1: f"start (host {socket.gethostname()}, pid {os.getpid()}) at its start"}

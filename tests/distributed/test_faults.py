@@ -137,6 +137,7 @@ def test_a_process_that_is_stopped_is_named_when_the_others_have_waited_long_eno
     run, output = tmp_path / "run", tmp_path / "output"
     process = start([*tiny, *ENDLESS, f"run.dir={run}", "train.timeout_minutes=0.1"], 2, output)
     wait_for(lambda: logged_steps(run) > 3, process)
+    time.sleep(2)  # two beats: it has said where it is
     ranks = workers(process)
     os.kill(ranks[1], signal.SIGSTOP)
     wait_for(lambda: "no sign of life" in output.read_text(), process)
