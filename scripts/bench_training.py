@@ -211,7 +211,7 @@ def plain_loop(overrides: list[str], method: str, rows: Tensor) -> tuple[Step, P
     model.train()
     replica = model
     if size > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo")  # not our start(), which sets the allocator too
         replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     projected = [p for n, p in model.named_parameters() if method == "galore" and "proj" in n]
@@ -261,7 +261,7 @@ def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTra
     config = compose(*overrides)
     model = make_model(config)
     dtype = compute_dtype(config, world.device)
-    tokens = rows[:, 1:].numel() * world.size
+    tokens = int(distributed.total(rows[:, 1:].numel())[0])
     executions = settle(model, rows[:, 1:].numel(), dtype, world.device)
     for name, layer in factorized_layers(model).items():
         layer.execution = executions.get(name)
