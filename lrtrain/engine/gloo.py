@@ -49,10 +49,15 @@ class ReduceScatter(Gloo):
         """Sum `input_tensor` (processes × n) over processes, and put this one's part into `output_tensor` (n)."""
         assert op == dist.ReduceOp.SUM and not async_op
         parts = input_tensor.view(group.size(), -1)
-        mine = torch.empty_like(parts)
-        exchange(parts, mine, group)
-        mine[group.rank()].copy_(parts[group.rank()])
-        torch.sum(mine, dim=0, out=output_tensor)
+        own = parts[group.rank()]
+        if group.size() == 2:  # two add up to the same in either order: the other's part needs no room of its own
+            exchange(parts, output_tensor.expand_as(parts), group)
+            output_tensor.add_(own)
+        else:
+            mine = torch.empty_like(parts)
+            exchange(parts, mine, group)
+            mine[group.rank()].copy_(own)
+            torch.sum(mine, dim=0, out=output_tensor)
 
 
 def exchange(give: Tensor, take: Tensor, group: dist.ProcessGroup) -> None:
