@@ -1,15 +1,18 @@
 """The plan's bytes on the wire and shards against what real processes send and hold."""
 
 import json
+from typing import Any
 
 import pytest
+import torch
 from crew import together
 from launching import SMALL
 from traffic_job import measure
 
-from lrtrain.config import compose
+from lrtrain.config import Config, compose, compute_dtype
 from lrtrain.model import make_model
-from lrtrain.traffic import Hardware, Traffic, forecast
+from lrtrain.plan import memory_per_process
+from lrtrain.traffic import Hardware, Traffic, forecast, traffic
 
 RUN = [*SMALL, "data.seq_len=16", "train.batch_size=8", "train.micro_batch_size=1"]
 KINDS = {
@@ -25,7 +28,7 @@ WIDER = ["model.vocab_size=4096", "model.config.hidden_size=128", "model.config.
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
-def measured(request, cache, tmp_path_factory) -> dict[str, dict]:
+def measured(request, cache, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """A step of each kind; on four processes also with two replicas, and with four."""
     jobs = {name: [*RUN, *change] for name, change in KINDS.items()}
     for passes in (1, 2):
@@ -36,25 +39,37 @@ def measured(request, cache, tmp_path_factory) -> dict[str, dict]:
     if request.param == 4:
         jobs |= {f"replicas-{n}": [*RUN, "param=lowrank", f"engine.replicas={n}"] for n in (2, 4)}
         jobs["ddp"] = [*RUN, "param=lowrank", "engine=ddp"]
+    configs = [compose(*job) for job in jobs.values()]
     folder = tmp_path_factory.mktemp("traffic")
-    together(measure, ([*jobs.values()], folder / "found.json"), folder, request.param)
-    return dict(zip(jobs, json.loads((folder / "found.json").read_text()), strict=True))
+    together(measure, (configs, folder / "found.json"), folder, request.param)
+    found = json.loads((folder / "found.json").read_text())
+    plans = [plan_of(config, request.param) for config in configs]
+    return {name: one | plan for name, one, plan in zip(jobs, found, plans, strict=True)}
 
 
-def test_bytes_received_are_planned(measured: dict[str, dict]):
+def plan_of(config: Config, processes: int) -> dict[str, Any]:
+    model, dtype = make_model(config), compute_dtype(config, torch.device("cpu"))
+    return {
+        "processes": processes,
+        "traffic": vars(traffic(config, model, dtype, processes)),
+        "memory": vars(memory_per_process(config, model, dtype, processes)),
+    }
+
+
+def test_bytes_received_are_planned(measured: dict[str, dict[str, Any]]):
     for name, found in measured.items():
         for kind, planned in found["traffic"].items():
             assert found["received"][kind] == pytest.approx(planned, rel=0.01, abs=8), (name, kind)
         assert sum(found["traffic"].values()) > 0 or found["processes"] == 1
 
 
-def test_shards_are_as_large_as_planned(measured: dict[str, dict]):
+def test_shards_are_as_large_as_planned(measured: dict[str, dict[str, Any]]):
     for name, found in measured.items():
         for kind, held in found["held"].items():
             assert held == pytest.approx(found["memory"][kind], rel=0.1), (name, kind)
 
 
-def test_the_peak_of_a_step_is_planned(measured: dict[str, dict]):
+def test_the_peak_of_a_step_is_planned(measured: dict[str, dict[str, Any]]):
     """Recomputed blocks are all that is held there, and a block's backward pass has temporary tensors of its own."""
     for name, most in {"peak-1": 0.1, "peak-2": 0.1, "again-1": 0.25, "again-2": 0.25}.items():
         planned = measured[name]["memory"]

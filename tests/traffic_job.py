@@ -1,9 +1,10 @@
-"""Counts what the processes of a step send and hold, and writes it beside the plan, as JSON."""
+"""Counts what the processes of a step send and hold, and writes it as JSON."""
 
 import json
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -12,13 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrtrain import distributed
-from lrtrain.config import choice, compose, compute_dtype
+from lrtrain.config import Config, choice, compute_dtype
 from lrtrain.distributed import World
 from lrtrain.engine import gloo
 from lrtrain.layers.base import local
 from lrtrain.model import make_model
-from lrtrain.plan import memory_per_process
-from lrtrain.traffic import traffic
 
 
 class Counted(TorchDispatchMode):
@@ -70,9 +69,8 @@ def allocated_at_most(step: Callable[[], object]) -> int:
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def measured(overrides: list[str], world: World) -> dict[str, dict]:
-    """One step: what was received and is held, and what was planned."""
-    config = compose(*overrides)
+def measured(config: Config, world: World) -> dict[str, Any]:
+    """One step: what was received and is held, and on the main process the most at a time."""
     dtype = compute_dtype(config, world.device)
     every, keep = config.train.recompute_every, config.train.recompute_keep
     engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=every, recompute_keep=keep)
@@ -92,26 +90,23 @@ def measured(overrides: list[str], world: World) -> dict[str, dict]:
     held = sum(local(p.grad).nbytes for p in engine.model.parameters() if p.grad is not None)
     engine.clip_and_step(loss.item())
     engine.begin_step(2, 1e-3, 1.0, "global")
-    peak = allocated_at_most(gradients)
+    peak = allocated_at_most(gradients) if world.main else gradients()
     states = [t for s in engine.optimizer.state.values() for t in s.values() if t.ndim]
     return {
         "received": counted.received,
-        "traffic": vars(traffic(config, make_model(config), dtype, world.size)),
         "held": {
             "weights": sum(local(p).nbytes for p in engine.model.parameters()),
             "gradients": held,
             "optimizer": sum(local(t).nbytes for t in states),
         },
         "peak": peak,
-        "processes": world.size,
-        "memory": vars(memory_per_process(config, make_model(config), dtype, world.size)),
     }
 
 
-def measure(jobs: list[list[str]], out: Path) -> None:
+def measure(jobs: list[Config], out: Path) -> None:
     """The job of a crew: all of them, one after another."""
     world = distributed.start()
-    found = [measured(overrides, world) for overrides in jobs]
+    found = [measured(config, world) for config in jobs]
     if world.main:
         out.write_text(json.dumps(found))
     distributed.stop()
