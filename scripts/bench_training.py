@@ -4,7 +4,7 @@ as published in that same loop.
 Each contender has processes of its own, so that its peak memory is its own, and takes turns with the plain dense loop,
 step by step, so that a drifting machine slows both alike. Ratios are medians of each turn's own ratio. Per contender:
 tokens/s, × the plain dense loop, peak resident memory (of all its processes together), MFU: its layers' own FLOPs as a
-share of this machine's best matrix product in the same dtype, measured with as many threads.
+share of this machine's best matrix product in the same dtype, the best that any contender on as many processes found.
 
     python scripts/bench_training.py --model llama_60m --methods dense lowrank sltrain
     python scripts/bench_training.py --model llama_1b --overrides model.config.num_hidden_layers=4 --sequences 8
@@ -58,8 +58,12 @@ class Result:
     ratio: float
     """× the plain dense loop."""
     peak_gib: float
-    mfu: float | None
+    flops: float | None
+    """Per second, of its layers."""
+    matmul: float
+    """FLOP/s of the best matrix product of its processes, together."""
     ratios: list[float]
+    mfu: float | None = None
 
 
 def main() -> None:
@@ -93,6 +97,9 @@ def main() -> None:
         results.append(other.stop(args, [theirs for _, theirs in turns], [a / b for a, b in turns]))
         print(f"{name}: {results[-1].ratio:.2f} × {REFERENCE}", file=sys.stderr, flush=True)
     results.insert(0, reference.stop(args, taken, [1.0]))
+    for one in results:
+        alike = [other for other in results if processes_of(other.contender) == processes_of(one.contender)]
+        one.mfu = one.flops / max(other.matmul for other in alike) if one.flops else None
     print_results(results, args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     report = {"arguments": {k: v for k, v in vars(args).items() if k != "out"}, "results": [asdict(r) for r in results]}
@@ -104,12 +111,16 @@ def main() -> None:
 # --- processes that take turns -----------------------------------------------------------------------------------
 
 
+def processes_of(name: str) -> int:
+    return 2 if name.endswith("×2") else 1
+
+
 class Contender:
     """The processes of one contender, which wait to be told to take a step."""
 
     def __init__(self, name: str):
         self.name = name
-        size = 2 if name.endswith("×2") else 1
+        size = processes_of(name)
         with socket.socket() as free:
             free.bind(("", 0))
             group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
@@ -156,7 +167,8 @@ class Contender:
             rate,
             statistics.median(ratios),
             sum(answer["gib"] for answer in answers),
-            rate * flops / peak if flops else None,
+            rate * flops if flops else None,
+            peak,
             ratios,
         )
 
