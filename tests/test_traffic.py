@@ -48,6 +48,7 @@ def measured(request, cache, tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 
 def plan_of(config: Config, processes: int) -> dict[str, Any]:
+    """What is planned for a step on so many processes."""
     model, dtype = make_model(config), compute_dtype(config, torch.device("cpu"))
     return {
         "processes": processes,
