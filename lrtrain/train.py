@@ -102,6 +102,8 @@ class Trainer:
         self.heartbeat = heartbeat
         self.run_dir = Path(config.run.dir)
         self.progress = Progress()
+        if config.train.compile and world.device.type == "cpu":
+            ask_for_vector_instructions()
 
         checkpoint = on_main(lambda: checkpoint_to_resume(config))
         self.meta = read_meta(checkpoint) if checkpoint else {}
@@ -543,6 +545,15 @@ class Trainer:
             raise ConfigError(
                 f"data.seq_len={self.config.data.seq_len} is above the model's max_position_embeddings={longest}"
             )
+
+
+def ask_for_vector_instructions() -> None:
+    """Let torch.compile find out what this CPU has before its first kernel is due: it asks the C++ compiler, which
+    takes seconds where it was never asked, while the data is prepared."""
+    import torch._inductor.compile_fx  # all of it here: two threads that import from each other may fail
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    in_background(pick_vec_isa)
 
 
 def in_background(call: Callable[[], T]) -> Future[tuple[T, float]]:

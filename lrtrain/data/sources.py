@@ -31,6 +31,7 @@ SAMPLE_DOCUMENTS = 20_000  # of a stream, for its tokenizer: some 40 MB of C4
 DAMAGE = (EOFError, BadGzipFile, zlib.error, lzma.LZMAError)  # of a compressed file; other errors may pass
 BATCH = 64  # documents of a stream that are tokenized at a time
 CHUNK = 1 << 20  # bytes of a stream that are read at a time
+INSTALLED = {"site-packages", "dist-packages"}  # folders in the standard library that are not of it
 
 
 class TextSource(Protocol):
@@ -74,11 +75,11 @@ class PythonStdlib:
 
     def files(self) -> list[Path]:
         """The readable files, sorted by path."""
-        installed = {"site-packages", "dist-packages"}
-        root = self.root()
-        names = sorted(path.relative_to(root) for path in root.rglob("*.py"))
-        files = [root / name for name in names if not installed & set(name.parts)]
-        return [file for file in files if _is_readable(file)]
+        found: list[Path] = []
+        for folder, folders, names in os.walk(self.root()):
+            folders[:] = set(folders) - INSTALLED
+            found += [Path(folder, name) for name in names if name.endswith(".py")]
+        return sorted(file for file in found if _is_readable(file))
 
 
 @dataclass(frozen=True)
