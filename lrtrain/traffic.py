@@ -32,8 +32,8 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
     """Of FSDP2 with `engine.replicas` copies of the model; with one per process that is DDP. Optimizers' own (a few
     numbers, see their table) and losses are left out.
 
-    All is gathered for the forward pass and again for the backward pass, but a head of its own stays; each process has
-    1/shards of it. A ring that sums s bytes over r processes passes 2(r − 1)/r · s through each.
+    All is gathered for the forward pass and again for the backward pass, but a head of its own stays and an embedding of
+    its own is not needed again; each process has 1/shards of it. A ring that sums s bytes over r processes passes 2(r − 1)/r · s through each.
 
     Raises:
         ConfigError: for DeepSpeed, whose bytes depend on its own choices.
@@ -45,8 +45,8 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
     passes = config.train.batch_size // (world_size * config.train.micro_batch_size)
     reduce_bytes = DTYPES[config.engine.get("reduce_dtype", "fp32")].itemsize
     others = (shards - 1) / shards
-    head = model.get_output_embeddings()
-    once = rows_padded(head, shards) if head in sharded_units(model) else 0
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    once = sum(rows_padded(end, shards) for end in ends if end in sharded_units(model))
     gathers = 2 * rows_padded(model, shards) - once
     trained = sum(padded(p, shards) for p in model.parameters() if p.requires_grad)
     return Traffic(

@@ -11,7 +11,8 @@ share of this machine's best matrix product in the same dtype, the best that any
 
 The plain loop: the stock model, its own loss, torch's AdamW. `plain METHOD` is what the paper prints (see
 `bench_layers.py`), for GaLore a projection by an SVD of the whole gradient. `×2` is on two processes with one thread
-each: FSDP2 for lrtrain, DistributedDataParallel for the plain loop.
+each, half of the sequences in each: FSDP2 for lrtrain, DistributedDataParallel for the plain loop; it also takes turns
+with itself on one process with two threads.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from lrtrain.model import architecture, factorized_layers, make_model, parameter
 from lrtrain.throughput import matmul_peak, peak_memory_gib
 
 REFERENCE = "plain dense"
+TWO = " ×2"
 Step = Callable[[], None]
 
 
@@ -63,13 +65,15 @@ class Result:
     matmul: float
     """FLOP/s of the best matrix product of its processes, together."""
     ratios: list[float]
+    of_one: float | None = None
+    """× the same on one process, of a contender on two."""
     mfu: float | None = None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama_60m", help="a name from conf/model")
-    parser.add_argument("--methods", nargs="+", default=["dense", "lowrank", "sltrain", "galore", "lost", "cola"])
+    parser.add_argument("--methods", nargs="*", default=["dense", "lowrank", "sltrain", "galore", "lost", "cola"])
     parser.add_argument("--plain", nargs="*", default=["sltrain", "galore", "lost", "cola"], help="published forms")
     parser.add_argument("--two", nargs="*", default=["dense"], help="methods of lrtrain on two processes")
     parser.add_argument("--sequences", type=int, default=4, help="per step")
@@ -86,16 +90,24 @@ def main() -> None:
 
     names = [f"plain {method}" for method in args.plain]
     names += [f"lrtrain {method}" for method in args.methods]
-    names += [f"{REFERENCE} ×2"] * bool(args.two) + [f"lrtrain {method} ×2" for method in args.two]
+    names += [f"{REFERENCE}{TWO}"] * bool(args.two) + [f"lrtrain {method}{TWO}" for method in args.two]
     reference = Contender(REFERENCE)
     results: list[Result] = []
     taken: list[float] = []
     for name in names:
-        other = Contender(name)
-        turns = [(reference.step(), other.step()) for _ in range(args.rounds + 2)][2:]
-        taken += [ours for ours, _ in turns]
-        results.append(other.stop(args, [theirs for _, theirs in turns], [a / b for a, b in turns]))
-        print(f"{name}: {results[-1].ratio:.2f} × {REFERENCE}", file=sys.stderr, flush=True)
+        alone = name.removesuffix(TWO)
+        others = dict.fromkeys(who for who in (alone, name) if who != REFERENCE)
+        crowd = {REFERENCE: reference} | {who: Contender(who) for who in others}
+        turns = [{who: each.step() for who, each in crowd.items()} for _ in range(args.rounds + 2)][2:]
+        taken += [turn[REFERENCE] for turn in turns]
+        ratios = [turn[REFERENCE] / turn[name] for turn in turns]
+        result = crowd[name].stop(args, [turn[name] for turn in turns], ratios)
+        if alone != name:
+            result.of_one = statistics.median(turn[alone] / turn[name] for turn in turns)
+            if alone != REFERENCE:
+                crowd[alone].stop(args, [1.0], [1.0])
+        results.append(result)
+        print(f"{name}: {result.ratio:.2f} × {REFERENCE}", file=sys.stderr, flush=True)
     results.insert(0, reference.stop(args, taken, [1.0]))
     for one in results:
         alike = [other for other in results if processes_of(other.contender) == processes_of(one.contender)]
@@ -112,7 +124,7 @@ def main() -> None:
 
 
 def processes_of(name: str) -> int:
-    return 2 if name.endswith("×2") else 1
+    return 2 if name.endswith(TWO) else 1
 
 
 class Contender:
@@ -301,7 +313,7 @@ def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTra
 def print_results(results: list[Result], args: argparse.Namespace) -> None:
     tokens = args.sequences * args.seq_len
     table = Table(title=f"{args.model} {' '.join(args.overrides)}, {tokens} tokens a step", box=box.SIMPLE_HEAD)
-    for column in ("", "parameters", "tokens/s", "× plain dense", "peak GiB", "MFU"):
+    for column in ("", "parameters", "tokens/s", "× plain dense", "× on one process", "peak GiB", "MFU"):
         table.add_column(column, justify="left" if not column else "right")
     for result in results:
         table.add_row(
@@ -309,6 +321,7 @@ def print_results(results: list[Result], args: argparse.Namespace) -> None:
             f"{result.parameters / 1e6:.1f} M",
             f"{result.tokens_per_second:,.0f}",
             f"{result.ratio:.2f}",
+            f"{result.of_one:.2f}" if result.of_one else "",
             f"{result.peak_gib:.2f}",
             f"{result.mfu:.0%}" if result.mfu else "",
         )
