@@ -63,10 +63,10 @@ class FSDPEngine(Engine):
 
     def _shard(self, model: PreTrainedModel) -> None:
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=self.reduce_dtype)
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        head = model.get_output_embeddings()
         for unit in (*sharded_units(model), model):
             sharded = fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=unit is not head)
-            sharded.set_unshard_in_backward(unit is not embedding)  # its gradient does not depend on its weight
+            sharded.set_unshard_in_backward(not isinstance(unit, nn.Embedding))  # whose gradient needs no weight
             sharded.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
             sharded.set_force_sum_reduction_for_comms(True)
             if self.world.device.type == "cpu":
