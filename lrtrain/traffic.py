@@ -32,8 +32,9 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
     """Of FSDP2 with `engine.replicas` copies of the model; with one per process that is DDP. Optimizers' own (a few
     numbers, see their table) and losses are left out.
 
-    All is gathered for the forward pass and again for the backward pass, but a head of its own stays and an embedding of
-    its own is not needed again; each process has 1/shards of it. A ring that sums s bytes over r processes passes 2(r − 1)/r · s through each.
+    All is gathered for the forward pass and again for the backward pass, but a head of its own stays and an embedding
+    of its own is not needed again; each process has 1/shards of it. A ring that sums s bytes over r processes passes
+    2(r − 1)/r · s through each.
 
     Raises:
         ConfigError: for DeepSpeed, whose bytes depend on its own choices.

@@ -550,7 +550,7 @@ class Trainer:
 def ask_for_vector_instructions() -> None:
     """Let torch.compile find out what this CPU has before its first kernel is due: it asks the C++ compiler, which
     takes seconds where it was never asked, while the data is prepared."""
-    import torch._inductor.compile_fx  # all of it here: two threads that import from each other may fail
+    import torch._inductor.compile_fx  # noqa: F401  whole at first: two threads that import from each other may fail
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     in_background(pick_vec_isa)
