@@ -1,7 +1,7 @@
 """How long a run stands still for a checkpoint, how long until it is on the disk, and how long resuming takes, beside
 plain writing and reading of as many bytes on the same disk; and a step while one is written, beside a step at rest.
 
-    python scripts/bench_checkpoint.py model=llama_1b param=sltrain
+    python scripts/bench_checkpoint.py model=llama_1b param=sltrain train.micro_batch_size=1
     torchrun --nproc_per_node=2 scripts/bench_checkpoint.py --folder /scratch model=llama_350m
 """
 
