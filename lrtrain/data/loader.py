@@ -29,8 +29,11 @@ class TrainData(Protocol):
         """
         ...
 
-    def state(self) -> dict[str, Any]:
-        """What is needed beside the position to go on, JSON-able. Every process must call it."""
+    def state(self, position: int) -> dict[str, Any]:
+        """What is needed to go on from `position`, JSON-able. Every process must call it.
+
+        `position` is where the last batch that was read ends, or where it begins: it may have been read ahead.
+        """
         ...
 
     def load_state(self, state: dict[str, Any]) -> None: ...
@@ -49,7 +52,7 @@ class PackedTrain:
         positions = position + dist_rank * share + np.arange(share)
         return self._rows.rows(sample_rows(positions, len(self._rows), self._seed))
 
-    def state(self) -> dict[str, Any]:
+    def state(self, position: int) -> dict[str, Any]:
         return {}  # the position says it all
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -78,43 +81,43 @@ class StreamedTrain:
         self._text_field = text_field
         self._tokenizer = tokenizer
         self._seq_len = seq_len
-        self._position = 0
         self._cursors = [Cursor()] * streams
         self._open: dict[int, TokenStream] = {}
-        self._moved: dict[int, Cursor] = {}
+        self._reached: dict[int, dict[int, Cursor]] = {0: {}}  # position → where each stream read here stood
 
     def batch(self, position: int, batch_size: int, dist_rank: int, world_size: int) -> torch.Tensor:
         """See TrainData. Raises ConfigError unless the streams can be dealt evenly to the processes."""
         count = len(self._cursors)
         if count % world_size:
             raise ConfigError(f"data.streams={count} must be a multiple of the {world_size} processes")
-        if position < self._position:
-            raise RuntimeError(f"streamed data is at {self._position}, beyond {position}: load its state")
-        for p in range(self._position, position):
+        last = max(self._reached)
+        if position < last:
+            raise RuntimeError(f"streamed data is at {last}, beyond {position}: load its state")
+        for p in range(last, position):
             if p % world_size == dist_rank:
                 self._stream(p % count).next_sequence()
         mine = [p for p in range(position, position + batch_size) if p % world_size == dist_rank]
         sequences = np.stack([self._stream(p % count).next_sequence() for p in mine])
-        # All at once, at the end: while another thread still reads, `state` is that of the batch before.
-        self._position = position + batch_size
-        self._moved = {k: stream.cursor for k, stream in self._open.items()}
+        # At once, at the end, and with where the batch before ended: `state` may be asked for while another thread
+        # reads this batch, or when it has read it and no step was taken with it yet.
+        here = {k: stream.cursor for k, stream in self._open.items()}
+        self._reached = {last: self._reached[last], position + batch_size: here}
         return torch.from_numpy(sequences.astype(np.int64))
 
-    def state(self) -> dict[str, Any]:
+    def state(self, position: int) -> dict[str, Any]:
         """The position and the cursor of every stream, gathered from the processes that read them."""
         cursors = dict(enumerate(self._cursors))
-        for moved in _gather(self._moved):
-            cursors |= moved
-        return {"position": self._position, "streams": [asdict(cursors[k]) for k in sorted(cursors)]}
+        for reached in _gather(self._reached[position]):
+            cursors |= reached
+        return {"position": position, "streams": [asdict(cursors[k]) for k in sorted(cursors)]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from `state`, saved at any number of processes. Raises ConfigError for other streams."""
         if len(state["streams"]) != len(self._cursors):
             raise ConfigError(f"data.streams={len(self._cursors)} must be {len(state['streams'])}, as when saved")
-        self._position = state["position"]
         self._cursors = [Cursor(**cursor) for cursor in state["streams"]]
         self._open = {}
-        self._moved = {}
+        self._reached = {state["position"]: {}}
 
     def _stream(self, k: int) -> TokenStream:
         if k not in self._open:

@@ -49,7 +49,7 @@ def test_another_seed_is_another_order_of_the_same_rows(local):
 
 def test_a_packed_position_needs_no_state(local):
     train = prepare(local(), seed=0).train
-    assert train.state() == {}
+    assert train.state(0) == {}
     train.load_state({})
 
 
@@ -90,27 +90,30 @@ def test_resuming_twice_and_at_other_world_sizes_changes_nothing(c4):
     """720 samples of 16 tokens are several passes over the files of each stream."""
     whole = streamed(c4)
     expected = global_batches([whole], 0, 720, interleaved=True)
-    assert all(cursor["epoch"] >= 2 for cursor in whole.state()["streams"])
+    assert all(cursor["epoch"] >= 2 for cursor in whole.state(720)["streams"])
 
-    position, state, parts = 0, streamed(c4).state(), []
+    position, state, parts = 0, streamed(c4).state(0), []
     for stop, world_size in ((132, 1), (276, 2), (420, 1), (720, 4)):
         trains = [streamed(c4) for _ in range(world_size)]
         for train in trains:
             train.load_state(json.loads(json.dumps(state)))
         parts.append(global_batches(trains, position, stop, interleaved=True))
-        position, state = stop, merged([train.state() for train in trains])
+        position, state = stop, merged([train.state(stop) for train in trains])
     assert torch.equal(torch.cat(parts), expected)
-    assert state == whole.state()
+    assert state == whole.state(720)
 
 
-def test_a_resume_after_every_batch_changes_nothing(c4):
-    """So a cursor is right at whatever token, row or edge of a file it stands."""
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_resume_after_every_batch_changes_nothing(c4, ahead):
+    """So a cursor is right at whatever token, row or edge of a file it stands, and where a batch was read ahead."""
     expected = global_batches([streamed(c4, "data.streams=1")], 0, 288, interleaved=True)
     train, parts = streamed(c4, "data.streams=1"), []
     for position in range(0, 288, BATCH):
-        state = train.state()
+        if ahead:
+            train.batch(position, BATCH, 0, 1)
+        state = train.state(position)
         train.load_state(state)
-        assert train.state() == state
+        assert train.state(position) == state
         parts.append(train.batch(position, BATCH, 0, 1))
     assert torch.equal(torch.cat(parts), expected)
 
@@ -127,7 +130,7 @@ def test_a_stream_reads_past_what_is_left_out_and_never_goes_back(c4):
     assert torch.equal(
         torch.cat([train.batch(0, 4, 0, 1), train.batch(20, 4, 0, 1)]), rows[[*range(4), *range(20, 24)]]
     )
-    assert train.state() == whole.state()
+    assert train.state(24) == whole.state(24)
     with pytest.raises(RuntimeError, match="at 24, beyond 8"):
         train.batch(8, 4, 0, 1)
 
@@ -138,7 +141,7 @@ def test_streams_that_cannot_be_dealt_evenly_are_named(c4):
 
 
 def test_another_number_of_streams_than_saved_is_named(c4):
-    state = streamed(c4, "data.streams=2").state()
+    state = streamed(c4, "data.streams=2").state(0)
     with pytest.raises(ConfigError, match="data.streams=4 must be 2"):
         streamed(c4).load_state(state)
 

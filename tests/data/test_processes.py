@@ -19,7 +19,7 @@ def work(local: DataConfig, c4: DataConfig, folder: Path) -> None:
     train = prepare(c4, seed=0).train
     for position in range(0, 60, 12):
         train.batch(position, 12, rank, 2)
-    result = {"fingerprint": packed.fingerprint, "state": train.state()}
+    result = {"fingerprint": packed.fingerprint, "state": train.state(60)}
     (folder / f"result-{rank}").write_text(json.dumps(result))
     distributed.stop()
 
@@ -47,4 +47,4 @@ def test_one_builds_and_both_go_on(folder, line, times):
 def test_the_state_of_two_processes_is_that_of_one(folder):
     alone = prepare(c4_config(folder), seed=0).train
     alone.batch(0, 60, 0, 1)
-    assert [result["state"] for result in results(folder)] == [alone.state()] * 2
+    assert [result["state"] for result in results(folder)] == [alone.state(60)] * 2
