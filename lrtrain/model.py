@@ -333,11 +333,18 @@ def trainable_count(model: nn.Module) -> int:
     return sum(math.prod(p.shape) for p in model.parameters() if p.requires_grad)
 
 
-def settle(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+def settle(
+    model: nn.Module,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    measured: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, str]:
     """Let each layer that can be executed in several ways choose one by measurement, once per shape.
 
     Args:
         tokens: of one process's forward pass.
+        measured: what was chosen before, which stays.
 
     Returns:
         The execution of each such layer by name.
@@ -345,6 +352,9 @@ def settle(model: nn.Module, tokens: int, dtype: torch.dtype, device: torch.devi
     chosen: dict[str, str | None] = {}
     executions: dict[str, str] = {}
     for name, layer in factorized_layers(model).items():
+        if layer.execution == "auto" and name in measured:
+            executions[name] = measured[name]
+            continue
         kind = repr(layer)
         if kind not in chosen:
             chosen[kind] = layer.settle(tokens, dtype, device)

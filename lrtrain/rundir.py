@@ -56,16 +56,17 @@ def known_run(config: Config) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if config.resume == "auto" and path.is_file() else None
 
 
-def claim(config: Config, executions: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def claim(config: Config, settled: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Create the run directory with its configuration and tokenizer; what identifies the run.
 
-    The measured executions belong to it: another one rounds differently, and resuming would not be exact.
+    How layers are executed belongs to it, and where that was `settled`: another execution rounds differently, and
+    resuming would not be exact.
 
     Raises:
         ConfigError: if the directory cannot be created or written, or is another run's.
     """
     folder = Path(config.run.dir)
-    run = {"id": uuid.uuid4().hex[:12], "name": config.run.name, "executions": executions}
+    run = {"id": uuid.uuid4().hex[:12], "name": config.run.name, **settled}
     try:
         folder.mkdir(parents=True, exist_ok=config.resume == "auto")
         write_durably(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))

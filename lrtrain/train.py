@@ -124,15 +124,15 @@ class Trainer:
             self.ranks = start.ranks
             model = make_model(config, self.ranks, known)
         dtype = compute_dtype(config, world.device)
-        run = on_main(lambda: known_run(config) or claim(config, self._settle(model, dtype), self.data.tokenizer))
+        run, self.settled = on_main(lambda: self._run(model, dtype))
         self.lock = FileLock(self.run_dir / "lock")
         on_main(lambda: hold(self.lock))
-        self.executions: dict[str, str] = run["executions"]
         self._take_stock(model)
         if world.main:
             print_ledger(model)
 
         train = config.train
+        peak = matmul_peak(world.device, dtype)
         self.engine: Engine = choice(config.engine)(
             world=world,
             dtype=dtype,
@@ -159,7 +159,7 @@ class Trainer:
             self.progress.left_out = [*left_out]
 
         self.schedule = choice(config.schedule)
-        self.meter = Meter(matmul_peak(world.device, dtype), self.flops, world.size)
+        self.meter = Meter(peak, self.flops, world.size)
         self.monitor = Monitor(config, self.engine, self.data, world)
         self.read_seconds = 0.0
         ours = checkpoint and config.resume == "auto"  # another run's checkpoint does not save this one
@@ -176,7 +176,7 @@ class Trainer:
         """All that the run keeps of its model besides the engine's."""
         self.layers = factorized_layers(model)
         for name, layer in self.layers.items():
-            layer.execution = self.executions.get(name)
+            layer.execution = self.settled["executions"].get(name)
         self.flops = training_flops(model, self.config.data.seq_len)
         self.counts = {
             "rank": mean_rank(model),
@@ -395,7 +395,7 @@ class Trainer:
 
     def _evaluate_truncated(self) -> list[Truncation]:
         """The losses at the smaller ranks that the layers offer, logged."""
-        found = evaluate_truncated(self.engine.model, self._held_out)
+        found = evaluate_truncated(self.engine.model, self.counts["parameters"], self._held_out)
         if found:
             metrics = {key: value for truncation in found for key, value in truncation.metrics().items()}
             self.tracker.log(self.progress.step, self.progress.tokens, metrics)
@@ -496,9 +496,9 @@ class Trainer:
                 return
         meta = {
             "progress": asdict(self.progress),
-            "data": {"fingerprint": self.data.fingerprint, "state": self.data.train.state()},
+            "data": {"fingerprint": self.data.fingerprint, "state": self.data.train.state(self.progress.position)},
             "config": as_dict(self.config),
-            "executions": self.executions,
+            **self.settled,
             "ranks": self.ranks,
             "architecture": self.engine.model.config.to_dict(),
             "support_hash": self.support_hash,
@@ -528,9 +528,15 @@ class Trainer:
 
     # --- before anything is built ----------------------------------------------------------------------------------
 
-    def _settle(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, str]:
-        tokens = self.config.train.micro_batch_size * self.config.data.seq_len
-        return self.meta.get("executions") or settle(model, tokens, dtype, self.world.device)
+    def _run(self, model: PreTrainedModel, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What identifies the run, and how its layers are executed: as before, if that was measured in this dtype on
+        such a device."""
+        device, tokens = self.world.device, self.config.train.micro_batch_size * self.config.data.seq_len
+        known = known_run(self.config)
+        before, place = self.meta or known or {}, f"{dtype} on {device.type}"
+        measured = before.get("executions", {}) if before.get("executed", place) == place else {}
+        settled = {"executions": settle(model, tokens, dtype, device, measured), "executed": place}
+        return known or claim(self.config, settled, self.data.tokenizer), settled
 
     def _check_sizes(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config()

@@ -8,7 +8,7 @@ from torch import nn
 
 from lrtrain.evaluate import Evaluation, perplexity
 from lrtrain.layers.base import FactorizedLinear
-from lrtrain.model import factorized_layers, parameter_count
+from lrtrain.model import factorized_layers
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,15 @@ class Truncation:
         }
 
 
-def evaluate_truncated(model: nn.Module, evaluate: Callable[[], Evaluation | None]) -> list[Truncation]:
+def evaluate_truncated(
+    model: nn.Module, parameters: int, evaluate: Callable[[], Evaluation | None]
+) -> list[Truncation]:
     """Evaluate at every share that the model's layers offer, ascending; a collective. Empty if they offer none.
 
     Runs uncompiled: each rank would be compiled for a single pass. Ends early where `evaluate` gives None.
+
+    Args:
+        parameters: of the whole model; an engine may have let go of those that `model` computes with.
     """
     layers = [layer for layer in factorized_layers(model).values() if layer.ranks_to_evaluate()]
     found = []
@@ -45,8 +50,8 @@ def evaluate_truncated(model: nn.Module, evaluate: Callable[[], Evaluation | Non
                 evaluation = evaluate()
             if evaluation is None:
                 break
-            parameters = parameter_count(model) - sum(map(dropped_parameters, layers, ranks))
-            found.append(Truncation(share, (min(ranks), max(ranks)), parameters, evaluation.loss))
+            left = parameters - sum(map(dropped_parameters, layers, ranks))
+            found.append(Truncation(share, (min(ranks), max(ranks)), left, evaluation.loss))
     finally:
         for layer in layers:
             layer.truncate(layer.rank)
@@ -55,8 +60,7 @@ def evaluate_truncated(model: nn.Module, evaluate: Callable[[], Evaluation | Non
 
 def dropped_parameters(layer: FactorizedLinear, rank: int) -> int:
     """How many parameters of its factors a layer that is cut to `rank` does without."""
-    factors = [p for name, p in layer.named_parameters() if layer.roles[name] in ("factor_left", "factor_right")]
-    return sum(p.numel() // layer.rank * (layer.rank - rank) for p in factors)
+    return (layer.rank - rank) * (layer.in_features + layer.out_features)
 
 
 def truncation_rows(found: Sequence[Truncation]) -> dict[str, str]:

@@ -29,7 +29,7 @@ def materialized(*overrides: str, ranks: dict[str, int] | None = None):
 
 def test_each_share_is_evaluated_as_the_model_of_that_rank(world):
     model = materialized("param=nested")
-    found = evaluate_truncated(model, lambda: evaluate(model, ROWS, 2, world))
+    found = evaluate_truncated(model, parameter_count(model), lambda: evaluate(model, ROWS, 2, world))
     assert [t.share for t in found] == [0.125, 0.25, 0.5, 0.75, 1.0]
     assert len({t.loss for t in found}) == 5
     for truncation, rank in zip(found, (1, 2, 4, 6, 8), strict=True):
@@ -44,9 +44,9 @@ def test_each_share_is_evaluated_as_the_model_of_that_rank(world):
 
 def test_the_model_is_whole_again_afterwards_even_if_it_was_cut_short(world):
     model = materialized("param=nested")
-    assert evaluate_truncated(model, lambda: None) == []
+    assert evaluate_truncated(model, 0, lambda: None) == []
     assert all(torch.linalg.matrix_rank(layer.dense_weight()) == 8 for layer in factorized_layers(model).values())
 
 
 def test_a_model_without_smaller_ranks_is_not_evaluated_again(world):
-    assert evaluate_truncated(materialized("param=lowrank"), lambda: pytest.fail("evaluated")) == []
+    assert evaluate_truncated(materialized("param=lowrank"), 0, lambda: pytest.fail("evaluated")) == []

@@ -82,6 +82,23 @@ def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(resumed: Path, na
         assert max(abs(found[step] - expected[step]) for step in found) < 2e-5
 
 
+def test_an_execution_that_was_measured_elsewhere_or_is_given_is_not_taken_over(tmp_path: Path, tiny: list[str]):
+    """There is no factored execution in bfloat16 on a CPU: a run that goes on so settles anew."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    base = [*tiny, "schedule=constant", f"run.dir={run}", "resume=auto"]
+    jobs = [[*base, "train.steps=1", "param.execution=factored"]]
+    jobs += [[*base, "train.steps=2", "param.execution=auto"], [*base, "train.steps=3", "param.execution=materialize"]]
+    first = f"resume={run}/checkpoints/step-00000001"
+    jobs.append([*tiny, f"run.dir={other}", first, "train.steps=2", "param.execution=auto", "train.dtype=bf16"])
+    run_jobs([[*job, "checkpoint.keep=3"] for job in jobs], 1, tmp_path)
+    metas = [
+        read_meta(checkpoint) for folder in (run, other) for checkpoint in whole_checkpoints(folder / "checkpoints")
+    ]
+    executions = [set(meta["executions"].values()) for meta in metas]
+    assert executions == [{"factored"}, {"factored"}, {"materialize"}, {"materialize"}]
+    assert [meta["executed"] for meta in metas] == ["torch.float32 on cpu"] * 3 + ["torch.bfloat16 on cpu"]
+
+
 def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[str]):
     """Stopped in the middle of an iteration, where a draw is due and where an SVD or merge is; on two processes."""
     jobs = []
@@ -121,10 +138,20 @@ def test_killed_at_random_moments_it_loses_nothing_but_the_steps_since_the_last_
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
 
 
-def test_a_signal_to_one_process_saves_on_all_and_says_how_to_go_on(tmp_path: Path, tiny: list[str]):
+def test_a_signal_to_one_process_saves_on_all_and_says_how_to_go_on(
+    tmp_path: Path, tiny: list[str], streamed: list[str]
+):
+    """The next batch of the stream has been read by then, on one process or on both: it is not lost."""
     run = tmp_path / "run"
-    job = [*tiny, "train.steps=100000", f"run.dir={run}", "resume=auto", "schedule=constant"]
-    process = torchrun(job, 2, tmp_path)
+    base = [
+        *(o for o in tiny if o != "data=local"),
+        *streamed,
+        "param.execution=factored",
+        "schedule=constant",
+        "schedule.warmup=0.0",
+    ]
+    job = [*base, f"run.dir={run}", "resume=auto"]
+    process = torchrun([*job, "train.steps=100000"], 2, tmp_path)
     wait_for(lambda: logged_steps(run) > 3, process)
     os.kill(workers(process)[1], signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -133,6 +160,8 @@ def test_a_signal_to_one_process_saves_on_all_and_says_how_to_go_on(tmp_path: Pa
     step = int(saved.name.removeprefix("step-"))
     assert f"at step {step} of 100000" in output and "resume=auto" in output and output.count("stopped by") == 1
     assert max(losses(run)) == step
+    run_jobs([[*one, f"train.steps={step + 3}"] for one in (job, [*base, f"run.dir={tmp_path}/whole"])], 2, tmp_path)
+    assert losses(run) == losses(tmp_path / "whole")
 
 
 def test_a_run_directory_is_never_overwritten(tmp_path: Path, tiny: list[str], launch):
