@@ -27,15 +27,17 @@ class FlatShard(Tensor):
         part: the entries here, 1-D: a view of where they are kept.
         shape: of the whole tensor.
         bounds: process i has the entries bounds[i] … bounds[i+1] − 1.
+        home: where the model computes and whole tensors are made; the part may be offloaded to the host's memory.
     """
 
     part: Tensor
     bounds: tuple[int, ...]
+    home: torch.device
 
     @staticmethod
-    def __new__(cls, part: Tensor, shape: Sequence[int], bounds: tuple[int, ...]) -> "FlatShard":
+    def __new__(cls, part: Tensor, shape: Sequence[int], bounds: tuple[int, ...], home: torch.device) -> "FlatShard":
         made = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=part.dtype, device=part.device)
-        made.part, made.bounds = part.detach(), bounds
+        made.part, made.bounds, made.home = part.detach(), bounds, home
         return made
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
@@ -45,13 +47,17 @@ class FlatShard(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> "FlatShard":
         kwargs = kwargs or {}
         if func is aten.detach.default:
-            return cls(args[0].part, args[0].shape, args[0].bounds)
+            return args[0].with_part(args[0].part)
         if func is aten.clone.default:
-            return cls(args[0].part.clone(), args[0].shape, args[0].bounds)
+            return args[0].with_part(args[0].part.clone())
         if func in (aten.empty_like.default, aten.new_empty.default):  # of the same shape: there are no others
             options = {key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None}
-            return cls(torch.empty_like(args[0].part, **options), args[0].shape, args[0].bounds)
+            return args[0].with_part(torch.empty_like(args[0].part, **options))
         raise NotImplementedError(f"{func} of a FlatShard: use its local part or the whole tensor")
+
+    def with_part(self, part: Tensor) -> "FlatShard":
+        """Another tensor of this shape, cut alike."""
+        return FlatShard(part, self.shape, self.bounds, self.home)
 
     @property
     def first(self) -> int:
@@ -64,7 +70,7 @@ class FlatShard(Tensor):
 
     def cut(self, whole: Tensor) -> Tensor:
         """The entries of a whole tensor that lie here (1-D)."""
-        return whole.reshape(-1)[self.first : self.first + self.part.numel()]
+        return whole.reshape(-1)[self.first : self.first + self.part.numel()].to(self.part.device)
 
     def full_tensor(self) -> Tensor:
         """The whole tensor; a collective."""
@@ -89,7 +95,8 @@ class FlatShard(Tensor):
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         sizes = (end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False))
-        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).view(self.shape)
+        joined = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+        return joined.to(self.home).view(self.shape)
 
     # --- as torch.distributed.checkpoint wants it --------------------------------------------------------------------
 

@@ -139,7 +139,7 @@ class DeepSpeedEngine(Engine):
         )
         for module, kept in buffers.items():  # in bfloat16 DeepSpeed casts them too
             module._buffers.update(kept)
-        self.places = places(self.zero, model, self.stage)
+        self.places = places(self.zero, model, self.stage, self.world.device)
         self.flat = {p: place.shard() for p, place in self.places.items()}
         shards = twin(bare, lambda p: self.flat.get(p, p))  # itself where a process has all of it
         fill(shards, seed, fresh)

@@ -22,6 +22,7 @@ class Place:
     bounds: tuple[int, ...]
     """See FlatShard."""
     trained: bool
+    home: torch.device
 
     @property
     def size(self) -> int:
@@ -31,20 +32,27 @@ class Place:
     def shard(self) -> FlatShard:
         """The range, as a parameter."""
         part = self.flat.detach().narrow(0, self.start, self.size)
-        return nn.Parameter(FlatShard(part, self.shape, self.bounds), self.trained)  # pyright: ignore[reportReturnType]
+        return nn.Parameter(self._cut(part), self.trained)  # pyright: ignore[reportReturnType]
 
     def gradient(self) -> FlatShard:
         """The range of the flat tensor's gradient."""
         assert self.flat.grad is not None
-        return FlatShard(self.flat.grad.narrow(0, self.start, self.size), self.shape, self.bounds)
+        return self._cut(self.flat.grad.narrow(0, self.start, self.size))
+
+    def gradient_of(self, part: Tensor) -> FlatShard:
+        """The range of a gradient that begins with this process's entries."""
+        return self._cut(part.view(-1)[: self.size])
+
+    def _cut(self, part: Tensor) -> FlatShard:
+        return FlatShard(part, self.shape, self.bounds, self.home)
 
 
-def places(zero: Any, model: nn.Module, stage: int) -> dict[Tensor, Place]:
+def places(zero: Any, model: nn.Module, stage: int, home: torch.device) -> dict[Tensor, Place]:
     """The place of each parameter of which a process has only a range; others are whole on all."""
-    return dict(_places_of_stage_3(zero, model) if stage == 3 else _places_of_stage_1_and_2(zero))
+    return dict(_places_of_stage_3(zero, model, home) if stage == 3 else _places_of_stage_1_and_2(zero, home))
 
 
-def _places_of_stage_1_and_2(zero: Any) -> Iterator[tuple[Tensor, Place]]:
+def _places_of_stage_1_and_2(zero: Any, home: torch.device) -> Iterator[tuple[Tensor, Place]]:
     """All trained parameters follow one another in one tensor, which is cut into equal ranges."""
     here, processes = dist.get_rank(), dist.get_world_size()
     (parameters,), (flat,), (length,) = zero.bit16_groups, zero.single_partition_of_fp32_groups, zero.partition_size
@@ -52,10 +60,10 @@ def _places_of_stage_1_and_2(zero: Any) -> Iterator[tuple[Tensor, Place]]:
     for p, offset in zip(parameters, offsets, strict=True):
         bounds = tuple(min(max(i * length - offset, 0), p.numel()) for i in range(processes + 1))
         start = min(max(offset - here * length, 0), length)
-        yield p, Place(flat, start, p.shape, bounds, True)
+        yield p, Place(flat, start, p.shape, bounds, True, home)
 
 
-def _places_of_stage_3(zero: Any, model: nn.Module) -> Iterator[tuple[Tensor, Place]]:
+def _places_of_stage_3(zero: Any, model: nn.Module, home: torch.device) -> Iterator[tuple[Tensor, Place]]:
     """Each parameter is cut into equal ranges, padded at the end."""
     processes = dist.get_world_size()
     flats = zero.fp32_partitioned_groups_flat
@@ -64,9 +72,9 @@ def _places_of_stage_3(zero: Any, model: nn.Module) -> Iterator[tuple[Tensor, Pl
         bounds = tuple(min(i * p.partition_numel(), p.ds_numel) for i in range(processes + 1))
         if p.requires_grad:
             group, start, _ = zero.grad_position[zero.get_param_id(p)]
-            yield p, Place(flats[group], start, p.ds_shape, bounds, True)
+            yield p, Place(flats[group], start, p.ds_shape, bounds, True, home)
         else:
-            yield p, Place(p.ds_tensor, 0, p.ds_shape, bounds, False)
+            yield p, Place(p.ds_tensor, 0, p.ds_shape, bounds, False, home)
 
 
 def flat_gradients(zero: Any, of: dict[Tensor, Place], stage: int) -> Iterator[tuple[Tensor, FlatShard]]:
@@ -80,8 +88,7 @@ def flat_gradients(zero: Any, of: dict[Tensor, Place], stage: int) -> Iterator[t
         parts |= {p: g for p, g in zip(parameters, zero.averaged_gradients[i], strict=False)}
     for p, place in of.items():
         if place.trained:
-            part = parts[p].view(-1)[: place.size] if place.size else place.flat.new_empty(0)
-            yield p, FlatShard(part, place.shape, place.bounds)
+            yield p, place.gradient_of(parts[p] if place.size else place.flat.new_empty(0))
 
 
 @torch.no_grad()

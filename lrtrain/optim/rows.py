@@ -76,7 +76,7 @@ def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32
     """A tensor (m, *shape) of zeros whose rows lie where the rows of the parameter (m, …) do."""
     if isinstance(parameter, FlatShard):
         assert shape == parameter.shape[1:], "a parameter that is cut anywhere has no rows"
-        return FlatShard(torch.zeros_like(local(parameter), dtype=dtype), parameter.shape, parameter.bounds)
+        return parameter.with_part(torch.zeros_like(local(parameter), dtype=dtype))
     part = local(parameter)
     here = torch.zeros(part.shape[0], *shape, dtype=dtype, device=part.device)
     if not isinstance(parameter, DTensor):
