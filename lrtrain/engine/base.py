@@ -193,7 +193,9 @@ class Engine(ABC):
         if self.clip is None:
             return
         if self.clip_by == "global":
-            torch._foreach_mul_(self._gradients(), (self.clip / (norm + 1e-6)).clamp(max=1.0))
+            factor = self.clip / (norm + 1e-6)
+            if factor < 1:  # else all gradients would be read and written for nothing
+                torch._foreach_mul_(self._gradients(), factor)
             return
         for p, rows in self.optimizer.rows.items():
             if p.grad is not None:
