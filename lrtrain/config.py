@@ -352,6 +352,11 @@ def check_start(config: Config, world_size: int) -> None:
         raise ConfigError("compress.affine=true has no effect without a text: add compress.by=outputs")
     if compress.budget is not None and not 0 < compress.budget <= 1:
         raise ConfigError(f"compress.budget={compress.budget} is not a share above 0 and at most 1")
+    if compress.budget is not None and config.train.flops is not None:
+        raise ConfigError(
+            f"train.flops={config.train.flops:g} cannot be counted before compress.budget={compress.budget} has chosen "
+            f"the ranks; set train.steps"
+        )
     if compress.sequences < 1 or compress.sequences % world_size:
         raise ConfigError(f"compress.sequences={compress.sequences} is not a multiple of the {world_size} processes")
     if param.get("zero_init"):

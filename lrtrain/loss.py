@@ -25,7 +25,7 @@ def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
     """Sum of the cross-entropies (nats) of each row's tokens 1..seq_len given those before.
 
     Args:
-        model: a causal language model of transformers, or what an engine wraps around it as its `.module`.
+        model: a causal language model of transformers.
         rows: token ids (sequences, seq_len + 1), int64.
     """
     if ends_with_head(model, rows):
@@ -39,8 +39,7 @@ def _logits(model: nn.Module, rows: Tensor) -> Tensor:
 
 
 def _head(model: nn.Module) -> nn.Module | None:
-    inner = getattr(model, "module", model)
-    return inner.get_output_embeddings() if isinstance(inner, PreTrainedModel) else None
+    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
 
 
 # --- the head that gives losses ----------------------------------------------------------------------------------
@@ -55,7 +54,8 @@ def ends_with_head(model: nn.Module, rows: Tensor) -> bool:
         return False
     if model not in _verdicts:
         # As a run without this look: same random numbers, no graph compiled for a length of one.
-        with torch.random.fork_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        devices = [rows.device] if rows.is_cuda else []
+        with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
             found, made = _losses_of_head(model, rows[:1, :2])
         _verdicts[model] = found is made and found._version == 0  # not changed in place either
     return _verdicts[model]

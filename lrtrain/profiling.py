@@ -8,6 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 ROWS = 10
+ALLOCATIONS = 100_000  # the last ones are kept, with their stacks, in the host's memory
 
 
 @contextmanager
@@ -32,10 +33,12 @@ def snapshot_when_out_of_memory(folder: Path) -> Iterator[None]:
     if not torch.cuda.is_available():
         yield
         return
-    torch.cuda.memory._record_memory_history()
+    torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
     try:
         yield
     except torch.cuda.OutOfMemoryError:
         folder.mkdir(parents=True, exist_ok=True)
         torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
         raise
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)

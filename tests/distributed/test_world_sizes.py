@@ -38,6 +38,8 @@ VARIANTS = {
 
 
 TOLERANCE = {"bf16": 0.02}
+# Relative, of what is measured: SVDs of nearly equal singular values make rounding larger, on some CPUs to 1.2e-4.
+OF_SPECTRA = TOLERANCE | {"sst": 5e-4}
 
 # To an engine like others of them, or run by another stage of it.
 ALIKE = {"sltrain-materialize", "sltrain-row-balanced", "sltrain-block", "recompute-compile", "cola", "nested-lasso"}
@@ -82,16 +84,20 @@ def test_every_engine_gives_the_losses_gradients_and_spectra_of_fsdp_on_one_proc
     variants: Path, engine: str, name: str
 ):
     assert gap(losses(variants / f"one-{name}"), losses(variants / f"{engine}-{name}")) < TOLERANCE.get(name, 2e-5)
-    for key in ("eval/loss", "train/grad_norm", "spectra/summary/all/erank_mean"):
-        (_, one), (_, other) = (series(variants / f"{n}-{name}" / "metrics.jsonl", key) for n in ("one", engine))
-        assert one == pytest.approx(other, rel=TOLERANCE.get(name, 1e-4)), key
+    measured_alike(variants / f"one-{name}", variants / f"{engine}-{name}", name)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_evaluate_and_measure_as_one(variants: Path, name: str):
-    for key in ("eval/loss", "train/grad_norm", "spectra/summary/all/erank_mean"):
-        (_, one), (_, two) = (series(variants / f"{n}-{name}" / "metrics.jsonl", key) for n in ("one", "two"))
-        assert one == pytest.approx(two, rel=TOLERANCE.get(name, 1e-4)), key
+    measured_alike(variants / f"one-{name}", variants / f"two-{name}", name)
+
+
+def measured_alike(one: Path, other: Path, name: str) -> None:
+    """Two runs' evaluation, gradient norms and spectra agree to the tolerance of this variant."""
+    tolerances = dict.fromkeys(("eval/loss", "train/grad_norm"), TOLERANCE.get(name, 1e-4))
+    for key, rel in (tolerances | {"spectra/summary/all/erank_mean": OF_SPECTRA.get(name, 1e-4)}).items():
+        (_, first), (_, second) = (series(run / "metrics.jsonl", key) for run in (one, other))
+        assert first == pytest.approx(second, rel=rel), key
 
 
 def test_executions_recomputation_and_compilation_do_not_change_the_losses(variants: Path):
@@ -131,5 +137,7 @@ def test_a_shrunken_run_ends_with_fewer_parameters_and_a_loss_for_each_rank(vari
         assert summary["parameters_at_rank_share_1"] == summary["parameters"]
         assert summary["parameters_at_rank_share_0.5"] < summary["parameters"]
         assert summary["eval_loss_at_rank_share_0.5"] != summary["eval_loss"]
+    cut = json.loads((variants / "zero3-nested-shrinking" / "summary.json").read_text())  # releases its parameters
+    assert all(cut[key] == value for key, value in shrunken.items() if key.startswith("parameters"))
     (newest,) = whole_checkpoints(variants / "two-nested-shrinking" / "checkpoints")
     assert set(read_meta(newest)["ranks"].values()) <= set(range(1, 8))
