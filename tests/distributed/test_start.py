@@ -188,7 +188,7 @@ WRONG = {
     "param=lowrank compress.by=data": "compress.by=data is not one of weights, outputs",
     "param=lowrank compress.affine=true": "compress.affine=true has no effect without a text",
     "param=lowrank compress.budget=2": "compress.budget=2.0 is not a share",
-    "param=lowrank compress.budget=0.4 train.flops=1e12": "train.flops=1e.12 cannot be counted before compress.budget=0.4",
+    "param=lowrank compress.budget=0.4 train.flops=1e12": "cannot be counted before compress.budget=0.4",
     "param=lowrank param.zero_init=o_proj": "param.zero_init=o_proj would drop",
     "param=sltrain init_from=null param.select=residual": "param.select=residual looks at trained weights",
     "model=hf init_from=null": "model.path has no value",
