@@ -22,7 +22,7 @@ from lrtrain.errors import RunFailed
 
 PACKAGE = Path(__file__).parent
 TORCH = Path(dist.__file__).parent
-COLLECTIVES = ("distributed.py", "gloo.py")  # ours: who called them is of interest
+COLLECTIVES = ("distributed.py", "gloo.py", "shared_memory.py")  # ours: who called them is of interest
 OVER = "over"
 
 _runs = itertools.count()

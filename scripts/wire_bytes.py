@@ -5,6 +5,7 @@ torchrun --nproc_per_node=2 scripts/wire_bytes.py [--model llama_60m] [--methods
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from lrtrain import distributed
 from lrtrain.config import choice, compose
+from lrtrain.engine import gloo
 from lrtrain.model import make_model
 
 ENGINES = {
@@ -78,6 +80,7 @@ def step_bytes(*overrides: str) -> int:
 
 
 def main() -> None:
+    gloo.exchange_of = lambda group: partial(gloo.by_messages, group)  # messages can be counted, shared memory cannot
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llama_60m")
     parser.add_argument("--methods", nargs="+", default=["dense", "lowrank", "sltrain"])

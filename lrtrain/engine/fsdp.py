@@ -64,14 +64,15 @@ class FSDPEngine(Engine):
     def _shard(self, model: PreTrainedModel) -> None:
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=self.reduce_dtype)
         head = model.get_output_embeddings()
+        exchange = gloo.exchange_of(self.mesh.get_group("shard")) if self.world.device.type == "cpu" else None
         for unit in (*sharded_units(model), model):
             sharded = fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=unit is not head)
             sharded.set_unshard_in_backward(not isinstance(unit, nn.Embedding))  # whose gradient needs no weight
             sharded.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
             sharded.set_force_sum_reduction_for_comms(True)
-            if self.world.device.type == "cpu":
-                sharded.set_custom_all_gather(gloo.AllGather())  # pyright: ignore[reportArgumentType]
-                sharded.set_custom_reduce_scatter(gloo.ReduceScatter())  # pyright: ignore[reportArgumentType]
+            if exchange is not None:
+                sharded.set_custom_all_gather(gloo.AllGather(exchange))  # pyright: ignore[reportArgumentType]
+                sharded.set_custom_reduce_scatter(gloo.ReduceScatter(exchange))  # pyright: ignore[reportArgumentType]
 
     def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
         if isinstance(self.model, FSDPModule):

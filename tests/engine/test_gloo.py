@@ -1,5 +1,6 @@
 """Sums over processes against the same sums without processes."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch.distributed as dist
 from crew import together
 
 from lrtrain import distributed
-from lrtrain.engine.gloo import AllGather, ReduceScatter
+from lrtrain.engine import shared_memory
+from lrtrain.engine.gloo import AllGather, ReduceScatter, by_messages
 
 
 def numbers(dist_rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -16,12 +18,17 @@ def numbers(dist_rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(size * 7, generator=torch.Generator().manual_seed(dist_rank)).to(dtype)
 
 
-def add_up(dtype: torch.dtype) -> None:
+def add_up(dtype: torch.dtype, slot: int | None) -> None:
+    """Through shared memory in pieces of `slot` bytes, or by messages."""
     world = distributed.start()
     group = dist.group.WORLD
-    assert group is not None
+    assert group is not None and shared_memory.on_one_host(group)
+    exchange = partial(by_messages, group)
+    if slot is not None:
+        shared_memory.SLOT = slot
+        exchange = shared_memory.SharedMemory(group).exchange
     given = [numbers(k, world.size, dtype) for k in range(world.size)]
-    reduce_scatter, all_gather = ReduceScatter(), AllGather()
+    reduce_scatter, all_gather = ReduceScatter(exchange), AllGather(exchange)
     mine = reduce_scatter.allocate((7,), dtype=dtype, device=world.device)
     reduce_scatter(mine, given[world.dist_rank].clone(), group, dist.ReduceOp.SUM)
     everything = torch.stack(given).double().sum(0)
@@ -39,6 +46,7 @@ def add_up(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slot", [None, 16, 2**21])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_sums_are_cut_and_put_together_again(tmp_path: Path, processes: int, dtype: torch.dtype):
-    together(add_up, (dtype,), tmp_path, processes)
+def test_sums_are_cut_and_put_together_again(tmp_path: Path, processes: int, slot: int | None, dtype: torch.dtype):
+    together(add_up, (dtype, slot), tmp_path, processes)
