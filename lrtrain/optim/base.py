@@ -55,6 +55,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     elementwise: ClassVar[bool] = False
     """Whether the direction of a matrix can be had from some of its rows at a time, which needs less memory."""
 
+    begins_by_gradient: ClassVar[bool] = False
+    """Whether step 1 chooses from the gradient something for later steps. Then steps by a gradient of zeros, as A has
+    where B = 0, are not counted before it."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -149,9 +153,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         step = int(state["step"])
         parts = {key: local(value) for key, value in state.items() if key != "step"}
         gradient = local(p.grad)
+        if step == 1 and self.begins_by_gradient and self._is_zero(p, gradient):
+            state["step"].zero_()  # so the next step is the first again, and chooses again
         for rows in in_pieces(gradient) if by_pieces else [slice(None)]:
             some = {key: part if key in self.replicated else part[rows] for key, part in parts.items()}
             self._write(p, direction(p, gradient[rows].float(), some, step), group, step, rows)
+
+    def _is_zero(self, p: Tensor, gradient: Tensor) -> bool:
+        """Whether the gradient is zero in the rows here and in those of all other processes."""
+        return not self.rows[p].sum(gradient.any().float())
 
     def adam_direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """`direction` of AdamW, by the moments `exp_avg` and `exp_avg_sq`."""

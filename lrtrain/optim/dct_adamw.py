@@ -27,6 +27,7 @@ class DctAdamW(DctOptimizer):
     """
 
     replicated = frozenset({"columns"})
+    begins_by_gradient = True
 
     def __init__(self, model: nn.Module, *, gap: int, rotate: bool, error_feedback: str, **dct: Unpack[DctSettings]):
         if gap < 1:

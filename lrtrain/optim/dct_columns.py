@@ -39,7 +39,8 @@ class DctOptimizer(ShardedOptimizer):
             raise ConfigError(f"optim.norm={norm} is not {' or '.join(NORMS)}")
         self.rank = rank
         self.norm = norm
-        self._captured: dict[str, Tensor] = {}
+        self._captured: dict[str, tuple[Tensor, Tensor]] = {}
+        """‖·‖²_F of what the columns kept and of the whole, by the parameter's name."""
         super().__init__(model, **common)
 
     def rank_for(self, p: Tensor) -> int:
@@ -52,15 +53,15 @@ class DctOptimizer(ShardedOptimizer):
         """
         sums = self.rows[p].sum(torch.stack([spectrum.abs().sum(0), spectrum.square().sum(0)]))  # (2, n)
         columns = top_columns(sums[NORMS.index(self.norm)], self.rank_for(p))
-        self._captured[self.names[p]] = sums[1, columns].sum() / sums[1].sum()
+        self._captured[self.names[p]] = sums[1, columns].sum(), sums[1].sum()
         return columns
 
     def captured_energy(self) -> dict[str, float]:
-        """The share of ‖·‖²_F that the columns kept when they were last chosen, by the parameter's name.
+        """The share of ‖·‖²_F that the columns kept when they were last chosen, by the parameter's name; of zeros none.
 
         On matrices without structure along rows it is little more than r/n: then the method is not for this model.
         """
-        return {name: float(share) for name, share in self._captured.items()}
+        return {name: float(kept / whole) for name, (kept, whole) in self._captured.items() if whole}
 
     def metrics(self) -> dict[str, float]:
         shares = self.captured_energy().values()

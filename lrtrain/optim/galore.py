@@ -25,13 +25,15 @@ class GaLore(SubspaceAdam):
     """GaLore: W ← W − lr·scale·u Pᵀ, where u (m, r) is Adam's step on G P; the rest of the gradient is dropped.
 
     P (n, r) are the leading right singular vectors of the current gradient. All matrices find theirs at the first step
-    and then every `gap` steps in turns, so that no step waits for all of them. State: 2mr + nr numbers.
+    whose gradient is not zero and then every `gap` steps in turns, so that no step waits for all of them. State:
+    2mr + nr numbers.
 
     Raises:
         ConfigError: for an unknown way to find a basis.
     """
 
     replicated = frozenset({"basis"})
+    begins_by_gradient = True
 
     def __init__(self, model: nn.Module, *, scale: float, basis: str, **subspace: Unpack[Subspace]):
         if basis not in BASES:
@@ -43,8 +45,7 @@ class GaLore(SubspaceAdam):
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         moments = super().new_state(p)
-        # Columns of the identity, for a parameter that begins anew between two turns with its counter kept.
-        return moments | {"basis": torch.eye(p.shape[1], moments["first"].shape[1], device=local(p).device)}
+        return moments | {"basis": torch.zeros(p.shape[1], moments["first"].shape[1], device=local(p).device)}
 
     def basis(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         basis = state["basis"]

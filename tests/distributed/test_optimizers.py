@@ -15,7 +15,7 @@ SETTINGS = {
     "dct_adamw": ["optim.gap=2", "optim.error_feedback=8bit"],
     "loro": ["optim.every=3"],
 }
-ON_SLTRAIN = {"adamw8bit", "apollo", "trion", "spectron", "loro", "preconditioned_adamw"}
+ON_SLTRAIN = {"adamw8bit", "apollo", "galore", "trion", "spectron", "loro", "preconditioned_adamw"}
 WITHOUT_BACKWARD = {"loro"}
 ON_THREE = {"adamw8bit", "dct_adamw", "galore", "muon"}  # rows that do not divide evenly
 # A gradient that differs in its last bits rounds to another code, or turns close singular vectors of BA; noise of
