@@ -28,7 +28,6 @@ class World:
     dist_rank: int
     local_rank: int
     size: int
-    local_size: int
     device: torch.device
 
     @property
@@ -76,7 +75,7 @@ def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
     store = dist.PrefixStore(f"run {next(_runs)}", rendezvous())
     timeout = timedelta(minutes=2 * timeout_minutes)
     dist.init_process_group(backend, store=store, rank=environment_rank(), world_size=size, timeout=timeout)
-    return World(environment_rank(), local_rank, size, local_size, device)
+    return World(environment_rank(), local_rank, size, device)
 
 
 # Parameters of glibc's mallopt, from malloc.h.

@@ -57,15 +57,6 @@ def local_folder(path: str) -> Path:
         ) from error
 
 
-def tokenizer_of(path: str) -> Path:
-    """The folder of the tokenizer that belongs to the weights at `path`: a run, a checkpoint, or a model's folder."""
-    folder = local_folder(path)
-    for run in (folder, folder.parent.parent):
-        if (run / "run.json").is_file():
-            return run / "tokenizer"
-    return folder
-
-
 class FolderOrigin:
     """A transformers checkpoint; of a bare decoder's, whose names lack the model's prefix, too."""
 

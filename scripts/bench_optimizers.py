@@ -24,7 +24,7 @@ from lrtrain.initialize import generator_for
 from lrtrain.optim.base import ShardedOptimizer
 from lrtrain.optim.dct import dct
 from lrtrain.optim.dct_columns import top_columns
-from lrtrain.optim.projections import captured_energy, randomized_basis, svd_basis
+from lrtrain.optim.projections import randomized_basis, svd_basis
 
 OPTIMIZERS = ("adamw", "adamw8bit", "galore", "fira", "apollo", "apollo_mini", "dct_adamw", "muon", "trion")
 
@@ -123,12 +123,10 @@ def compare_refreshes(m: int, n: int, rounds: int, svd: bool) -> dict[str, tuple
     for name, way in ways.items():
         basis = way()
         if name == "dct_adamw":
-            kept = dct(gradient)[:, basis].square().sum() / gradient.square().sum()
-        elif basis.shape[0] == n:
-            kept = captured_energy(gradient, basis, alone)
+            projected = dct(gradient)[:, basis]
         else:
-            kept = captured_energy(gradient.T, basis, alone)
-        energies[name] = float(kept)
+            projected = (gradient if basis.shape[0] == n else gradient.T) @ basis
+        energies[name] = float(projected.square().sum() / gradient.square().sum())
     calls = {name: (lambda way=way: None if way() is None else None) for name, way in ways.items()}
     return {name: (t, energies[name]) for name, t in interleaved(calls, rounds).items()}
 

@@ -37,7 +37,7 @@ class Store:
 
 def silent_after(beats: list[str | None], monkeypatch: pytest.MonkeyPatch) -> int | None:
     """At which beat process 1 is taken for gone, with `train.timeout_minutes` of three beats; None: it is not."""
-    heartbeat = Heartbeat(World(0, 0, 2, 2, torch.device("cpu")), 0.0005)
+    heartbeat = Heartbeat(World(0, 0, 2, torch.device("cpu")), 0.0005)
     heartbeat.every = 0.01  # seconds
     store = Store(beats, heartbeat._over)
     heartbeat._store = store  # pyright: ignore[reportAttributeAccessIssue]
@@ -72,7 +72,7 @@ def test_a_process_that_falls_silent_before_its_first_beat_has_said_who_it_is(mo
     store = dist.HashStore()
     monkeypatch.setattr("lrtrain.heartbeat.rendezvous", lambda: store)
     monkeypatch.setattr(dist, "barrier", lambda: None)
-    heartbeat = Heartbeat(World(1, 1, 2, 2, torch.device("cpu")), 30)
+    heartbeat = Heartbeat(World(1, 1, 2, torch.device("cpu")), 30)
     dist.PrefixStore(heartbeat._prefix, store).set("0", "what it waits for")
     with heartbeat:
         assert heartbeat._read([1]) == {1: f"start (host {socket.gethostname()}, pid {os.getpid()}) at its start"}

@@ -141,7 +141,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if p in self.own:
                 self._step_by(p, group, self.direction, self.elementwise and p.ndim == 2)
             elif p.dtype != torch.float32:
-                self._step_by(p, group, self.adam_direction, by_pieces=True)
+                self._step_by(p, group, self.adamw_direction, by_pieces=True)
         if others := [p for p in ready if p not in self.own and p.dtype == torch.float32]:
             self._step_fused(others, group)
 
@@ -163,7 +163,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Whether the gradient is zero in the rows here and in those of all other processes."""
         return not self.rows[p].sum(gradient.any().float())
 
-    def adam_direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+    def adamw_direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """`direction` of AdamW, by the moments `exp_avg` and `exp_avg_sq`."""
         moments = (state["exp_avg"], state["exp_avg_sq"])
         return adam_direction(gradient, *moments, step, self.beta1, self.beta2, self.eps)

@@ -113,7 +113,7 @@ class LORO(PairOptimizer):
         return {key: rows_like(p, p.shape[1]) for key in ("exp_avg", "exp_avg_sq")}
 
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        return self.adam_direction(p, gradient, state, step).mul_(self._scale(p))
+        return self.adamw_direction(p, gradient, state, step).mul_(self._scale(p))
 
     # --- large steps -----------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class LORO(PairOptimizer):
         state["step"] += 1
         found = rows_like(p, p.shape[1])
         parts = {key: local(value) for key, value in state.items()}
-        local(found).copy_(self.adam_direction(p, local(p.grad).float(), parts, int(state["step"])))
+        local(found).copy_(self.adamw_direction(p, local(p.grad).float(), parts, int(state["step"])))
         return found
 
     def _replace(self, tensors: Mapping[str, Sequence[Tensor]], compute: Callable[..., tuple[Tensor, Tensor]]) -> None:

@@ -71,4 +71,4 @@ class PreconditionedAdamW(PartnerOptimizer[Tensor]):
             gradient = rows.cut(precondition_right(rows.gather(gradient), cholesky))
         if not self.adam:
             return gradient
-        return self.adam_direction(p, gradient, state, step)
+        return self.adamw_direction(p, gradient, state, step)

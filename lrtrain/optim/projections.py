@@ -70,9 +70,3 @@ def sparse_basis(n: int, rank: int, seed: int) -> Tensor:
     dice = torch.rand(n, rank, generator=torch.Generator().manual_seed(seed))
     signs = (dice < 0.5 / s).float() - (dice >= 1 - 0.5 / s).float()
     return signs * math.sqrt(s / rank)
-
-
-def captured_energy(gradient: Tensor, basis: Tensor, total: Total) -> Tensor:
-    """‖G P‖² / ‖G‖²: the share of a gradient that an orthonormal basis keeps, a scalar."""
-    kept, whole = total(torch.stack([(gradient @ basis).square().sum(), gradient.square().sum()]))
-    return kept / whole

@@ -134,11 +134,6 @@ def welore_ratio(sigma: Tensor, threshold: float) -> float:
     return float(((sigma - sigma[-1]) < threshold * spread).double().mean()) if spread > 0 else 0.0
 
 
-def normalized_entropy(sigma: Tensor, rank: int) -> float:
-    """H(σ²)/ln(rank), in [0, 1]; 0 for rank 1. WeightWatcher's matrix entropy, without its added constant."""
-    return entropy(sigma**2) / math.log(rank) if rank > 1 else 0.0
-
-
 def nuclear_norm_bounds(leading: Tensor, squared_frobenius: float, count: int) -> tuple[float, float]:
     """Between what Σσ lies if only the k leading of `count` values and ‖W‖_F² are known.
 

@@ -67,13 +67,6 @@ def soft_rank(sigma: Tensor, shape: tuple[int, int]) -> float:
     return (noise_edge(shape, noise_std(sigma, shape)) / float(sigma[0])) ** 2
 
 
-def spike_location(strength: float, shape: tuple[int, int], std: float) -> float:
-    """The singular value that a planted one of `strength` θ > s(NM)^(1/4) shows in noise:
-    √((θ² + N s²)(θ² + M s²))/θ."""
-    square = strength**2
-    return math.sqrt((square + shape[0] * std**2) * (square + shape[1] * std**2)) / strength
-
-
 def product_null_edge(left: Tensor, right: Tensor, scale: float, generator: torch.Generator, draws: int = 5) -> float:
     """The mean σ_1 of scale·B'A' for Gaussian B', A' of the shapes and entry deviations of B (out, r) and A (r, in)."""
 

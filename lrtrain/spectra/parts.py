@@ -75,8 +75,3 @@ def tail_share(found: Contributions, rank: int) -> float | None:
     tail = found.sigma[rank:]
     energy = float((tail**2).sum())
     return float((tail * found.sparse[rank:]).sum()) / energy if energy > 0 else None
-
-
-def energy_in_columns(matrix: Tensor, basis: Tensor) -> float:
-    """‖QᵀM‖_F²/‖M‖_F²: the share of M (out, in) within the space of Q (out, r), orthonormal; r/out for noise."""
-    return float((basis.double().T @ matrix.double()).square().sum() / matrix.double().square().sum())

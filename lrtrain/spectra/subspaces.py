@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 
 
-def orthonormal_basis(columns: Tensor) -> Tensor:
-    """An orthonormal basis (d, k) in float64 of the space that the columns (d, k) span, k ≤ d, of full rank."""
-    return torch.linalg.qr(columns.double()).Q
-
-
 def leading_basis(matrix: Tensor, k: int) -> Tensor:
     """The k leading singular vectors (short side, k) in float64 on the shorter side of a matrix (out, in)."""
     matrix = matrix.double()
@@ -37,16 +32,6 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 def overlap(first: Tensor, second: Tensor) -> float:
     """‖UᵀV‖_F²/k, the mean squared cosine of the angles between orthonormal bases (d, k): 1 for the same space."""
     return float((first.double().T @ second.double()).square().sum()) / min(first.shape[1], second.shape[1])
-
-
-def overlap_by_size(first: Tensor, second: Tensor) -> Tensor:
-    """φ(i, j) = ‖U[:, :i]ᵀV[:, :j]‖_F²/min(i, j) for i, j = 1 … k of ordered orthonormal bases (d, k) → (k, k).
-
-    Hu et al., "LoRA", ICLR 2022, equation (4).
-    """
-    squares = (first.double().T @ second.double()).square()
-    i, j = (torch.arange(1, size + 1, dtype=torch.float64, device=squares.device) for size in squares.shape)
-    return squares.cumsum(0).cumsum(1) / torch.minimum(i[:, None], j[None, :])
 
 
 def relative_gap(sigma: Tensor, k: int) -> float:

@@ -10,7 +10,6 @@ from lrtrain.spectra.metrics import (
     condition_number,
     effective_rank,
     effective_rank_energy,
-    normalized_entropy,
     nuclear_norm_bounds,
     numerical_rank,
     summarize,
@@ -126,12 +125,6 @@ def test_rounding_to_bfloat16_adds_no_rank():
     sigma = torch.linalg.svdvals(low_rank.bfloat16().double())
     assert numerical_rank(sigma, (256, 256), torch.float32) > 16
     assert numerical_rank(sigma, (256, 256), torch.bfloat16) <= 16
-
-
-def test_the_normalized_entropy_of_equal_values_is_one():
-    assert normalized_entropy(torch.ones(8, dtype=torch.float64), 8) == pytest.approx(1)
-    assert normalized_entropy(F1, 4) == pytest.approx(0.593352, abs=1e-5)
-    assert normalized_entropy(F1[:1], 1) == 0
 
 
 def test_a_leading_part_bounds_the_nuclear_norm():
