@@ -69,7 +69,7 @@ def evaluate(
     return Evaluation(loss=loss / tokens, tokens=tokens, galore_loss=galore / world.size)
 
 
-def spread(available: int, wanted: int) -> list[int]:
+def evenly_spaced(available: int, wanted: int) -> list[int]:
     """At most `wanted` indices, evenly spaced over `available`: always the same ones."""
     count = min(available, wanted)
     return [i * available // count for i in range(count)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from transformers import PreTrainedModel
 
-from lrtrain.data.cache import cache_folder, fingerprint
+from lrtrain.cache import cache_folder, fingerprint
 from lrtrain.dealing import dealt
 from lrtrain.flat import FlatShard
 from lrtrain.layers import initial

@@ -26,7 +26,7 @@ from lrtrain.config import Config, as_dict, choice, compute_dtype, fingerprint
 from lrtrain.distributed import World, agree, largest, on_all, on_main, total
 from lrtrain.engine.base import Engine, StepResult
 from lrtrain.errors import ConfigError, RunFailed
-from lrtrain.evaluate import Evaluation, evaluate, perplexity, spread
+from lrtrain.evaluate import Evaluation, evaluate, evenly_spaced, perplexity
 from lrtrain.heartbeat import Heartbeat
 from lrtrain.initialize import generator_for, integer_seed
 from lrtrain.model import (
@@ -382,7 +382,7 @@ class Trainer:
 
     def _held_out(self) -> Evaluation | None:
         """The loss on the held-out set; None if nothing is held out or a signal cut it short."""
-        indices = spread(len(self.data.validation), self.config.eval.sequences)
+        indices = evenly_spaced(len(self.data.validation), self.config.eval.sequences)
         if not indices:
             return None
         return evaluate(

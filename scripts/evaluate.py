@@ -24,7 +24,7 @@ from lrtrain import data, distributed
 from lrtrain.config import DTYPES, Config, compose
 from lrtrain.distributed import World, environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
-from lrtrain.evaluate import evaluate, perplexity, spread
+from lrtrain.evaluate import evaluate, evenly_spaced, perplexity
 from lrtrain.loading import Loaded, load
 from lrtrain.tracking.console import print_summary
 from lrtrain.weights import RunWeights
@@ -78,7 +78,7 @@ def measure(loaded: Loaded, overrides: list[str], world: World) -> dict[str, Any
 def rows_of(text: data.Data, most: int, seq_len: int) -> torch.Tensor:
     """At most so many sequences that are held out, evenly spread; of a text that holds none out any of them."""
     if len(text.validation):
-        return text.validation.rows(spread(len(text.validation), most))
+        return text.validation.rows(evenly_spaced(len(text.validation), most))
     return text.train.batch(0, min(most, text.train_tokens // seq_len) if text.train_tokens else most, 0, 1)
 
 

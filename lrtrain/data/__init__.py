@@ -9,16 +9,16 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerFast
 
-from lrtrain.data.cache import build_once, fingerprint
+from lrtrain.cache import build_once, fingerprint
 from lrtrain.data.config import DataConfig, TokenizerConfig
 from lrtrain.data.faults import ON_ERROR, Faults, known
 from lrtrain.data.loader import PackedTrain, StreamedTrain, TrainData
-from lrtrain.data.packing import Rows, pack_first, pack_split
+from lrtrain.data.packing import PackedRows, pack_first, pack_split
 from lrtrain.data.sources import JsonStream, TextSource
 from lrtrain.data.tokenizer import load_saved, load_tokenizer, tokenizer_fingerprint, trained_size
 from lrtrain.errors import ConfigError
 
-__all__ = ["Data", "DataConfig", "Rows", "TokenizerConfig", "TrainData", "check", "prepare"]
+__all__ = ["Data", "DataConfig", "PackedRows", "TokenizerConfig", "TrainData", "check", "prepare"]
 
 FAULTS = "faults.json"
 PACKING_VERSION = 1  # raised when the same text gives other rows
@@ -30,7 +30,7 @@ class Data:
 
     tokenizer: PreTrainedTokenizerFast
     train: TrainData
-    validation: Rows
+    validation: PackedRows
     fingerprint: str  # of source, tokenizer, seq_len and split: the meaning of a position
     train_tokens: int | None  # targets in one epoch; None for a stream
     faults: Faults  # what was left out before training; `train.faults` has what a stream leaves out
@@ -80,7 +80,7 @@ def _packed(cfg: DataConfig, source: TextSource, tokenizer: PreTrainedTokenizerF
 
     folder = build_once(_cache_dir(cfg) / f"packed-{identity}", build)
     faults = _known_faults(folder, cfg)
-    train, validation = Rows(folder / "train.arrow"), Rows(folder / "validation.arrow")
+    train, validation = PackedRows(folder / "train.arrow"), PackedRows(folder / "validation.arrow")
     if not len(train):
         raise ConfigError(f"data.seq_len={cfg.seq_len} leaves no training sequence; give less, or more text")
     if cfg.validation_fraction > 0 and not len(validation):
@@ -101,7 +101,7 @@ def _streamed(cfg: DataConfig, source: JsonStream, tokenizer: PreTrainedTokenize
 
     folder = build_once(_cache_dir(cfg) / f"validation-{fingerprint(identity, count)}", build)
     train = StreamedTrain(source.train_files(), source.text_field, source.streams, tokenizer, cfg.seq_len, _faults(cfg))
-    return Data(tokenizer, train, Rows(folder / "validation.arrow"), identity, None, _known_faults(folder, cfg))
+    return Data(tokenizer, train, PackedRows(folder / "validation.arrow"), identity, None, _known_faults(folder, cfg))
 
 
 def _faults(cfg: DataConfig) -> Faults:

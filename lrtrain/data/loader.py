@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lrtrain.data.faults import Faults
 from lrtrain.data.order import sample_rows
-from lrtrain.data.packing import Rows
+from lrtrain.data.packing import PackedRows
 from lrtrain.data.streams import Cursor, TokenStream
 from lrtrain.errors import ConfigError
 
@@ -42,7 +42,7 @@ class TrainData(Protocol):
 class PackedTrain:
     """Packed rows in the order of lrtrain.data.order. A process takes a contiguous slice of the batch."""
 
-    def __init__(self, rows: Rows, seed: int):
+    def __init__(self, rows: PackedRows, seed: int):
         self.faults = Faults(refuse=True)  # packed rows have none
         self._rows = rows
         self._seed = seed

@@ -26,7 +26,7 @@ BATCH_CHARACTERS = 4_000_000  # encoded at a time, on all cores
 WRITE_ROWS = 1024
 
 
-class Rows:
+class PackedRows:
     """Packed sequences in a memory-mapped Arrow file, with random access."""
 
     def __init__(self, path: Path):

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from lrtrain.data.cache import build_once, fingerprint
+from lrtrain.cache import build_once, fingerprint
 from lrtrain.data.config import TokenizerConfig
 from lrtrain.data.faults import Faults
 from lrtrain.data.sources import TextSource

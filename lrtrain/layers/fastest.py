@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from lrtrain.data.cache import cache_folder, replace_text
+from lrtrain.cache import cache_folder, replace_text
 
 ROUNDS, SECONDS = 5, 0.5  # measuring ends when both are reached: small things are repeated more often
 

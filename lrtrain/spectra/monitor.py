@@ -9,7 +9,7 @@ from lrtrain.config import Config
 from lrtrain.data import Data
 from lrtrain.distributed import World
 from lrtrain.engine.base import Engine
-from lrtrain.evaluate import spread
+from lrtrain.evaluate import evenly_spaced
 from lrtrain.initialize import initial_layer
 from lrtrain.model import make_model, matrices
 from lrtrain.spectra.gradients import GradientSpectra
@@ -58,7 +58,7 @@ class Monitor:
         return metrics, spectra | parts
 
     def _hidden(self) -> dict[str, float]:
-        rows = spread(len(self.data.validation), self.chosen.hidden)
+        rows = evenly_spaced(len(self.data.validation), self.chosen.hidden)
         if not rows:
             return {}
         states, model = self.data.validation.rows(rows), self.engine.model

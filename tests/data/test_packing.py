@@ -4,13 +4,13 @@ import torch
 from corpora import make_documents
 
 from lrtrain.data import prepare
-from lrtrain.data.packing import Rows, RowWriter, is_validation, pack_first, pack_split
+from lrtrain.data.packing import PackedRows, RowWriter, is_validation, pack_first, pack_split
 from lrtrain.data.tokenizer import encode_documents
 from lrtrain.errors import ConfigError
 
 
 def all_rows(path) -> torch.Tensor:
-    rows = Rows(path)
+    rows = PackedRows(path)
     return rows.rows(range(len(rows)))
 
 
@@ -24,7 +24,7 @@ def test_every_token_is_a_target_exactly_once(tmp_path, monkeypatch, tokens, wri
         writer.add(part)
     writer.close()
     rows = all_rows(tmp_path / "a.arrow") if writer.rows else torch.empty(0, 9, dtype=torch.int64)
-    assert len(Rows(tmp_path / "a.arrow")) == writer.rows == max(0, tokens - 1) // 8
+    assert len(PackedRows(tmp_path / "a.arrow")) == writer.rows == max(0, tokens - 1) // 8
     assert rows[:, 1:].flatten().tolist() == stream[1 : 1 + 8 * writer.rows].tolist()
     assert torch.equal(rows[1:, 0], rows[:-1, -1])
 
@@ -43,7 +43,7 @@ def test_rows_are_the_documents_in_order_with_eos_between(tmp_path, tokenizer):
 
 def test_rows_come_in_the_order_asked_for_and_more_than_once(tmp_path, tokenizer):
     pack_split(make_documents(50), tokenizer, 16, fraction=0.0, folder=tmp_path)
-    rows = Rows(tmp_path / "train.arrow")
+    rows = PackedRows(tmp_path / "train.arrow")
     assert rows.rows([5, 2, 5]).dtype == torch.int64
     assert torch.equal(rows.rows([5, 2, 5]), all_rows(tmp_path / "train.arrow")[[5, 2, 5]])
 

@@ -1,16 +1,12 @@
+"""A folder that is built once is whole or not there."""
+
 import multiprocessing
 import time
 from pathlib import Path
 
 import pytest
 
-from lrtrain.data import prepare
-from lrtrain.data.cache import build_once
-
-
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    files = [file for file in folder.rglob("*") if file.is_file() and file.suffix != ".lock"]
-    return {str(file): (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+from lrtrain.cache import build_once
 
 
 def build_whole(folder: Path) -> None:
@@ -25,14 +21,6 @@ def build_half_and_hang(folder: Path) -> None:
 def build_half_and_fail(folder: Path) -> None:
     (folder / "half").touch()
     raise RuntimeError("no space")
-
-
-def test_a_second_call_builds_nothing(local, tmp_path):
-    first = prepare(local(), seed=0)
-    built = contents(tmp_path / "cache")
-    second = prepare(local(), seed=0)
-    assert contents(tmp_path / "cache") == built
-    assert second.fingerprint == first.fingerprint
 
 
 def test_a_killed_build_is_not_taken_for_whole(tmp_path):
