@@ -75,13 +75,28 @@ def make_model(
         ranks: of layers that have others than `param.rank`.
         known: the transformers config as a checkpoint keeps it, so that what model.path names is not needed again,
             unless for its code.
+
+    Raises:
+        ConfigError: for what `build_model` refuses, and a parameter that the engine cannot hold.
     """
     model = config.model
     if known and not model.trust_remote_code:
         shape = architecture(None, known)
     else:
         shape = architecture(model.path, model.config, model.trust_remote_code)
-    return factorized_model(shape, config.param, ranks or {}, parameter_dtype(config))
+    made = factorized_model(shape, config.param, ranks or {}, parameter_dtype(config))
+    if config.engine.get("zero_stage") == 3:
+        _check_for_zero3(made)
+    return made
+
+
+def _check_for_zero3(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if not p.numel():
+            raise ConfigError(
+                f"{name} of shape {'×'.join(map(str, p.shape))} has no entries, which DeepSpeed fails to gather with "
+                "engine.zero_stage=3; use engine.zero_stage=2 or engine=fsdp"
+            )
 
 
 def factorized_model(

@@ -134,6 +134,17 @@ def test_bad_choices_are_named(override: str, message: str):
         small(override)
 
 
+@pytest.mark.parametrize(
+    "param, parameter",
+    [("param=sst param.rank=1.0", "left_frozen of shape 0×32"), ("param=sltrain param.density=0", "values of shape 0")],
+)
+def test_parameters_without_entries_are_for_all_but_zero3(param: str, parameter: str):
+    zero = "engine=deepspeed engine.zero_stage="
+    small(*f"{param} {zero}2".split())
+    with pytest.raises(ConfigError, match=f"{parameter} has no entries"):
+        small(*f"{param} {zero}3".split())
+
+
 def test_ranks_above_break_even_are_told():
     assert above_break_even(small("param=lowrank", "param.rank=4")) == []
     assert "model.layers.0.self_attn.q_proj" in above_break_even(small("param=lowrank", "param.rank=16"))

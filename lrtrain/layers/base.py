@@ -262,6 +262,6 @@ def whole_at(tensor: Tensor, owner: int) -> Tensor | None:
     if owner != dist.get_rank():
         dist.gather(padded.view(torch.uint8), dst=owner, group=group)
         return None
-    found = mine.new_empty(len(members) * rows, *tensor.shape[1:])
-    dist.gather(padded.view(torch.uint8), [part.view(torch.uint8) for part in found.split(rows)], owner, group)
-    return found[: tensor.shape[0]]
+    found = mine.new_empty(len(members), rows, *tensor.shape[1:])
+    dist.gather(padded.view(torch.uint8), [part.view(torch.uint8) for part in found], owner, group)
+    return found.flatten(0, 1)[: tensor.shape[0]]

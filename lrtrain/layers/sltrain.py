@@ -210,7 +210,8 @@ class SLTrainLinear(RebalancedLinear):
             shape, crow = (rows, count), None
         self.A = nn.Linear(in_features, rank, bias=False, device=device)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device)
-        self.values = nn.Parameter(torch.empty(self.nnz, device=device))
+        trained = self.nnz > 0  # no engine sums gradients without entries
+        self.values = nn.Parameter(torch.empty(self.nnz, device=device), requires_grad=trained)
         stored = select == "residual"
         self.register_buffer("crow", crow, persistent=stored)
         self.col = nn.Buffer(torch.empty(shape, dtype=column_dtype(columns), device=device), persistent=stored)
