@@ -18,6 +18,7 @@ from lrtrain.sweeps.jobs import FAILURE, Job, Outcome
 from lrtrain.sweeps.report import Tell
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
+SAVING = 80  # seconds that torchrun gives its processes to save: less than the 90 between submitit's signal and the end
 K = TypeVar("K")
 
 
@@ -99,8 +100,9 @@ def end_all(running: Iterable[Running]) -> None:
 
 def torchrun(job: Job, nproc: int, *options: str) -> list[str]:
     """The command line that runs a job on `nproc` processes of each machine."""
-    start = [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"]), f"--nproc_per_node={nproc}"]
-    return [*start, str(PRETRAIN), *job.overrides]
+    where = options or ["--standalone"]
+    sizes = [f"--nproc_per_node={nproc}", f"--shutdown-timeout={SAVING}"]
+    return [sys.executable, "-m", "torch.distributed.run", *where, *sizes, str(PRETRAIN), *job.overrides]
 
 
 def own_environment(failure: Path) -> dict[str, str]:
@@ -143,8 +145,10 @@ class Torchruns:
         cores, gpus = sorted(os.sched_getaffinity(0)), torch.cuda.device_count()
         visible = {}
         if gpus:
-            share = [(slot * self.nproc + i) % gpus for i in range(self.nproc)]
-            visible["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, share))
+            inherited = os.environ.get("CUDA_VISIBLE_DEVICES")  # by id, of which `gpus` counts those that exist
+            ids = inherited.split(",") if inherited else [*map(str, range(gpus))]
+            share = [ids[(slot * self.nproc + i) % gpus] for i in range(self.nproc)]
+            visible["CUDA_VISIBLE_DEVICES"] = ",".join(share)
         return start(torchrun(job, self.nproc), self._log(job), slot, cores[slot :: self.parallel] or cores, **visible)
 
     def _ended(self, job: Job, code: int) -> Outcome:

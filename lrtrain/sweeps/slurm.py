@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ class Torchrun:
         self.job = job
         self.nproc = nproc
         self.failure = failure
+        self.process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
-        """The exit code. A signal from Slurm is passed on, so that the run saves in time."""
+        """The exit code. SIGTERM is passed on, so that the run saves in time."""
         options = ["--standalone"]
         if (nodes := int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))) > 1:
             first = submitit.JobEnvironment().hostnames[0]
@@ -37,15 +39,23 @@ class Torchrun:
                 f"--rdzv-endpoint={first}:{PORT}",
                 f"--rdzv-id={job}",
             ]
-        process = subprocess.Popen(
+        self.process = process = subprocess.Popen(
             torchrun(self.job, self.nproc, *options), env=os.environ | own_environment(self.failure)
         )
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         return process.wait()
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues when Slurm preempts the job or its time is over: the same, which resumes."""
-        return DelayedSubmission(self)
+        """What submitit queues when Slurm preempts the job or its time is over: the same, which resumes.
+
+        submitit calls it in a signal handler, and ends this process then: the run has to be saved before it returns.
+        """
+        if self.process is not None:
+            self.process.terminate()
+            with suppress(ChildProcessError):  # whose end has been seen already
+                # Not `process.wait()`: the handler interrupts one, whose lock it would wait for.
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(Torchrun(self.job, self.nproc, self.failure))
 
 
 class Slurm:
