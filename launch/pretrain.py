@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lrtrain import data
 from lrtrain.budget import spend
-from lrtrain.config import check, composition_sentence, run_name, typed
+from lrtrain.config import check, check_directories, composition_sentence, run_name, typed
 from lrtrain.distributed import environment_rank, environment_world_size
 from lrtrain.errors import ConfigError, RunFailed
 from lrtrain.sweeps.jobs import FAILURE
@@ -63,6 +63,7 @@ def job(composed: DictConfig) -> None:
         return
     if environment_rank() == 0:  # if this fails, the others still wait at the rendezvous and torchrun ends them
         check(config, world_size)
+        check_directories(config)
         data.check(config.data)
     gc.disable()
     from lrtrain.train import pretrain

@@ -270,6 +270,8 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(f"rollback.spike={config.rollback.spike} must be above 0, or null")
     if not train.timeout_minutes > 0:
         raise ConfigError(f"train.timeout_minutes={train.timeout_minutes} must be above 0")
+    if not config.checkpoint.minutes > 0:
+        raise ConfigError(f"checkpoint.minutes={config.checkpoint.minutes} must be above 0")
     if config.spectra.exact_up_to is not None and config.spectra.exact_up_to < 1:
         raise ConfigError(f"spectra.exact_up_to={config.spectra.exact_up_to} must be at least 1, or null for no limit")
     if config.spectra.hidden_by not in ("moments", "top"):
@@ -326,6 +328,14 @@ def check(config: Config, world_size: int) -> None:
     if not config.optim["lr"] > 0:
         raise ConfigError(f"optim.lr={config.optim['lr']} must be above 0")
     hydra.utils.get_object(config.engine["_target_"]).check(config, world_size)
+
+
+def check_directories(config: Config) -> None:
+    """What only a run that is about to start needs, not its plan: a directory of its own, and what it goes on from.
+
+    Raises:
+        ConfigError: naming the key, the value and what would be right.
+    """
     if config.resume == "never" and Path(config.run.dir).exists():
         raise ConfigError(
             f"run.dir={config.run.dir} exists; go on with resume=auto, or choose another run.name or run.dir"

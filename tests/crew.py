@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 from launching import ROOT
 
-from lrtrain.config import Config, check, compose, default_composition
+from lrtrain.config import Config, check, check_directories, compose, default_composition
 from lrtrain.distributed import environment_rank, environment_world_size, rendezvous
 from lrtrain.train import pretrain
 
@@ -210,6 +210,7 @@ def train_and_draw(overrides: list[str]) -> None:
     """The job of `launch/pretrain.py`, but that it does not measure the peak that its MFU is a share of."""
     config = composed_by_one(overrides)
     check(config, environment_world_size())
+    check_directories(config)
     pretrain(config)
 
 

@@ -5,7 +5,15 @@ import subprocess
 import pytest
 from launching import ROOT, command
 
-from lrtrain.config import check, compose, composition_sentence, default_composition, fingerprint, run_name
+from lrtrain.config import (
+    check,
+    check_directories,
+    compose,
+    composition_sentence,
+    default_composition,
+    fingerprint,
+    run_name,
+)
 from lrtrain.errors import ConfigError
 
 
@@ -59,13 +67,27 @@ def test_what_hydra_itself_refuses_is_one_sentence(override: str, message: str):
             "train.recompute_keep=bottleneck has no effect .* train.recompute_every=1",
         ),
         ("optim.lr=0.0", 1, "optim.lr=0.0 must be above 0"),
-        ("resume=/nowhere", 1, "resume=/nowhere is not never, auto, or the path"),
-        ("run.dir=/", 1, "run.dir=/ exists; go on with resume=auto"),
+        ("train.timeout_minutes=0", 1, "train.timeout_minutes=0.0 must be above 0"),
+        ("checkpoint.minutes=0", 1, "checkpoint.minutes=0.0 must be above 0"),
     ],
 )
 def test_values_that_do_not_fit_are_named(override: str, processes: int, message: str):
     with pytest.raises(ConfigError, match=message):
         check(compose(override), processes)
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("resume=/nowhere", "resume=/nowhere is not never, auto, or the path"),
+        ("run.dir=/", "run.dir=/ exists; go on with resume=auto"),
+    ],
+)
+def test_directories_are_looked_at_by_a_start_and_not_by_a_plan(override: str, message: str):
+    config = compose(override)
+    check(config, 1)
+    with pytest.raises(ConfigError, match=message):
+        check_directories(config)
 
 
 def test_a_run_is_named_by_what_it_is_and_not_by_when():
@@ -125,6 +147,13 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_difference_named(launc
     done = launch([*run, "resume=auto", "param.rank=4"])
     assert done.returncode == 2
     assert "is of another model: param.rank is 8 there and 4 here" in done.stderr
+
+
+def test_a_run_that_exists_can_be_planned_but_not_started(launch, tmp_path):
+    line = ["train.steps=1", "run.dir=" + str(tmp_path)]
+    planned, started = launch([*line, "dry_run=true"]), launch(line)
+    assert planned.returncode == 0 and "memory per process" in planned.stdout, planned.stderr
+    assert started.returncode == 2 and "exists; go on with resume=auto" in started.stderr
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(launch, tmp_path):

@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lrtrain.config import check, choice, run_name, short_hash, telling, typed
+from lrtrain.config import check, check_directories, choice, run_name, short_hash, telling, typed
 from lrtrain.errors import ConfigError
 
 FAILURE = "LRTRAIN_FAILURE"  # names the file in which the process of a job leaves the sentence that it fails with
@@ -146,6 +146,7 @@ def problem(job: Job, world_size: int) -> str | None:
     try:
         config = spend(typed(job.composed))
         check(config, world_size)
+        check_directories(config)
         data.check(config.data)
         choice(config.optim)(make_model(config))
     except ConfigError as error:
