@@ -24,8 +24,8 @@ class ConsoleTracker(Tracker):
             self._show_progress(step, f"step {at}  {self._progress(step, metrics)}")
         if "eval/loss" in metrics:
             self._print(f"eval {at}  {_evaluation(metrics)}")
-        if "spectra/summary/all/erank_mean" in metrics:
-            self._print(f"spectra {at}  {_spectra(metrics)}")
+        if (ranks := _effective_rank(metrics)) is not None:
+            self._print(f"spectra {at}  {ranks}")
 
     def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
         if self._bar is not None:
@@ -83,10 +83,14 @@ def _evaluation(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
-def _spectra(metrics: Mapping[str, float]) -> str:
-    rank = metrics["spectra/summary/all/erank_mean"]
-    share = metrics["spectra/summary/all/erank_rel_mean"]
-    return f"mean effective rank {rank:.1f}, {share:.0%} of the possible"
+def _effective_rank(metrics: Mapping[str, float]) -> str | None:
+    """Of the layers whose spectra are exact, or if there is none of those that are estimated."""
+    summary = "spectra/summary/all"
+    if f"{summary}/erank_mean" in metrics:
+        rank, share = metrics[f"{summary}/erank_mean"], metrics[f"{summary}/erank_rel_mean"]
+        return f"mean effective rank {rank:.1f}, {share:.0%} of the possible"
+    estimated = metrics.get(f"{summary}/erank_estimated_mean")
+    return None if estimated is None else f"mean effective rank {estimated:.1f}, estimated"
 
 
 def _scientific(value: float) -> str:

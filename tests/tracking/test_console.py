@@ -47,6 +47,12 @@ def test_evaluations_and_spectra_have_lines_of_their_own():
     ]
 
 
+def test_spectra_that_are_all_estimated_have_a_line_too():
+    out = io.StringIO()
+    ConsoleTracker(800, out).log(100, 0, {"spectra/summary/all/erank_estimated_mean": 1012.34})
+    assert out.getvalue() == "spectra 100/800  mean effective rank 1012.3, estimated\n"
+
+
 def test_a_terminal_has_one_live_line(clock: list[float]):
     terminal = Terminal()
     tracker = ConsoleTracker(10, terminal)
