@@ -9,23 +9,26 @@ budget is Σ rank·(out + in) over the measured layers, as a share of their dens
 
 import argparse
 import re
+import sys
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lrtrain.config import typed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lrtrain.config import Config, as_dict, default_composition, differing, from_stored
 from lrtrain.model import make_model, matrices
 from lrtrain.spectra.allocation import SCORES, Shape, allocate, factor_parameters, kept_energy, uniform_ranks
 from lrtrain.spectra.names import projection_of
 from lrtrain.tracking.spectra_files import load_spectra, spectra_steps
 
-EXPERIMENTS = Path(__file__).resolve().parents[1] / "conf" / "experiment"
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "conf" / "experiment"
 
 
 def main() -> None:
@@ -45,7 +48,8 @@ def main() -> None:
     if not steps or not (args.run / "config.yaml").exists():
         parser.error(f"{args.run} has no exact spectra: train it with spectra=light spectra.exact_up_to=null")
     spectra = {name: torch.from_numpy(sigma) for name, sigma in load_spectra(args.run, steps[-1]).items()}
-    shapes = shapes_of(args.run)
+    config = stored_config(args.run)
+    shapes = shapes_of(config)
     if shapes.keys() - spectra.keys():
         parser.error(f"{args.run} estimated the spectra of its larger matrices: train it with spectra.exact_up_to=null")
     try:
@@ -56,15 +60,22 @@ def main() -> None:
     limited = sum(rank == len(spectra[name]) < min(shapes[name]) for name, rank in ranks.items())
     if limited:
         print(f"{limited} layers got all of the rank that they were measured at: a dense run can tell of larger ones")
-    write(out, ranks, args)
+    write(out, experiment(config, args.param, ranks), args)
     print(f"written: {out}\nuse it:  torchrun launch/pretrain.py experiment={out.stem}   (from conf/experiment/)")
 
 
-def shapes_of(run: Path) -> dict[str, Shape]:
-    """(out, in) of the layers that the run measured, from its own configuration."""
-    loaded = OmegaConf.load(run / "config.yaml")
-    assert isinstance(loaded, DictConfig)
-    config = typed(loaded)
+def stored_config(run: Path) -> Config:
+    """The run's own configuration."""
+    return from_stored(plain(OmegaConf.load(run / "config.yaml")))
+
+
+def plain(node: Any) -> dict[str, Any]:
+    """As plain containers, interpolations resolved."""
+    return cast(dict[str, Any], OmegaConf.to_container(node, resolve=True))
+
+
+def shapes_of(config: Config) -> dict[str, Shape]:
+    """(out, in) of the layers that the run measured."""
     layers = matrices(make_model(config), config.param["pattern"])
     return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
 
@@ -88,16 +99,24 @@ def print_ranks(
     print(f"spectra of step {step}: {total:,} parameters, {total / dense:.1%} of the dense (uniform: {even:,})")
 
 
-def write(out: Path, ranks: dict[str, int], args: argparse.Namespace) -> None:
-    model = OmegaConf.load(args.run / "config.yaml").model.name
-    experiment = {
-        "defaults": [{"override /model": model}, {"override /param": args.param}, "_self_"],
-        "param": {"rank": {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}},
-    }
+def experiment(config: Config, param: str, ranks: dict[str, int]) -> DictConfig:
+    """What chooses these ranks for the model that the run measured, where it is not the one of its name too."""
+    default = default_composition(f"model={config.model.name}", f"param={param}")
+    chosen: dict[str, Any] = {"rank": {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}}
+    if config.param["pattern"] != default.param.pattern:
+        chosen["pattern"] = config.param["pattern"]
+    head = [{"override /model": config.model.name}, {"override /param": param}, "_self_"]
+    made = OmegaConf.create({"defaults": head, "param": chosen})
+    for key, (_, own) in differing(plain(default.model), as_dict(config)["model"]).items():
+        OmegaConf.update(made, f"model.{key}", own)
+    return made
+
+
+def write(out: Path, chosen: DictConfig, args: argparse.Namespace) -> None:
     head = (
         f"# @package _global_\n# Ranks by {args.by} at {args.budget:g} of the dense parameters, from {args.run.name}.\n"
     )
-    out.write_text(head + yaml.safe_dump(experiment, sort_keys=False, width=120))
+    out.write_text(head + OmegaConf.to_yaml(chosen))
 
 
 if __name__ == "__main__":

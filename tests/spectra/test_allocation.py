@@ -1,5 +1,6 @@
 """Ranks from spectra: worked scores, the budget, and a file that a run takes."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from launching import ROOT, TINY
 from omegaconf import OmegaConf
+from transformers import LlamaConfig
 
 from lrtrain.config import as_dict, compose, typed
 from lrtrain.model import factorized_layers, make_model, matrices
@@ -92,6 +94,33 @@ def test_a_run_gives_a_file_with_which_a_model_has_these_ranks(tmp_path: Path, m
     with pytest.raises(SystemExit):
         suggest_ranks.main()  # it does not overwrite
     assert "exists" in capsys.readouterr().err
+
+
+OTHERS = {
+    "sizes": ["model.vocab_size=384", "model.config.num_hidden_layers=2", "param.pattern=mlp"],
+    "an architecture by its path": ["model=hf", "model.path={path}"],
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_file_makes_the_model_that_was_measured(name: str, tmp_path: Path):
+    shape = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1}
+    LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2).save_pretrained(tmp_path)
+    config = compose("param=dense", *(one.format(path=tmp_path) for one in OTHERS[name]))
+    stored = as_dict(config)
+    del stored["spectra"]["hidden_by"]  # as of a run from before there was this key
+    OmegaConf.save(OmegaConf.create(stored), tmp_path / "config.yaml")
+    measured = make_model(config)
+    layers = matrices(measured, config.param["pattern"])
+
+    (tmp_path / "experiment").mkdir()
+    out = tmp_path / "experiment" / "ranks.yaml"
+    args = argparse.Namespace(by="energy", budget=0.4, run=tmp_path)
+    found = suggest_ranks.experiment(suggest_ranks.stored_config(tmp_path), "lowrank", dict.fromkeys(layers, 3))
+    suggest_ranks.write(out, found, args)
+    model = make_model(compose(f"hydra.searchpath=[file://{tmp_path}]", "experiment=ranks"))
+    assert model.config.to_dict() == measured.config.to_dict()
+    assert {name: layer.rank for name, layer in factorized_layers(model).items()} == dict.fromkeys(layers, 3)
 
 
 @pytest.mark.parametrize(
