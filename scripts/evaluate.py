@@ -4,9 +4,10 @@ python scripts/evaluate.py runs/llama_tiny-sltrain                              
 python scripts/evaluate.py runs/llama_tiny-sltrain data=local data.path=FOLDER   the held-out share of another text
 python scripts/evaluate.py PATH data=local data.path=FILE data.validation_fraction=0 eval.sequences=100000    all of it
 torchrun --nproc_per_node=2 scripts/evaluate.py PATH data=c4                     shared out over processes
-python scripts/evaluate.py PATH --tasks NAME --include_path DIR                  tasks of lm-eval (pip install .[eval])
+python scripts/evaluate.py PATH --tasks NAME --include_path DIR                  tasks of lm-eval
 
-What is said of the text are overrides as of launch/pretrain.py; the tokenizer is always the model's own.
+What is said of the text are overrides as of launch/pretrain.py, on top of the run's own values; the tokenizer is always
+the model's own.
 """
 
 import argparse
@@ -18,14 +19,15 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import data, distributed
-from lrtrain.config import DTYPES, Config, compose
+from lrtrain.config import DTYPES, Config, as_dict, compose, flat
 from lrtrain.distributed import World, environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
 from lrtrain.evaluate import evaluate, evenly_spaced, perplexity
 from lrtrain.loading import Loaded, load
+from lrtrain.sweeps.jobs import quoted
 from lrtrain.tracking.console import print_summary
 from lrtrain.weights import RunWeights
 
@@ -83,14 +85,29 @@ def rows_of(text: data.Data, most: int, seq_len: int) -> torch.Tensor:
 
 
 def settings(run: RunWeights | None, overrides: list[str]) -> Config:
-    """The configuration of these overrides; of a run, sections that they do not touch are its own."""
+    """The configuration of these overrides, on top of the run's own values; of a run that is given another text by
+    `data=` only the length of its rows is kept of its data."""
     if run is None:
         return compose(*overrides)
-    touched = {override.split("=")[0].split(".")[0] for override in overrides}
-    config = compose(*[f"data={run.config.data.name}"] * ("data" in touched), *overrides)
-    for section in {"data", "eval", "train"} - touched:
-        setattr(config, section, getattr(run.config, section))
-    return config
+    own = as_dict(run.config)
+    common = said("eval", own["eval"]) + said("train", own["train"])
+    if any(override.startswith("data=") for override in overrides):
+        return compose(*common, f"data.seq_len={run.config.data.seq_len}", *overrides)
+    text = {key: value for key, value in own["data"].items() if key not in ("name", "source")}
+    base = [*common, f"data={run.config.data.name}", *said("data", text)]
+    follows = compose(*base).data.source  # as `source` refers to the other keys, which an override may change
+    source = {key: value for key, value in own["data"]["source"].items() if value != follows.get(key)}
+    return compose(*base, *said("data.source", source), *overrides)
+
+
+def said(section: str, values: dict[str, Any]) -> list[str]:
+    """Values of a section as overrides."""
+    return [f"{key}={literal(value)}" for key, value in flat(values, section).items()]
+
+
+def literal(value: Any) -> str:
+    """A value as Hydra's grammar reads it back."""
+    return quoted(value) if isinstance(value, str | list) else json.dumps(value)
 
 
 def run_tasks(loaded: Loaded, args: argparse.Namespace, world: World) -> dict[str, Any]:
@@ -102,7 +119,7 @@ def run_tasks(loaded: Loaded, args: argparse.Namespace, world: World) -> dict[st
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ConfigError("--tasks needs lm-eval: pip install .[eval]") from error
+        raise ConfigError('--tasks needs lm-eval: pip install -e ".[eval]"') from error
     # decorators hide the arguments of both from the type checker
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8)  # pyright: ignore[reportCallIssue]
     manager = TaskManager(include_path=None if args.include_path is None else str(args.include_path))

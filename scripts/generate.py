@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.errors import ConfigError
-from lrtrain.loading import load
+from lrtrain.loading import Loaded, load
 
 
 def main() -> None:
@@ -29,7 +29,8 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(str(error))
     tokenizer = loaded.tokenizer
-    ids = [tokenizer.eos_token_id, *tokenizer.encode(args.prompt, add_special_tokens=False)]  # EOS divides documents
+    front = front_of(loaded)
+    ids = [*front, *tokenizer.encode(args.prompt, add_special_tokens=False)]
     torch.manual_seed(args.seed)
     found = loaded.model.generate(  # pyright: ignore[reportCallIssue]
         torch.tensor([ids], device=loaded.model.device).expand(args.samples, -1),
@@ -37,7 +38,17 @@ def main() -> None:
         pad_token_id=tokenizer.eos_token_id,
         **({"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}),
     )
-    print("\n---\n".join(tokenizer.batch_decode(found[:, 1:], skip_special_tokens=True)))
+    print("\n---\n".join(tokenizer.batch_decode(found[:, len(front) :], skip_special_tokens=True)))
+
+
+def front_of(loaded: Loaded) -> list[int]:
+    """What a text begins with as in training: BOS where the tokenizer itself puts it there; else, and for our runs,
+    EOS, which divides documents; else nothing. To have a BOS is not enough: ours have one that no text begins with.
+    """
+    tokenizer = loaded.tokenizer
+    bos = tokenizer.bos_token_id
+    start = bos if loaded.run is None and bos in tokenizer.encode("") else tokenizer.eos_token_id
+    return [] if start is None else [start]
 
 
 if __name__ == "__main__":
