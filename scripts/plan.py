@@ -1,10 +1,10 @@
 """Memory, bytes on the wire and expected MFU of a run on many GPUs, told without one.
 
-    python scripts/plan.py model=llama_7b param=sltrain gpus=64 tflops=989 gbps=50 efficiency=0.45
+    python scripts/plan.py model=llama_7b param=sltrain gpus=64 tflops=989 gigabytes_per_second=50 efficiency=0.45
     python scripts/plan.py model=llama_7b param=sltrain gpus=64 engine.replicas=8 train.batch_size=512
 
-`gpus`, `tflops` (of large matrix products, per GPU), `gbps` (gigabytes per second that a GPU receives over the
-slowest link), and `efficiency` (the share of `tflops` that a step reaches alone) are the script's; all else are
+`gpus`, `tflops` (of large matrix products, per GPU), `gigabytes_per_second` (that a GPU receives over the slowest
+link), and `efficiency` (the share of `tflops` that a step reaches alone) are the script's; all else are
 overrides of the configuration. Arithmetic is in bfloat16 unless train.dtype says otherwise. docs/scaling.md has the
 formulas and how they were checked.
 """
@@ -25,7 +25,8 @@ from lrtrain.model import make_model
 from lrtrain.plan import memory_per_process
 from lrtrain.traffic import Hardware, forecast, tensor_parallel_bytes, traffic
 
-OWN = {"gpus": 8.0, "tflops": 989.0, "gbps": 50.0, "efficiency": 0.45}  # of an H100, and InfiniBand of 400 Gbit/s
+# Of an H100, and InfiniBand of 400 Gbit/s.
+OWN = {"gpus": 8.0, "tflops": 989.0, "gigabytes_per_second": 50.0, "efficiency": 0.45}
 
 
 def main() -> None:
@@ -47,7 +48,7 @@ def print_forecast(overrides: list[str], gpus: int, own: dict[str, float]) -> No
     dtype = DTYPES.get(config.train.dtype, torch.bfloat16)
     model = make_model(config)
     sent = traffic(config, model, dtype, gpus)
-    hardware = Hardware(own["tflops"] * 1e12, own["efficiency"], own["gbps"] * 1e9)
+    hardware = Hardware(own["tflops"] * 1e12, own["efficiency"], own["gigabytes_per_second"] * 1e9)
     found = forecast(config, model, sent, hardware, gpus)
     parallel = tensor_parallel_bytes(config, model, dtype, min(8, gpus))
     memory = memory_per_process(config, model, dtype, gpus)  # last: it changes the model
