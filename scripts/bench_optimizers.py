@@ -9,6 +9,7 @@ refresh against its published formulation: the SVD of the whole gradient, thin, 
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.config import choice, compose
 from lrtrain.initialize import generator_for

@@ -9,12 +9,16 @@ and those of svdvals over the same, against the QR core in float64.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.spectra.factors import product_singular_values
 

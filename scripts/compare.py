@@ -5,11 +5,14 @@ python scripts/compare.py runs/SWEEP                all runs of a sweep → runs
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.compare import Row, cells, find_runs, headings, plot_tradeoffs, read_row, write_tables
 from lrtrain.plots import plot_runs

@@ -4,7 +4,10 @@ python scripts/plot_run.py runs/a runs/b      writes runs/a/plots/summary.png an
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.plots import load_run, plot_run
 

@@ -8,8 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.spectra.plots import report, spectral_pictures
 from lrtrain.tracking.spectra_files import spectra_steps

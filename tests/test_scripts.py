@@ -1,0 +1,15 @@
+"""What all scripts have in common."""
+
+from pathlib import Path
+
+import pytest
+from launching import ROOT
+
+OWN_CLONE = "\nsys.path.insert(0, str("
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_a_script_imports_the_lrtrain_that_it_lies_beside(script: Path):
+    """And not another clone's that is installed."""
+    before, _, after = script.read_text().partition(OWN_CLONE)
+    assert "from lrtrain" not in before and "from lrtrain" in after
