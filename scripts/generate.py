@@ -48,7 +48,7 @@ def front_of(loaded: Loaded) -> list[int]:
     tokenizer = loaded.tokenizer
     bos = tokenizer.bos_token_id
     start = bos if loaded.run is None and bos in tokenizer.encode("") else tokenizer.eos_token_id
-    return [] if start is None else [start]
+    return [] if start is None else [start]  # pyright: ignore[reportReturnType]  (what transformers allows, not an id)
 
 
 if __name__ == "__main__":
