@@ -17,7 +17,7 @@ train: .venv/ready ## Pretrain a small SLTrain LLaMA on real text, on all cores.
 	$(BIN)/torchrun --nproc_per_node=$(PROCESSES) launch/pretrain.py model=llama_tiny param=sltrain resume=auto $(ARGS)
 
 test: .venv/ready ## All tests.
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/ready ## Style and types.
 	$(BIN)/ruff check .
