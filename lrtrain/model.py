@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import hydra
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -85,18 +86,8 @@ def make_model(
     else:
         shape = architecture(model.path, model.config, model.trust_remote_code)
     made = factorized_model(shape, config.param, ranks or {}, parameter_dtype(config))
-    if config.engine.get("zero_stage") == 3:
-        _check_for_zero3(made)
+    hydra.utils.get_object(config.engine["_target_"]).check_model(config, made)
     return made
-
-
-def _check_for_zero3(model: nn.Module) -> None:
-    for name, p in model.named_parameters():
-        if not p.numel():
-            raise ConfigError(
-                f"{name} of shape {'×'.join(map(str, p.shape))} has no entries, which DeepSpeed fails to gather with "
-                "engine.zero_stage=3; use engine.zero_stage=2 or engine=fsdp"
-            )
 
 
 def factorized_model(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import PreTrainedModel
 
@@ -79,6 +79,14 @@ class Engine(ABC):
 
         Raises:
             ConfigError: naming the keys and what would be right.
+        """
+
+    @classmethod
+    def check_model(cls, config: Config, model: nn.Module) -> None:  # noqa: B027
+        """Refuse a model on meta that this engine cannot hold.
+
+        Raises:
+            ConfigError: naming the parameter and what would be right.
         """
 
     @classmethod

@@ -117,6 +117,17 @@ class DeepSpeedEngine(Engine):
             )
 
     @classmethod
+    def check_model(cls, config: Config, model: nn.Module) -> None:
+        if config.engine["zero_stage"] != 3:
+            return
+        for name, p in model.named_parameters():
+            if not p.numel():
+                raise ConfigError(
+                    f"{name} of shape {'×'.join(map(str, p.shape))} has no entries, which engine.zero_stage=3 cannot "
+                    f"gather; use engine.zero_stage=2 or engine=fsdp"
+                )
+
+    @classmethod
     def spread(cls, config: Config, world_size: int) -> Spread:
         stage = config.engine["zero_stage"]
         return Spread(world_size if stage == 3 else 1, world_size if stage > 1 else 1, world_size, masters=True)
