@@ -81,8 +81,8 @@ class Engine(ABC):
             ConfigError: naming the keys and what would be right.
         """
 
-    @classmethod
-    def check_model(cls, config: Config, model: nn.Module) -> None:  # noqa: B027
+    @classmethod  # noqa: B027
+    def check_model(cls, config: Config, model: nn.Module) -> None:
         """Refuse a model on meta that this engine cannot hold.
 
         Raises:
