@@ -7,7 +7,7 @@ tokens/s, × the plain dense loop, peak resident memory (of all its processes to
 share of this machine's best matrix product in the same dtype, the best that any contender on as many processes found.
 
     python scripts/bench_training.py --model llama_60m --methods dense lowrank sltrain
-    python scripts/bench_training.py --model llama_1b --overrides model.config.num_hidden_layers=4 --sequences 8
+    python scripts/bench_training.py --model llama_1b --overrides model.config.num_hidden_layers=4
 
 The plain loop: the stock model, its own loss, torch's AdamW. `plain METHOD` is what the paper prints (see
 `bench_layers.py`), for GaLore a projection by an SVD of the whole gradient. `×2` is on two processes with one thread
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["dense", "lowrank", "sltrain", "galore", "lost", "cola"])
     parser.add_argument("--plain", nargs="*", default=["sltrain", "galore", "lost", "cola"], help="published forms")
     parser.add_argument("--two", nargs="*", default=["dense"], help="methods of lrtrain on two processes")
-    parser.add_argument("--sequences", type=int, default=4, help="per step")
+    parser.add_argument("--sequences", type=int, default=8, help="per step")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender, after two that warm up")
     parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration, for all")
