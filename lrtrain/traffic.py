@@ -30,7 +30,7 @@ class Traffic:
 
 def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Traffic:
     """Of FSDP2 with `engine.replicas` copies of the model; with one per process that is DDP. Optimizers' own (a few
-    numbers, see their table) and losses are left out.
+    numbers, see docs/optimizers.md) and losses are left out.
 
     All is gathered for the forward pass and again for the backward pass, but a head of its own stays and an embedding
     of its own is not needed again; each process has 1/shards of it. A ring that sums s bytes over r processes passes

@@ -124,7 +124,7 @@ class Trainer:
             self.ranks = start.ranks
             model = make_model(config, self.ranks, known)
         dtype = compute_dtype(config, world.device)
-        run, self.settled = on_main(lambda: self._run(model, dtype))
+        run, self.settled = on_main(lambda: self._claim(model, dtype))
         self.lock = FileLock(self.run_dir / "lock")
         on_main(lambda: hold(self.lock))
         self._take_stock(model)
@@ -528,7 +528,7 @@ class Trainer:
 
     # --- before anything is built ----------------------------------------------------------------------------------
 
-    def _run(self, model: PreTrainedModel, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _claim(self, model: PreTrainedModel, dtype: torch.dtype) -> tuple[dict[str, Any], dict[str, Any]]:
         """What identifies the run, and how its layers are executed: as before, if that was measured in this dtype on
         such a device."""
         device, tokens = self.world.device, self.config.train.micro_batch_size * self.config.data.seq_len

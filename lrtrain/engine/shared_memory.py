@@ -55,8 +55,8 @@ class SharedMemory:
             mine = self._shown(self.rank, rows, give[0, piece])
             for k in [self.rank] if alike else self.sockets:
                 mine[0 if alike else k].copy_(give[k, piece])
-            for one in self.sockets.values():
-                one.send(b".")
+            for k, one in self.sockets.items():
+                _tell(one, k)
             for k, one in self.sockets.items():
                 _wait(one, k)
                 take[k, piece].copy_(self._shown(k, rows, give[0, piece])[0 if alike else self.rank])
@@ -69,10 +69,10 @@ class SharedMemory:
 def on_one_host(group: dist.ProcessGroup) -> bool:
     """Whether the processes of the group can see the same memory, and sockets by their names; a collective."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    here = (boot.read_text(), os.readlink("/proc/self/ns/net")) if boot.exists() else uuid.uuid4()
+    here = (boot.read_text(), os.readlink("/proc/self/ns/net")) if boot.exists() else None  # on Linux alone
     found: list[object] = [None] * group.size()
     dist.all_gather_object(found, here, group=group)
-    return all(one == here for one in found)
+    return here is not None and all(one == here for one in found)
 
 
 def _sockets(group: dist.ProcessGroup) -> dict[int, socket.socket]:
@@ -102,6 +102,14 @@ def _slots(file: int) -> Tensor:
     memory = mmap(file, 2 * SLOT)
     os.close(file)
     return torch.frombuffer(memory, dtype=torch.uint8).view(2, SLOT)
+
+
+def _tell(one: socket.socket, k: int) -> None:
+    """Let process k know that this one's piece is there."""
+    try:
+        one.send(b".")
+    except ConnectionError as error:
+        raise RuntimeError(f"process {k} of the group has ended") from error
 
 
 def _wait(one: socket.socket, k: int) -> None:

@@ -205,10 +205,10 @@ def test_evaluating_finds_the_loss_that_the_run_found(runs: Path, tmp_path: Path
         path = tmp_path / "out"
         script("export", run, "--to", form, "--out", path, monkeypatch=monkeypatch)
         text = ["data=local", f"data.path={corpus}", "data.seq_len=32", "data.validation_fraction=0.1"]
-        text += ["eval.sequences=8"]
+        text += ["eval.sequences=16"]
     script("evaluate", path, *text, "--json", tmp_path / "found.json", monkeypatch=monkeypatch)
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["loss"] == pytest.approx(expected, rel=1e-5) and found["sequences"] == 8
+    assert found["loss"] == pytest.approx(expected, rel=1e-5) and found["sequences"] == 16
 
 
 def test_two_processes_evaluate_all_of_another_text(runs: Path, tmp_path: Path, corpus: Path, monkeypatch):

@@ -45,6 +45,31 @@ def add_up(dtype: torch.dtype, slot: int | None) -> None:
     distributed.stop()
 
 
+def wait_for_the_other() -> None:
+    world = distributed.start(timeout_minutes=5)
+    group = dist.group.WORLD
+    assert group is not None
+    shared, parts = shared_memory.SharedMemory(group), torch.zeros(2, 7)
+    (other,) = shared.sockets.values()
+    assert other.gettimeout() == 600  # a collective's: twice train.timeout_minutes
+    if world.main:
+        other.settimeout(0.1)
+        with pytest.raises(RuntimeError, match="timed out waiting for process 1 of the group"):
+            shared.exchange(parts, parts.clone())
+    dist.barrier()
+    if not world.main:
+        other.close()
+    dist.barrier()
+    if world.main:
+        with pytest.raises(RuntimeError, match="process 1 of the group has ended"):
+            shared.exchange(parts, parts.clone())
+    distributed.stop()
+
+
+def test_a_process_that_does_not_come_or_has_ended_is_told(tmp_path: Path):
+    together(wait_for_the_other, (), tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("slot", [None, 16, 2**21])
 @pytest.mark.parametrize("processes", [2, 3])
