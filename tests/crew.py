@@ -38,7 +38,9 @@ PRELOADED = [
     "lrtrain.layers.sltrain",
     "lrtrain.plots",
     "matplotlib.backends.backend_agg",
-    "wandb",
+    "deepspeed.runtime.engine",
+    "torch._inductor.compile_fx",
+    "wandb.apis.public",
 ]
 sys.path.append(str(ROOT / "launch"))  # its sweepers and launchers are there
 default_composition("train.steps=1", "param.rank={a: 1}")  # so that Hydra has its plugins, and its parser its tables

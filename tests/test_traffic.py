@@ -14,7 +14,7 @@ from lrtrain.model import make_model
 from lrtrain.plan import memory_per_process
 from lrtrain.traffic import Hardware, Traffic, forecast, traffic
 
-RUN = [*SMALL, "data.seq_len=16", "train.batch_size=8", "train.micro_batch_size=1"]
+RUN = [*SMALL, "data.seq_len=16", "train.micro_batch_size=1"]
 KINDS = {
     "dense": ["param=dense"],
     "sltrain": ["param=sltrain"],
@@ -30,18 +30,20 @@ WIDER = ["model.vocab_size=4096", "model.config.hidden_size=128", "model.config.
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def measured(request, cache, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """A step of each kind; on four processes also with two replicas, and with four."""
-    jobs = {name: [*RUN, *change] for name, change in KINDS.items()}
+    base = [*RUN, f"train.batch_size={2 * request.param}"]
+    jobs = {name: [*base, *change] for name, change in KINDS.items()}
     for passes in (1, 2):
         rows = ["data.seq_len=64", "train.micro_batch_size=4", f"train.batch_size={4 * passes * request.param}"]
         jobs[f"peak-{passes}"] = [*RUN, *WIDER, *rows, "param=sltrain", "param.execution=factored"]
         again = ["train.recompute_every=1", "model.vocab_size=512", "param.rank=8"]
         jobs[f"again-{passes}"] = [*jobs[f"peak-{passes}"], *again]
     if request.param == 4:
-        jobs |= {f"replicas-{n}": [*RUN, "param=lowrank", f"engine.replicas={n}"] for n in (2, 4)}
-        jobs["ddp"] = [*RUN, "param=lowrank", "engine=ddp"]
+        jobs |= {f"replicas-{n}": [*base, "param=lowrank", f"engine.replicas={n}"] for n in (2, 4)}
+        jobs["ddp"] = [*base, "param=lowrank", "engine=ddp"]
     configs = [compose(*job) for job in jobs.values()]
     folder = tmp_path_factory.mktemp("traffic")
-    together(measure, (configs, folder / "found.json"), folder, request.param)
+    peaks = [name.startswith(("peak", "again")) for name in jobs]
+    together(measure, (configs, peaks, folder / "found.json"), folder, request.param)
     found = json.loads((folder / "found.json").read_text())
     plans = [plan_of(config, request.param) for config in configs]
     return {name: one | plan for name, one, plan in zip(jobs, found, plans, strict=True)}
@@ -79,7 +81,7 @@ def test_the_peak_of_a_step_is_planned(measured: dict[str, dict[str, Any]]):
 
 
 def test_mfu_lies_between_hidden_and_bare_communication():
-    config = compose(*RUN)
+    config = compose(*RUN, "train.batch_size=8")
     model, hardware = make_model(config), Hardware(flops=1e12, efficiency=0.5, bandwidth=1e9)
     alone = forecast(config, model, Traffic(0, 0, 0), hardware, 1)
     assert alone.best_mfu == alone.worst_mfu == pytest.approx(0.5)

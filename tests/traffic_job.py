@@ -70,8 +70,8 @@ def allocated_at_most(step: Callable[[], object]) -> int:
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def measured(config: Config, world: World) -> dict[str, Any]:
-    """One step: what was received and is held, and on the main process the most at a time."""
+def measured(config: Config, world: World, peak: bool) -> dict[str, Any]:
+    """One step: what was received and is held, and with `peak`, on the main process, the most at a time of another."""
     dtype = compute_dtype(config, world.device)
     every, keep = config.train.recompute_every, config.train.recompute_keep
     engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=every, recompute_keep=keep)
@@ -91,8 +91,10 @@ def measured(config: Config, world: World) -> dict[str, Any]:
         loss = gradients()
     held = sum(local(p.grad).nbytes for p in engine.model.parameters() if p.grad is not None)
     engine.clip_and_step(loss.item())
-    engine.begin_step(2, 1e-3, 1.0, "global")
-    peak = allocated_at_most(gradients) if world.main else gradients()
+    most = None
+    if peak:
+        engine.begin_step(2, 1e-3, 1.0, "global")
+        most = allocated_at_most(gradients) if world.main else gradients().item()
     states = [t for s in engine.optimizer.state.values() for t in s.values() if t.ndim]
     return {
         "received": counted.received,
@@ -101,14 +103,14 @@ def measured(config: Config, world: World) -> dict[str, Any]:
             "gradients": held,
             "optimizer": sum(local(t).nbytes for t in states),
         },
-        "peak": peak,
+        "peak": most,
     }
 
 
-def measure(jobs: list[Config], out: Path) -> None:
-    """The job of a crew: all of them, one after another."""
+def measure(jobs: list[Config], peaks: list[bool], out: Path) -> None:
+    """The job of a crew: all of them, one after another; of some the peak too."""
     world = distributed.start()
-    found = [measured(config, world) for config in jobs]
+    found = [measured(config, world, peak) for config, peak in zip(jobs, peaks, strict=True)]
     if world.main:
         out.write_text(json.dumps(found))
     distributed.stop()

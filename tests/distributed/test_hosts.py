@@ -30,7 +30,7 @@ def torchrun(host: Host, meeting_point: Host, job: list[str], folder: Path) -> s
 
 def test_when_one_of_two_hosts_is_gone_the_other_goes_on_from_the_last_checkpoint(tmp_path: Path, tiny: list[str]):
     run = tmp_path / "run"
-    base = [*tiny, "train.steps=40", "checkpoint.every=3", "checkpoint.keep=20", "param.execution=factored"]
+    base = [*tiny, "train.steps=20", "checkpoint.every=3", "checkpoint.keep=20", "param.execution=factored"]
     with two_hosts() as (stays, goes):
         job = [*base, f"run.dir={run}", "resume=auto"]
         first, second = (torchrun(host, stays, job, tmp_path) for host in (stays, goes))

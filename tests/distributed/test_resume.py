@@ -20,7 +20,7 @@ def streamed(tmp_path_factory, corpus) -> list[str]:
     """Overrides that read the corpus as `data=c4` reads C4: files of JSON lines, streamed."""
     folder = tmp_path_factory.mktemp("c4")
     texts = [path.read_text() for path in sorted(corpus.iterdir())]
-    for name, part in {"train": texts[:100], "validation": texts[100:]}.items():
+    for name, part in {"train": texts[:20], "validation": texts[100:]}.items():
         for i in range(4):
             with gzip.open(folder / f"c4-{name}.{i:05d}-of-00004.json.gz", "wt") as file:
                 file.writelines(json.dumps({"text": text}) + "\n" for text in part[i::4])
@@ -49,7 +49,7 @@ def resumed(tmp_path_factory, cache: Path, corpus: Path, streamed: list[str]) ->
     folder = tmp_path_factory.mktemp("resumed")
     together, alone = [], []
     for name, more in RESUMED.items():
-        base = [*TINY, f"data.path={corpus}", "train.batch_size=160", "train.micro_batch_size=80"]
+        base = [*TINY, f"data.path={corpus}/?0?.txt", "train.batch_size=32", "train.micro_batch_size=16"]
         # a constant learning rate does not depend on train.steps, which the pieces set
         base += ["optim.weight_decay=0.1", *more, "schedule=constant", "schedule.warmup=0.0"]
         base = base_of(name, base)
@@ -61,7 +61,7 @@ def resumed(tmp_path_factory, cache: Path, corpus: Path, streamed: list[str]) ->
         if name != "opt-with-dropout":  # which draws from (seed, step, process): on another number it is another run
             first = folder / name / "pieces" / "checkpoints" / "step-00000008"
             again = [*base, f"run.dir={folder}/{name}/alone", f"resume={first}", "train.steps=12"]
-            alone.append([*again, "train.micro_batch_size=160"])
+            alone.append([*again, "train.micro_batch_size=32"])
     run_jobs(together, 2, folder)
     run_jobs(alone, 1, folder)
     return folder
@@ -103,7 +103,7 @@ def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[s
     """Stopped in the middle of an iteration, where a draw is due and where an SVD or merge is; on two processes."""
     jobs = []
     for name, more in REVISED.items():
-        base = [*tiny, *more, "schedule=constant", "schedule.warmup=0.0", "spectra.every=1"]
+        base = [*tiny, *more, "schedule=constant", "schedule.warmup=0.0"]
         pieces = [*base, f"run.dir={tmp_path}/{name}/pieces", "resume=auto"]
         jobs += [[*pieces, f"train.steps={steps}"] for steps in (3, 4, 6, 9)]
         jobs.append([*base, f"run.dir={tmp_path}/{name}/whole", "train.steps=9"])
@@ -117,7 +117,7 @@ def test_killed_at_random_moments_it_loses_nothing_but_the_steps_since_the_last_
     tmp_path: Path, tiny: list[str], launch
 ):
     """The user's command (`test_kills.py` kills two processes); the resumed trace is the uninterrupted one."""
-    base = [*tiny, "train.steps=150", "checkpoint.every=4", "train.batch_size=2", "data.seq_len=16"]
+    base = [*tiny, "train.steps=100", "checkpoint.every=4", "train.batch_size=4", "data.seq_len=16"]
     base.append("param.execution=factored")  # what `auto` measures may differ between the two runs
     run_jobs([[*base, f"run.dir={tmp_path}/whole"]], 1, tmp_path)
     run, dice = tmp_path / "killed", random.Random(0)

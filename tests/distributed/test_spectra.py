@@ -31,12 +31,12 @@ MEASURED = {"off": ["spectra=off"], "full": ["spectra=full", "spectra.every=1"]}
 def runs(tmp_path_factory, cache, corpus) -> Path:
     folder = tmp_path_factory.mktemp("measured")
     jobs = [
-        [*TINY, f"data.path={corpus}", *method, *measured, "train.steps=4", f"run.dir={folder}/{name}-{how}"]
+        [*TINY, f"data.path={corpus}", *method, *measured, "train.steps=3", f"run.dir={folder}/{name}-{how}"]
         for name, method in METHODS.items()
         for how, measured in MEASURED.items()
     ]
     base = [*TINY, f"data.path={corpus}"]
-    top = [*base, *SEEN["estimated"], f"run.dir={folder}/shared-estimated"]
+    top = [*base, *SEEN["estimated"], "train.micro_batch_size=2", f"run.dir={folder}/shared-estimated"]
     run_jobs([*jobs, top], 2, folder)
     alone = [*TINY, f"data.path={corpus}", *METHODS["sltrain"], *MEASURED["full"], "train.steps=1"]
     blocks = ["train.micro_batch_size=4", "tracking=wandb"]  # of as many rows as two processes have
@@ -47,11 +47,11 @@ def runs(tmp_path_factory, cache, corpus) -> Path:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_measuring_after_every_step_leaves_the_losses_as_they_are_bit_for_bit(runs: Path, name: str):
-    assert len(losses(runs / f"{name}-off")) == 4
+    assert len(losses(runs / f"{name}-off")) == 3
     assert losses(runs / f"{name}-off") == losses(runs / f"{name}-full")
-    assert list(series(runs / f"{name}-full" / "metrics.jsonl", "perf/spectra_seconds")[0]) == [0, 1, 2, 3, 4]
+    assert list(series(runs / f"{name}-full" / "metrics.jsonl", "perf/spectra_seconds")[0]) == [0, 1, 2, 3]
     steps, shares = series(runs / f"{name}-full" / "metrics.jsonl", "perf/spectra_pct")
-    assert list(steps) == [1, 2, 3, 4] and ((0 < shares) & (shares < 100)).all()
+    assert list(steps) == [1, 2, 3] and ((0 < shares) & (shares < 100)).all()
     assert not series(runs / f"{name}-off" / "metrics.jsonl", "perf/spectra_seconds")[0].size
 
 
@@ -60,7 +60,7 @@ def test_head_and_tail_are_logged_with_their_null(runs: Path, name: str):
     for share in ("head_share", "tail_share"):
         for suffix in ("", "_null"):
             steps, values = series(runs / f"{name}-full" / "metrics.jsonl", f"spectra/summary/all/{share}{suffix}_mean")
-            assert steps[-1] == 4 and 0 <= values[-1] <= 1.01
+            assert steps[-1] == 3 and 0 <= values[-1] <= 1.01
 
 
 @pytest.mark.parametrize("metric", ["left_nuclear_norm", "right_erank", "left_captured_quarter", "induced_erank"])
@@ -70,9 +70,9 @@ def test_the_gradients_of_every_method_with_factors_are_measured(runs: Path, met
         if (name, metric) == ("lost", "induced_erank"):
             assert not steps.size  # its activation is between the factors
         else:
-            assert steps[-1] == 4 and values[-1] > 0
+            assert steps[-1] == 3 and values[-1] > 0
     overlaps = series(runs / "dense-full" / "metrics.jsonl", "gradients/summary/all/overlap_mean")
-    assert list(overlaps[0]) == [2, 3, 4] and ((0 < overlaps[1]) & (overlaps[1] < 1)).all()
+    assert list(overlaps[0]) == [2, 3] and ((0 < overlaps[1]) & (overlaps[1] < 1)).all()
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -81,7 +81,7 @@ def test_the_updates_of_every_method_are_measured(runs: Path, name: str):
     start, last = (
         series(found, f"updates/summary/all/spectral_norm_since_{since}_mean") for since in ("start", "last")
     )
-    assert list(start[0]) == list(last[0]) == [1, 2, 3, 4]
+    assert list(start[0]) == list(last[0]) == [1, 2, 3]
     assert start[1][0] == last[1][0]  # nothing between W_0 and the first measurement
     assert (start[1][1:] != last[1][1:]).all()
 

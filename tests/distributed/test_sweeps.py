@@ -105,7 +105,7 @@ def test_the_same_line_tries_again_what_failed_and_only_that(faulty: tuple[Path,
 
 def test_an_interrupted_sweep_goes_on_with_the_job_it_was_in(base: list[str], tmp_path: Path):
     """SIGTERM to one process; the losses of all jobs are those of the sweep that was not interrupted, bit for bit."""
-    line = [*base, "train.steps=30", "schedule=constant", "optim.lr=1e-3,2e-3", "param.rank=8"]
+    line = [*base, "train.steps=12", "schedule=constant", "optim.lr=1e-3,2e-3", "param.rank=8"]
     first = sweep(line, 2, tmp_path)
     run = tmp_path / "runs" / "s"
     wait_for(lambda: any(len(losses(path.parent)) > 3 for path in run.glob("*/metrics.jsonl")), first)
@@ -124,7 +124,7 @@ def test_an_interrupted_sweep_goes_on_with_the_job_it_was_in(base: list[str], tm
     assert whole.returncode == 0, output
     for name in ("lr0.001", "lr0.002"):
         found = losses(job_dir(run, name))
-        assert len(found) == 30 and found == losses(job_dir(tmp_path / "whole" / "runs" / "s", name))
+        assert len(found) == 12 and found == losses(job_dir(tmp_path / "whole" / "runs" / "s", name))
 
 
 # --- jobs in processes of their own, and searches --------------------------------------------------------------------
