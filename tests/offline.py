@@ -1,17 +1,18 @@
 """Offline W&B runs, read back with its own command-line reader."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+import wandb
+from crew import Command
 
 STEP = "train/step"
 
 
 def of_type(folder: Path, kind: str) -> list[dict]:
     """The records of a kind in an offline run's folder, also in one whose file is not complete."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-    shown = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    reader = Path(wandb.__file__).with_name("__main__.py")
+    shown = Command(reader, ["leet", "inspect", "--json", str(folder)], folder).result()
     records = [json.loads(line) for line in shown.stdout.splitlines()]
     assert records, shown.stderr
     return [record[kind] for record in records if record["type"] == kind]

@@ -2,11 +2,10 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from crew import Command
 from launching import ROOT
 from omegaconf import OmegaConf
 
@@ -50,8 +49,7 @@ def test_the_script_compares_all_runs_of_a_sweep(tmp_path: Path):
         run(sweep / f"sltrain-rank{rank}-0b", "sltrain", rank, loss, 10**6 + 11_000 * rank)
     run(sweep / "dense-0c", "dense", None, 3.15, 2_500_000)
     run(sweep / "sltrain-rank128-0d", "sltrain", 128, 3.0, 2_000_000, last=2)
-    script = [sys.executable, str(ROOT / "scripts" / "compare.py"), str(sweep)]
-    done = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path)
+    done = Command(ROOT / "scripts" / "compare.py", [str(sweep)], tmp_path).result()
     assert done.returncode == 0, done.stderr
     out = sweep / "comparison"
     with (out / "comparison.csv").open() as file:

@@ -47,8 +47,9 @@ def runs(tmp_path_factory, cache, corpus) -> Path:
 
     looking = ["spectra=full", "spectra.every=2", "checkpoint.every=2"]
     wholes = [[*job(f"whole-{engine}", "sltrain", engine, 4), *looking] for engine in ENGINES]
+    second = "checkpoints/step-00000002"
     halves = [
-        [*job(f"half-{engine}", "sltrain", engine, 4), f"resume={folder}/whole-{engine}-sltrain/checkpoints/step-00000002"]
+        [*job(f"half-{engine}", "sltrain", engine, 4), f"resume={folder}/whole-{engine}-sltrain/{second}"]
         for engine in ENGINES
     ]
     reduced = [

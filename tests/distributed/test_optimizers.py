@@ -6,7 +6,6 @@ import pytest
 from launching import ROOT, TINY
 from runs import gap, losses, run_jobs
 
-
 NAMES = sorted(path.stem for path in (ROOT / "conf" / "optim").glob("*.yaml") if path.stem != "base")
 # Refreshes within four steps; what is not for dense matrices has factors.
 SETTINGS = {
@@ -32,6 +31,7 @@ JOBS = {
 def base(corpus) -> list[str]:
     return [
         *TINY,
+        "model.config.num_hidden_layers=1",  # seven matrices of three shapes
         f"data.path={corpus}",
         "train.steps=4",
         "train.batch_size=12",
@@ -45,18 +45,21 @@ def base(corpus) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, cache, base) -> Path:
-    """Every optimizer, four steps on one, two and three processes; on two also from the second step's checkpoint on, and
-    in the backward pass."""
+    """Every optimizer, four steps on one, two and three processes; on two also from the checkpoint of the second step,
+    and in the backward pass."""
     folder = tmp_path_factory.mktemp("optimizers")
 
     def at(where: str, *more: str, without: set[str] = frozenset()) -> list[list[str]]:
         return [
-            [*base, *overrides, *(one.replace("NAME", name) for one in more), f"run.dir={folder}/{where}-{name}"]
+            [*base, *overrides, *more, f"run.dir={folder}/{where}-{name}"]
             for name, overrides in JOBS.items()
             if name not in without
         ]
 
-    resumed = at("resumed", f"resume={folder}/two-NAME/checkpoints/step-00000002")
+    resumed = [
+        [*base, *overrides, f"resume={folder}/two-{name}/checkpoints/step-00000002", f"run.dir={folder}/resumed-{name}"]
+        for name, overrides in JOBS.items()
+    ]
     backward = at("backward", "optim.in_backward=true", without=WITHOUT_BACKWARD)
     run_jobs(at("one"), 1, folder)
     run_jobs(at("two", "checkpoint.every=2") + resumed + backward, 2, folder)

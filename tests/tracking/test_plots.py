@@ -1,12 +1,11 @@
 """Pictures are drawn from a run's files, whatever of them a run has."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from crew import Command
 from matplotlib.image import imread
 
 from lrtrain.plots import load_run, plot_run, plot_runs
@@ -80,14 +79,13 @@ def test_spectra_that_a_resume_took_back_are_not_shown(tmp_path: Path):
 
 def test_the_script_prints_a_table_and_draws(tmp_path: Path):
     runs = [str(train(tmp_path / name)) for name in ("a", "b")]
-    command = [sys.executable, str(SCRIPT), *runs]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=SCRIPT.parents[1])
+    shown = Command(SCRIPT, runs, tmp_path).result()
+    assert shown.returncode == 0, shown.stderr
     assert is_a_picture(tmp_path / "b" / "plots" / "summary.png")
     header, first, *_ = shown.stdout.splitlines()
     assert header.split()[0] == "run" and first.split()[:2] == ["a", "6"]
 
 
 def test_the_script_says_which_directory_is_no_run(tmp_path: Path):
-    command = [sys.executable, str(SCRIPT), str(tmp_path)]
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1])
+    shown = Command(SCRIPT, [str(tmp_path)], tmp_path).result()
     assert shown.returncode == 2 and str(tmp_path) in shown.stderr

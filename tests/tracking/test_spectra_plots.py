@@ -2,11 +2,11 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from crew import Command
 from launching import ROOT
 from matplotlib.figure import Figure
 
@@ -76,8 +76,7 @@ def test_the_report_needs_no_other_file(runs: list[Path]):
 
 def test_the_script_writes_all_and_tells_of_a_run_without_spectra(runs: list[Path], tmp_path: Path):
     def plot(*arguments: str | Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "scripts" / "plot_spectra.py"), *map(str, arguments)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return Command(ROOT / "scripts" / "plot_spectra.py", [*map(str, arguments)], tmp_path).result()
 
     done = plot(*runs)
     assert done.returncode == 0, done.stderr
