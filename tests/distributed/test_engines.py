@@ -41,12 +41,12 @@ def runs(tmp_path_factory, cache, corpus) -> Path:
         "optim.other_lr=2e-3", "optim.lr_ratio=2", "schedule=constant", "schedule.warmup=0.0",
     ]  # fmt: skip
 
-    def job(run: str, method: str, engine: str, steps: int) -> list[str]:
-        more = ["resume=auto", f"train.steps={steps}", f"run.dir={folder}/{run}-{method}"]
+    def job(run: str, method: str, engine: str, steps: int, spectra: str = "off") -> list[str]:
+        more = ["resume=auto", f"train.steps={steps}", f"spectra={spectra}", f"run.dir={folder}/{run}-{method}"]
         return [*base, *METHODS[method], *ENGINES[engine], *more]
 
-    looking = ["spectra=full", "spectra.every=2", "checkpoint.every=2"]
-    wholes = [[*job(f"whole-{engine}", "sltrain", engine, 4), *looking] for engine in ENGINES]
+    looking = ["spectra.every=2", "checkpoint.every=2"]
+    wholes = [[*job(f"whole-{engine}", "sltrain", engine, 4, "full"), *looking] for engine in ENGINES]
     second = "checkpoints/step-00000002"
     halves = [
         [*job(f"half-{engine}", "sltrain", engine, 4), f"resume={folder}/whole-{engine}-sltrain/{second}"]

@@ -60,7 +60,7 @@ def runs(tmp_path_factory, cache, base) -> Path:
         [*base, *overrides, f"resume={folder}/two-{name}/checkpoints/step-00000002", f"run.dir={folder}/resumed-{name}"]
         for name, overrides in JOBS.items()
     ]
-    backward = at("backward", "optim.in_backward=true", without=WITHOUT_BACKWARD)
+    backward = at("backward", "optim.in_backward=true", "spectra=off", without=WITHOUT_BACKWARD)
     run_jobs(at("one"), 1, folder)
     run_jobs(at("two", "checkpoint.every=2") + resumed + backward, 2, folder)
     run_jobs(at("three", "train.micro_batch_size=4", without=set(JOBS) - ON_THREE), 3, folder)

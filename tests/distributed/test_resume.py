@@ -51,7 +51,7 @@ def resumed(tmp_path_factory, cache: Path, corpus: Path, streamed: list[str]) ->
     for name, more in RESUMED.items():
         base = [*TINY, f"data.path={corpus}/?0?.txt", "train.batch_size=32", "train.micro_batch_size=16"]
         # a constant learning rate does not depend on train.steps, which the pieces set
-        base += ["optim.weight_decay=0.1", *more, "schedule=constant", "schedule.warmup=0.0"]
+        base += ["optim.weight_decay=0.1", "spectra=off", *more, "schedule=constant", "schedule.warmup=0.0"]
         base = base_of(name, base)
         if name == "streamed":
             base = [override for override in base if override != "data=local"] + streamed

@@ -55,7 +55,7 @@ def base(tiny: list[str]) -> list[str]:
         "param.execution=factored",
         "schedule=constant",
         "schedule.warmup=0.0",
-        "train.micro_batch_size=4",
+        "spectra=off",
         "checkpoint.every=3",
         "checkpoint.keep=4",
         "rollback.spike=2",

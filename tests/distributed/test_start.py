@@ -62,7 +62,7 @@ IDS = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(0))
 def folder(tmp_path_factory, cache, corpus) -> Path:
     """A dense run, an OPT run, and what starts from them: on one process, and on two."""
     folder = tmp_path_factory.mktemp("start")
-    base = [*TINY, f"data.path={corpus}", "train.steps=2", "train.micro_batch_size=4"]
+    base = [*TINY, f"data.path={corpus}", "train.steps=2", "spectra=off"]
     opt = [*OPT, *(override for override in base if not override.startswith("model"))]
     dense = [[*base, "param=dense", "param.rank=null", "train.steps=12", f"run.dir={folder}/origin"]]
     dense += [[*opt, "param=dense", "param.rank=null", f"run.dir={folder}/origin-opt"]]
