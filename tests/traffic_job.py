@@ -71,7 +71,7 @@ def allocated_at_most(step: Callable[[], object]) -> int:
 
 
 def measured(config: Config, world: World, peak: bool) -> dict[str, Any]:
-    """One step: what was received and is held, and with `peak`, on the main process, the most at a time of another."""
+    """One step: what was received and is held; with `peak`, of one more step the most at a time on the main process."""
     dtype = compute_dtype(config, world.device)
     every, keep = config.train.recompute_every, config.train.recompute_keep
     engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=every, recompute_keep=keep)

@@ -103,7 +103,7 @@ def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[s
     """Stopped in the middle of an iteration, where a draw is due and where an SVD or merge is; on two processes."""
     jobs = []
     for name, more in REVISED.items():
-        base = [*tiny, *more, "schedule=constant", "schedule.warmup=0.0"]
+        base = [*tiny, *more, "schedule=constant", "schedule.warmup=0.0", "spectra.every=3"]
         pieces = [*base, f"run.dir={tmp_path}/{name}/pieces", "resume=auto"]
         jobs += [[*pieces, f"train.steps={steps}"] for steps in (3, 4, 6, 9)]
         jobs.append([*base, f"run.dir={tmp_path}/{name}/whole", "train.steps=9"])
