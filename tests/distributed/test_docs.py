@@ -100,8 +100,7 @@ def test_the_sweeps_of_the_page_are_planned_and_its_comparisons_drawn(
     monkeypatch.delitem(Singleton._instances, Plugins, raising=False)  # a Hydra that knows no sweeper of ours
     for command in sweeps:
         overrides = command[command.index("launch/pretrain.py") + 1 :]
-        fewer = ["hydra.sweeper.n_trials=3"] if any("optuna" in override for override in overrides) else []
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", *overrides, *fewer, "model=llama_tiny", "dry_run=true"])
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *overrides, "model=llama_tiny", "dry_run=true"])
         runpy.run_path("launch/pretrain.py", run_name="__main__")
         values = [override for override in overrides if "," in override and "(" not in override]
         jobs = max((len(value.split(",")) for value in values), default=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from launching import TINY
-from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, wait_for
+from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, torchrun, wait_for, workers
 
 from lrtrain.checkpoint import read_meta, whole_checkpoints
 
@@ -151,9 +151,9 @@ def test_a_signal_to_one_process_saves_on_all_and_says_how_to_go_on(
         "schedule.warmup=0.0",
     ]
     job = [*base, f"run.dir={run}", "resume=auto"]
-    process = start([*job, "train.steps=100000"], 2, tmp_path)
+    process = torchrun([*job, "train.steps=100000"], 2, tmp_path)
     wait_for(lambda: logged_steps(run) > 3, process)
-    os.kill(process.members[1].pid, signal.SIGTERM)
+    os.kill(workers(process)[1], signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     saved = whole_checkpoints(run / "checkpoints")[-1]
