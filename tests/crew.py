@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
@@ -77,6 +77,14 @@ def crew(job: Callable[..., None], arguments: tuple[Any, ...], folder: Path, siz
     return [forked(job, arguments, Place(folder, environments[k], said[k], said[k])) for k in range(size)]
 
 
+def wait_until_ended(members: list[BaseProcess], timeout: float) -> None:
+    """Until all have ended well, one of them badly, or `timeout` seconds are over."""
+    deadline = time.monotonic() + timeout
+    while (running := [m.sentinel for m in members if m.exitcode is None]) and not any(m.exitcode for m in members):
+        if not connection.wait(running, deadline - time.monotonic()):
+            return
+
+
 def torchruns(size: int) -> list[dict[str, Any]]:
     """What torchrun would add to the environment of each process."""
     meeting_point = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -86,11 +94,8 @@ def torchruns(size: int) -> list[dict[str, Any]]:
 
 def together(job: Callable[..., None], arguments: tuple[Any, ...], folder: Path, size: int = 2) -> None:
     """`crew`, to its end, which has to be a good one."""
-    members, deadline = crew(job, arguments, folder, size), time.monotonic() + 1200
-    while any(member.is_alive() for member in members) and not any(member.exitcode for member in members):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.01)
+    members = crew(job, arguments, folder, size)
+    wait_until_ended(members, 1200)
     codes = [member.exitcode for member in members]
     for member in members:
         member.kill()  # what waits for one that failed
@@ -126,12 +131,10 @@ class Command:
         return self.returncode
 
     def wait(self, timeout: float = 240) -> int:
-        deadline = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if time.monotonic() > deadline:
-                self.kill()
-                raise TimeoutExpired(self.args, timeout, *self.outputs())
-            time.sleep(0.01)
+        wait_until_ended(self.members, timeout)
+        if (code := self.poll()) is None:
+            self.kill()
+            raise TimeoutExpired(self.args, timeout, *self.outputs())
         return code
 
     def communicate(self, timeout: float = 240) -> tuple[str, str]:

@@ -18,6 +18,8 @@ def compile_blocks(model: PreTrainedModel) -> None:
     # All blocks share one function: each may need graphs of its own, for its ranks and in its modes.
     torch._dynamo.config.recompile_limit = GRAPHS_PER_BLOCK * len(blocks(model))
     torch._dynamo.config.accumulated_recompile_limit = 4 * torch._dynamo.config.recompile_limit
+    # Graphs with backward passes written by hand are kept on disk too: their key holds both passes.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     for block in blocks(model):
         block.forward = torch.compile(block.forward)  # not its hooks, which gather what the engine spreads
 
@@ -29,21 +31,23 @@ def recompute(model: PreTrainedModel, every: int, keep: str) -> int:
     Returns:
         How many blocks that are.
     """
-    contexts = {}
-    if keep == "bottleneck":
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, keep_latents(model))
+    contexts = {"context_fn": keeping_latents(model)} if keep == "bottleneck" else {}
     again = list(blocks(model))[::every] if every else []
     for block in again:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
     return len(again)
 
 
-def keep_latents(model: PreTrainedModel) -> Callable[..., CheckpointPolicy]:
-    """The policy that keeps the products of activations and a transposed A (in, rank), told by its shape."""
-    shapes = {(layer.in_features, layer.rank) for layer in factorized_layers(model).values()}
+def keeping_latents(model: PreTrainedModel) -> Callable[[], Any]:
+    """Contexts of a checkpoint that keep the products of activations and a transposed A (in, rank), told by its
+    shape."""
+    shapes = sorted({(layer.in_features, layer.rank) for layer in factorized_layers(model).values()})
+    contexts = partial(create_selective_checkpoint_contexts, partial(latents_only, shapes))
+    contexts.cache_hash = f"products with A of {shapes}"  # with it compiled graphs are kept on disk
+    return contexts
 
-    def policy(ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        latent = operator == torch.ops.aten.mm.default and tuple(args[1].shape) in shapes
-        return CheckpointPolicy.MUST_SAVE if latent else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return policy
+def latents_only(shapes: list[tuple[int, int]], ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """The policy that keeps products with matrices of these shapes."""
+    latent = operator == torch.ops.aten.mm.default and tuple(args[1].shape) in shapes
+    return CheckpointPolicy.MUST_SAVE if latent else CheckpointPolicy.PREFER_RECOMPUTE
