@@ -122,7 +122,10 @@ def run_tasks(loaded: Loaded, args: argparse.Namespace, world: World) -> dict[st
         raise ConfigError('--tasks needs lm-eval: pip install -e ".[eval]"') from error
     # decorators hide the arguments of both from the type checker
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8)  # pyright: ignore[reportCallIssue]
-    manager = TaskManager(include_path=None if args.include_path is None else str(args.include_path))
+    folder = None if args.include_path is None else str(args.include_path)
+    manager = TaskManager(include_path=folder, include_defaults=False)  # lm-eval's own are 14,000 files to read
+    if not {*args.tasks} <= {*manager.all_subtasks}:
+        manager = TaskManager(include_path=folder)
     if unknown := [task for task in args.tasks if task not in manager.all_tasks]:
         raise ConfigError(f"--tasks {' '.join(unknown)}: lm-eval has no such task; give its folder as --include_path")
     settings = {"tasks": args.tasks, "limit": args.limit, "task_manager": manager, "log_samples": False}
