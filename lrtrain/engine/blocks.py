@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
@@ -43,7 +44,8 @@ def keeping_latents(model: PreTrainedModel) -> Callable[[], Any]:
     shape."""
     shapes = sorted({(layer.in_features, layer.rank) for layer in factorized_layers(model).values()})
     contexts = partial(create_selective_checkpoint_contexts, partial(latents_only, shapes))
-    contexts.cache_hash = f"products with A of {shapes}"  # with it compiled graphs are kept on disk
+    # With it compiled graphs are kept on disk.
+    contexts.cache_hash = f"products with A of {shapes}"  # pyright: ignore[reportAttributeAccessIssue]
     return contexts
 
 
