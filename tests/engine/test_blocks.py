@@ -25,20 +25,20 @@ def test_compiled_blocks_come_back_from_the_disk(name: str):
     param, every, keep = COMPILED[name]
     config = compose(*TINY, "data.path=/x", *param)
 
-    def found() -> tuple[float, dict[str, int]]:
+    def found() -> tuple[dict[str, torch.Tensor], dict[str, int]]:
         torch.compiler.reset()
         counters.clear()
         model = make_model(config)
         materialize(model, 0, torch.device("cpu"))
         recompute(model, every, keep)
         compile_blocks(model)
-        loss = next_token_loss(model, ROWS)
-        loss.backward()
-        return loss.item(), dict(counters["aot_autograd"])
+        next_token_loss(model, ROWS).backward()
+        return {k: p.grad for k, p in model.named_parameters()}, dict(counters["aot_autograd"])
 
     first, _ = found()
     again, counts = found()
-    assert again == first and counts["autograd_cache_hit"] == counts["total"] > 0
+    assert counts["autograd_cache_hit"] == counts["total"] > 0
+    assert all(torch.equal(again[name], gradient) for name, gradient in first.items())
 
 
 def test_what_is_kept_is_told_by_ranks():

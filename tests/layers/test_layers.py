@@ -6,7 +6,9 @@ from functools import partial
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
@@ -196,12 +198,15 @@ def test_compiles_without_graph_breaks_and_agrees(method: str):
     gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.requires_grad}
     assert all(p.grad is None for p in layer.parameters() if not p.requires_grad)
     layer.zero_grad()
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # as compile_blocks
+    counters.clear()
     compiled = torch.compile(layer, fullgraph=True)
     found = compiled(x)
     found.square().sum().backward()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(layer.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-4)
+    assert not counters["aot_autograd"]["autograd_cache_bypass"]
 
 
 # --- lowrank -----------------------------------------------------------------------------------------------------
