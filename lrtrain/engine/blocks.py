@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from inspect import getsource
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ def keeping_latents(model: PreTrainedModel) -> Callable[[], Any]:
     shape."""
     shapes = sorted({(layer.in_features, layer.rank) for layer in factorized_layers(model).values()})
     contexts = partial(create_selective_checkpoint_contexts, partial(latents_only, shapes))
-    # With it compiled graphs are kept on disk.
-    contexts.cache_hash = f"products with A of {shapes}"  # pyright: ignore[reportAttributeAccessIssue]
+    # With it compiled graphs are kept on disk, and only taken for this policy.
+    contexts.cache_hash = f"{getsource(latents_only)} {shapes}"  # pyright: ignore[reportAttributeAccessIssue]
     return contexts
 
 
