@@ -28,10 +28,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from lrtrain import data
-from lrtrain.budget import spend
-from lrtrain.config import check, check_directories, composition_sentence, run_name, typed
-from lrtrain.distributed import environment_rank, environment_world_size
+from lrtrain.config.check import check, check_directories
+from lrtrain.config.compose import composition_sentence, typed
+from lrtrain.config.naming import run_name
+from lrtrain.distributed.world import environment_rank, environment_world_size
 from lrtrain.errors import ConfigError, RunFailed
+from lrtrain.planning.budget import spend
 from lrtrain.sweeps.jobs import FAILURE
 from lrtrain.sweeps.report import SweepFailed
 
@@ -56,7 +58,7 @@ def job(composed: DictConfig) -> None:
     config = spend(typed(composed))
     world_size = environment_world_size()
     if config.dry_run:
-        from lrtrain.plan import print_plan
+        from lrtrain.planning.plan import print_plan
 
         if environment_rank() == 0:
             print_plan(config, world_size)
@@ -66,7 +68,7 @@ def job(composed: DictConfig) -> None:
         check_directories(config)
         data.check(config.data)
     gc.disable()
-    from lrtrain.train import pretrain
+    from lrtrain.run.loop import pretrain
 
     gc.freeze()  # nothing of this is looked at again
     gc.enable()

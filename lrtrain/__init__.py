@@ -16,6 +16,6 @@ def load(path: str, device: "torch.device | str" = "cpu", dtype: "torch.dtype | 
     Raises:
         lrtrain.errors.ConfigError: if there is none.
     """
-    from lrtrain.loading import load  # imports all of lrtrain, which a part of it should not
+    from lrtrain.checkpoint.loading import load  # imports all of lrtrain, which a part of it should not
 
     return load(path, device, dtype).model

@@ -19,12 +19,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import distributed
-from lrtrain.checkpoint import Checkpointer, damage_of, whole_checkpoints
-from lrtrain.config import Config, choice, compose, compute_dtype
-from lrtrain.distributed import World, from_main, on_main
+from lrtrain.checkpoint.checkpointer import Checkpointer, damage_of, whole_checkpoints
+from lrtrain.config.choice import choice
+from lrtrain.config.compose import compose
+from lrtrain.config.schema import Config, compute_dtype
+from lrtrain.distributed.collectives import from_main, on_main
+from lrtrain.distributed.sharding import local
+from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine
-from lrtrain.layers.base import local
-from lrtrain.model import make_model
+from lrtrain.model.build import make_model
 
 BLOCK = 2**24  # bytes
 STEPS = 5

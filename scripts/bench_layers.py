@@ -34,19 +34,21 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain.config import DTYPES, compose
+from lrtrain.config.compose import compose
+from lrtrain.config.schema import DTYPES
+from lrtrain.distributed.sharding import take_over
 from lrtrain.errors import ConfigError
-from lrtrain.initialize import take_over
+from lrtrain.layers.autotune import device_name, seconds
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.cola import CoLALinear
-from lrtrain.layers.fastest import device_name, seconds
 from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.layers.relora import ReLoRALinear
 from lrtrain.layers.sltrain import SLTrainLinear
+from lrtrain.layers.sparse_support import flat_positions
 from lrtrain.layers.sst import SSTLinear
-from lrtrain.layers.support import flat_positions
-from lrtrain.model import blocks, make_model
+from lrtrain.model.build import make_model
+from lrtrain.model.structure import blocks
 
 MIB = 2**20
 Shape = tuple[int, int]  # (out, in)

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain.config import choice, compose
-from lrtrain.initialize import generator_for
+from lrtrain.config.choice import choice
+from lrtrain.config.compose import compose
+from lrtrain.core.seeds import generator_for
+from lrtrain.linalg.dct import dct
 from lrtrain.optim.base import ShardedOptimizer
-from lrtrain.optim.dct import dct
 from lrtrain.optim.dct_columns import top_columns
 from lrtrain.optim.projections import randomized_basis, svd_basis
 

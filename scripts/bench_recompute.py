@@ -22,10 +22,11 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import distributed
-from lrtrain.config import compose, compute_dtype
-from lrtrain.loss import next_token_loss
-from lrtrain.model import factorized_layers
-from lrtrain.plan import kept_bytes
+from lrtrain.config.compose import compose
+from lrtrain.config.schema import compute_dtype
+from lrtrain.model.loss import next_token_loss
+from lrtrain.model.structure import factorized_layers
+from lrtrain.planning.plan import kept_bytes
 
 MODES = {
     "none": ["train.recompute_every=0"],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain.spectra.factors import product_singular_values
+from lrtrain.linalg.factors import product_singular_values
 
 SHAPES = {  # (out, in, rank) as published for SLTrain
     "60m": [(512, 512, 128), (1376, 512, 128), (512, 1376, 128)],

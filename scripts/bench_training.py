@@ -39,11 +39,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import distributed
-from lrtrain.config import choice, compose, compute_dtype
-from lrtrain.distributed import World, environment_rank, environment_world_size
-from lrtrain.initialize import materialize
-from lrtrain.model import architecture, factorized_layers, make_model, parameter_count, settle, training_flops
-from lrtrain.throughput import matmul_peak, peak_memory_gib
+from lrtrain.config.choice import choice
+from lrtrain.config.compose import compose
+from lrtrain.config.schema import compute_dtype
+from lrtrain.distributed.collectives import total
+from lrtrain.distributed.world import World, environment_rank, environment_world_size
+from lrtrain.model.autotune import settle
+from lrtrain.model.build import architecture, make_model
+from lrtrain.model.counts import parameter_count, training_flops
+from lrtrain.model.init import materialize
+from lrtrain.model.structure import factorized_layers
+from lrtrain.run.throughput import matmul_peak, peak_memory_gib
 
 REFERENCE = "plain dense"
 TWO = " ×2"
@@ -285,7 +291,7 @@ def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTra
     config = compose(*overrides)
     model = make_model(config)
     dtype = compute_dtype(config, world.device)
-    tokens = int(distributed.total(rows[:, 1:].numel())[0])
+    tokens = int(total(rows[:, 1:].numel())[0])
     executions = settle(model, rows[:, 1:].numel(), dtype, world.device)
     for name, layer in factorized_layers(model).items():
         layer.execution = executions.get(name)
@@ -302,7 +308,7 @@ def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTra
     def step() -> None:
         engine.begin_step(0, 1e-3, 1.0, "global")
         loss = engine.forward_backward(rows, tokens)
-        engine.clip_and_step(distributed.total(loss.item())[0] / tokens)
+        engine.clip_and_step(total(loss.item())[0] / tokens)
 
     return step, engine.model
 

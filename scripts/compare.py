@@ -14,8 +14,8 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain.compare import Row, cells, find_runs, headings, plot_tradeoffs, read_row, write_tables
-from lrtrain.plots import plot_runs
+from lrtrain.analysis.compare import Row, cells, find_runs, headings, plot_tradeoffs, read_row, write_tables
+from lrtrain.analysis.plots import plot_runs
 
 
 def main() -> None:

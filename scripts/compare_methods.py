@@ -27,7 +27,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain.compare_methods import (
+from lrtrain.analysis.compare_methods import (
     COLUMNS,
     Study,
     Trial,

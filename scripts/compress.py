@@ -20,12 +20,13 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lrtrain.config import Config, as_dict, flat
+from lrtrain.checkpoint.weights import RunWeights
+from lrtrain.config.naming import flat
+from lrtrain.config.schema import Config, as_dict
 from lrtrain.errors import ConfigError
-from lrtrain.evaluate import perplexity
+from lrtrain.measure.evaluate import perplexity
 from lrtrain.sweeps.jobs import quoted
 from lrtrain.tracking.jsonl import series
-from lrtrain.weights import RunWeights
 
 OUTPUTS = "compress.by=outputs"
 CHOSEN = "param.select=residual"

@@ -22,14 +22,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import data, distributed
-from lrtrain.config import DTYPES, Config, as_dict, compose, flat
-from lrtrain.distributed import World, environment_rank, environment_world_size
+from lrtrain.checkpoint.loading import Loaded, load
+from lrtrain.checkpoint.weights import RunWeights
+from lrtrain.config.compose import compose
+from lrtrain.config.naming import flat
+from lrtrain.config.schema import DTYPES, Config, as_dict
+from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
-from lrtrain.evaluate import evaluate, evenly_spaced, perplexity
-from lrtrain.loading import Loaded, load
+from lrtrain.measure.evaluate import evaluate, evenly_spaced, perplexity
 from lrtrain.sweeps.jobs import quoted
 from lrtrain.tracking.console import print_summary
-from lrtrain.weights import RunWeights
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain.config import DTYPES
+from lrtrain.checkpoint.export import export_dense, export_factorized
+from lrtrain.checkpoint.weights import RunWeights
+from lrtrain.config.schema import DTYPES
 from lrtrain.errors import ConfigError
-from lrtrain.export import export_dense, export_factorized
-from lrtrain.weights import RunWeights
 
 FORMS = {"hf-dense": export_dense, "hf-factorized": export_factorized}
 

@@ -11,8 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lrtrain.checkpoint.loading import Loaded, load
 from lrtrain.errors import ConfigError
-from lrtrain.loading import Loaded, load
 
 
 def main() -> None:

@@ -19,11 +19,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain.config import DTYPES, check, compose
+from lrtrain.config.check import check
+from lrtrain.config.compose import compose
+from lrtrain.config.schema import DTYPES
 from lrtrain.errors import ConfigError
-from lrtrain.model import make_model
-from lrtrain.plan import memory_per_process
-from lrtrain.traffic import Hardware, forecast, tensor_parallel_bytes, traffic
+from lrtrain.model.build import make_model
+from lrtrain.planning.plan import memory_per_process
+from lrtrain.planning.traffic import Hardware, forecast, tensor_parallel_bytes, traffic
 
 # Of an H100, and InfiniBand of 400 Gbit/s.
 OWN = {"gpus": 8.0, "tflops": 989.0, "gigabytes_per_second": 50.0, "efficiency": 0.45}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain.plots import load_run, plot_run
+from lrtrain.analysis.plots import load_run, plot_run
 
 
 def main() -> None:

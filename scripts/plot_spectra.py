@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain.spectra.plots import report, spectral_pictures
+from lrtrain.analysis.spectra_plots import report, spectral_pictures
 from lrtrain.tracking.spectra_files import spectra_steps
 
 

@@ -22,10 +22,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain.config import Config, as_dict, default_composition, differing, from_stored
-from lrtrain.model import make_model, matrices
-from lrtrain.spectra.allocation import SCORES, Shape, allocate, factor_parameters, kept_energy, uniform_ranks
-from lrtrain.spectra.names import projection_of
+from lrtrain.config.compose import default_composition, from_stored
+from lrtrain.config.naming import differing
+from lrtrain.config.schema import Config, as_dict
+from lrtrain.core.names import projection_of
+from lrtrain.init_from.allocation import SCORES, Shape, allocate, factor_parameters, kept_energy, uniform_ranks
+from lrtrain.model.build import make_model
+from lrtrain.model.structure import matrices
 from lrtrain.tracking.spectra_files import load_spectra, spectra_steps
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "conf" / "experiment"

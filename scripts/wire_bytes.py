@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import distributed
-from lrtrain.config import choice, compose
+from lrtrain.config.choice import choice
+from lrtrain.config.compose import compose
+from lrtrain.distributed.collectives import largest
 from lrtrain.engine import gloo
-from lrtrain.model import make_model
+from lrtrain.model.build import make_model
 
 ENGINES = {
     "fsdp": ["engine=fsdp"],
@@ -75,7 +77,7 @@ def step_bytes(*overrides: str) -> int:
             loss = engine.forward_backward(rows, 8 * WORLD.size)
             engine.clip_and_step(loss.item())
         counted = wire.received
-    return int(distributed.largest(counted)[0])
+    return int(largest(counted)[0])
 
 
 def main() -> None:

@@ -25,9 +25,11 @@ from unittest.mock import patch
 
 from launching import ROOT
 
-from lrtrain.config import Config, check, check_directories, compose, default_composition
-from lrtrain.distributed import environment_rank, environment_world_size, rendezvous
-from lrtrain.train import pretrain
+from lrtrain.config.check import check, check_directories
+from lrtrain.config.compose import compose, default_composition
+from lrtrain.config.schema import Config
+from lrtrain.distributed.world import environment_rank, environment_world_size, rendezvous
+from lrtrain.run.loop import pretrain
 
 FORKS = multiprocessing.get_context("forkserver")
 # What the server imports, once for all: this file, and with it most, and what a run imports as it goes.
@@ -36,7 +38,7 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.opt.modeling_opt",
     "lrtrain.layers.sltrain",
-    "lrtrain.plots",
+    "lrtrain.analysis.plots",
     "matplotlib.backends.backend_agg",
     "deepspeed.runtime.engine",
     "torch._inductor.compile_fx",
@@ -206,11 +208,11 @@ def script(path: Path, arguments: list[str]) -> None:
 
 def train(overrides: list[str]) -> None:
     """The job of `launch/pretrain.py`, but for its picture, which takes longer than a tiny training."""
-    with patch("lrtrain.plots.plot_run", lambda run: run / "no picture"):
+    with patch("lrtrain.analysis.plots.plot_run", lambda run: run / "no picture"):
         train_and_draw(overrides)
 
 
-@patch("lrtrain.train.matmul_peak", lambda *_: 1e12)
+@patch("lrtrain.run.loop.matmul_peak", lambda *_: 1e12)
 def train_and_draw(overrides: list[str]) -> None:
     """The job of `launch/pretrain.py`, but that it does not measure the peak that its MFU is a share of."""
     config = composed_by_one(overrides)

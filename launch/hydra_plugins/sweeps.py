@@ -18,7 +18,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
-from lrtrain.distributed import environment_rank, environment_world_size
+from lrtrain.distributed.world import environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
 from lrtrain.sweeps.jobs import Job, Outcome, known, plan_sweep
 from lrtrain.sweeps.report import SweepFailed, Tell, print_outcomes, run_needed
@@ -115,9 +115,9 @@ def refuse_torchrun(launcher: str) -> None:
 
 def print_plans(jobs: list[Job]) -> list[Outcome]:
     """What `dry_run=true` prints, for each job."""
-    from lrtrain.budget import spend
-    from lrtrain.config import typed
-    from lrtrain.plan import print_plan
+    from lrtrain.config.compose import typed
+    from lrtrain.planning.budget import spend
+    from lrtrain.planning.plan import print_plan
 
     for job in jobs:
         if environment_rank() == 0:

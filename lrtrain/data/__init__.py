@@ -9,8 +9,8 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerFast
 
-from lrtrain.cache import build_once, fingerprint
-from lrtrain.data.config import DataConfig, TokenizerConfig
+from lrtrain.config.schema import DataConfig, TokenizerConfig
+from lrtrain.core.cache import build_once, fingerprint
 from lrtrain.data.faults import ON_ERROR, Faults, known
 from lrtrain.data.loader import PackedTrain, StreamedTrain, TrainData
 from lrtrain.data.packing import PackedRows, pack_first, pack_split

@@ -21,7 +21,7 @@ from datasets import StreamingDownloadManager
 from datasets.data_files import resolve_pattern
 from datasets.utils.file_utils import xopen
 
-from lrtrain.cache import content_digests, fingerprint
+from lrtrain.core.cache import content_digests, fingerprint
 from lrtrain.data.faults import Faults
 from lrtrain.data.files import field_names, field_of, is_supported, is_text, no_text, read_documents
 from lrtrain.errors import ConfigError

@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
-from lrtrain.cache import build_once, fingerprint
-from lrtrain.data.config import TokenizerConfig
+from lrtrain.config.schema import TokenizerConfig
+from lrtrain.core.cache import build_once, fingerprint
 from lrtrain.data.faults import Faults
 from lrtrain.data.sources import TextSource
 from lrtrain.errors import ConfigError

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import PreTrainedModel
 
-from lrtrain.config import Config
-from lrtrain.distributed import World
+from lrtrain.config.schema import Config
+from lrtrain.distributed.sharding import local
+from lrtrain.distributed.world import World
 from lrtrain.engine.blocks import compile_blocks, recompute
 from lrtrain.engine.in_backward import InBackward, clip_one
+from lrtrain.engine.resize import carry_over
 from lrtrain.engine.revision import revise_layers
-from lrtrain.layers.base import local
-from lrtrain.model import factorized_layers
+from lrtrain.model.structure import factorized_layers
 from lrtrain.optim.base import ShardedOptimizer
-from lrtrain.resize import carry_over
 
 MakeOptimizer = Callable[[PreTrainedModel], ShardedOptimizer]
 

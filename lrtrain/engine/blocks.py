@@ -10,7 +10,7 @@ import torch._functorch.config
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from lrtrain.model import blocks, factorized_layers
+from lrtrain.model.structure import blocks, factorized_layers
 
 GRAPHS_PER_BLOCK = 16
 

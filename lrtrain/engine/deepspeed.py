@@ -18,17 +18,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrtrain.config import Config, compute_dtype
-from lrtrain.distributed import World
+from lrtrain.config.schema import Config, compute_dtype
+from lrtrain.distributed.flat_shard import FlatShard
+from lrtrain.distributed.sharding import local, take_over, twin, whole
+from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine, Spread
 from lrtrain.engine.fsdp import check_reduce_dtype
 from lrtrain.engine.zero_state import flat_gradients, places, refresh
 from lrtrain.errors import ConfigError
-from lrtrain.flat import FlatShard
-from lrtrain.initialize import fill, take_over
-from lrtrain.layers.base import FactorizedLinear, local, twin, whole
-from lrtrain.loss import next_token_loss
-from lrtrain.model import blocks
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.model.init import fill
+from lrtrain.model.loss import next_token_loss
+from lrtrain.model.structure import blocks
 
 
 class DeepSpeedEngine(Engine):

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from lrtrain.distributed import World
+from lrtrain.distributed.sharding import keep_shard
+from lrtrain.distributed.world import World
 from lrtrain.engine.fsdp import device_mesh, sharded_units
-from lrtrain.initialize import keep_shard, materialize
-from lrtrain.model import first_names
+from lrtrain.model.init import materialize
+from lrtrain.model.structure import first_names
 
 
 @torch.no_grad()

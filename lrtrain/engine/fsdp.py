@@ -9,14 +9,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from lrtrain.config import DTYPES, Config
-from lrtrain.distributed import World, total
+from lrtrain.config.schema import DTYPES, Config
+from lrtrain.distributed.collectives import total
+from lrtrain.distributed.world import World
 from lrtrain.engine import gloo
 from lrtrain.engine.base import Engine, Spread
 from lrtrain.errors import ConfigError
-from lrtrain.initialize import materialize
-from lrtrain.loss import next_token_loss
-from lrtrain.model import blocks
+from lrtrain.model.init import materialize
+from lrtrain.model.loss import next_token_loss
+from lrtrain.model.structure import blocks
 
 
 class FSDPEngine(Engine):

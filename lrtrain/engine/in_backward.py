@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrtrain.layers.base import local
+from lrtrain.distributed.sharding import local
 from lrtrain.optim.base import ShardedOptimizer
 from lrtrain.optim.rows import Rows
 

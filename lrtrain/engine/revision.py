@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lrtrain.dealing import dealt_layers
-from lrtrain.initialize import generator_for, keep_shard, take_over
-from lrtrain.layers.base import FactorizedLinear, Reset, local, whole
-from lrtrain.model import factorized_layers
+from lrtrain.core.seeds import generator_for
+from lrtrain.distributed.per_layer import dealt_layers
+from lrtrain.distributed.sharding import keep_shard, local, take_over, whole
+from lrtrain.layers.base import FactorizedLinear, Reset
+from lrtrain.model.structure import factorized_layers
 from lrtrain.optim.base import ShardedOptimizer
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lrtrain.flat import FlatShard
+from lrtrain.distributed.flat_shard import FlatShard
 
 
 @dataclass(frozen=True)

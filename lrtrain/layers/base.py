@@ -5,25 +5,19 @@ W (out, in), read with `dense_weight()`. Layers know nothing of engines, optimiz
 on the meta device, get their values from `init_parameters` and `init_buffers`, and are then trained like any
 other module. A method with a schedule of its own also says what happens between steps, in hooks that do nothing by
 default: `draw`, `add_penalty`, `after_step`, `revise` (with `revision_due` and `resets`), `lr_factor`, `wanted_rank`
-(with `resize_due`).
-"""
+(with `resize_due`)."""
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from lrtrain.flat import FlatShard
-from lrtrain.layers.fit import Fit
+from lrtrain.linalg.nearest import Fit
 
 Role = Literal["factor_left", "factor_right", "sparse_values", "singular_values", "frozen", "bias"]
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -207,61 +201,3 @@ class FactorizedLinear(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The unsharded tensor (a collective if it is sharded), detached."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor | FlatShard) else tensor).detach()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard: rows, or a range of entries (1-D)."""
-    return tensor.to_local() if isinstance(tensor, DTensor | FlatShard) else tensor
-
-
-def twin(module: M, tensor_for: Callable[[Tensor], Tensor | None]) -> M:
-    """The module with other tensors in place of its parameters, not trained unless they are parameters themselves;
-    buffers are shared with the original."""
-    changed = {name: p if p is None else tensor_for(p) for name, p in module._parameters.items()}
-    found = copy.copy(module)
-    found._parameters = {
-        name: t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False)
-        for name, t in changed.items()
-    }
-    found._modules = {name: child and twin(child, tensor_for) for name, child in module._modules.items()}
-    return found
-
-
-def gathered(module: M, owner: int) -> M | None:
-    """A twin of the module whose parameters are whole plain tensors on the process `owner`; None on the others.
-
-    A collective: all processes of the mesh must call it. Buffers are shared with the original, nothing is trained.
-    """
-    found = twin(module, lambda p: whole_at(p, owner))
-    return found if owner == (dist.get_rank() if dist.is_initialized() else 0) else None
-
-
-def whole_at(tensor: Tensor, owner: int) -> Tensor | None:
-    """The unsharded tensor on the process `owner`, detached; None on the others, which never hold more than shards.
-
-    Shards are of dimension 0, along the last dimension of the mesh, as FSDP2 makes them, or ranges of entries; a
-    collective of each group.
-    """
-    if isinstance(tensor, FlatShard):
-        return tensor.gathered_at(owner)
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    group = tensor.device_mesh.get_group(-1)
-    members = dist.get_process_group_ranks(group)
-    if owner not in members:
-        return None
-    rows = -(-tensor.shape[0] // len(members))  # of all shards but the last ones
-    mine = tensor.to_local().detach()
-    padded = mine.new_zeros(rows, *tensor.shape[1:])
-    padded[: len(mine)] = mine
-    if owner != dist.get_rank():
-        dist.gather(padded.view(torch.uint8), dst=owner, group=group)
-        return None
-    found = mine.new_empty(len(members), rows, *tensor.shape[1:])
-    dist.gather(padded.view(torch.uint8), [part.view(torch.uint8) for part in found], owner, group)
-    return found.flatten(0, 1)[: tensor.shape[0]]

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.bottleneck import ACTIVATIONS, check_activation, check_mergeable
-from lrtrain.layers.fit import Fit, low_rank_plus_sparse
-from lrtrain.layers.initial import best_factors, normal, one_thread
-from lrtrain.spectra.factors import dense_singular_values, product_singular_values
+from lrtrain.linalg.factors import dense_singular_values, product_singular_values
+from lrtrain.linalg.initial import best_factors, normal, one_thread
+from lrtrain.linalg.nearest import Fit, low_rank_plus_sparse
 
 SELECTIONS = ("svd_l2", "svd_l1", "weight_l2", "random")
 

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.bottleneck import with_residual
-from lrtrain.layers.fit import Fit
-from lrtrain.layers.gauge import RebalancedLinear, balanced
-from lrtrain.layers.initial import best_factors, normal, spectral_factors, uniform
-from lrtrain.spectra.factors import product_singular_values
+from lrtrain.layers.rebalance import RebalancedLinear, balanced
+from lrtrain.linalg.factors import product_singular_values
+from lrtrain.linalg.initial import best_factors, normal, spectral_factors, uniform
+from lrtrain.linalg.nearest import Fit
 
 INITS = ("spectral", "lora", "xavier", "cola")
 

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.functional import linear
 
+from lrtrain.distributed.sharding import whole
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import FactorizedLinear, whole
-from lrtrain.layers.fit import Fit
-from lrtrain.layers.initial import spectral_factors
+from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.lowrank import LowRankLinear
-from lrtrain.spectra.factors import product_singular_values
+from lrtrain.linalg.factors import product_singular_values
+from lrtrain.linalg.initial import spectral_factors
+from lrtrain.linalg.nearest import Fit
 
 SCALES = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 """c_b = (r/b)^exponent."""

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear, Reset
-from lrtrain.layers.fit import Fit
-from lrtrain.layers.initial import normal, uniform
 from lrtrain.layers.sltrain import low_rank_scale
-from lrtrain.spectra.factors import dense_singular_values
+from lrtrain.linalg.factors import dense_singular_values
+from lrtrain.linalg.initial import normal, uniform
+from lrtrain.linalg.nearest import Fit
 
 
 class ReLoRALinear(FactorizedLinear):

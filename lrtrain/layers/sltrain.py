@@ -17,11 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lrtrain.errors import ConfigError
-from lrtrain.layers.fastest import fastest
-from lrtrain.layers.fit import Fit, low_rank_plus_sparse
-from lrtrain.layers.gauge import RebalancedLinear
-from lrtrain.layers.initial import spectral_factors, uniform
-from lrtrain.layers.support import (
+from lrtrain.layers.autotune import fastest
+from lrtrain.layers.rebalance import RebalancedLinear
+from lrtrain.layers.sparse_support import (
     block_add_,
     block_gradients,
     column_dtype,
@@ -32,7 +30,9 @@ from lrtrain.layers.support import (
     sparse_apply,
     sparse_gradients,
 )
-from lrtrain.spectra.factors import dense_singular_values
+from lrtrain.linalg.factors import dense_singular_values
+from lrtrain.linalg.initial import spectral_factors, uniform
+from lrtrain.linalg.nearest import Fit, low_rank_plus_sparse
 
 SUPPORTS = ("uniform", "row_balanced", "block")
 EXECUTIONS = ("auto", "materialize", "factored")
@@ -119,7 +119,7 @@ def sltrain_linear(
     """x (..., in) → (..., out) by W = scale·B A + S, with the hand-written backward pass of the chosen execution.
 
     Args:
-        values, crow, col, block: S, as `lrtrain.layers.support` describes it.
+        values, crow, col, block: S, as `lrtrain.layers.sparse_support` describes it.
     """
     function = _Factored if factored else _Materialized
     y = function.apply(x.reshape(-1, x.shape[-1]), left, right, values, crow, col, block, scale)

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import FactorizedLinear, Reset, local
-from lrtrain.layers.fit import Fit
-from lrtrain.layers.initial import gaussian_svd
-from lrtrain.spectra.factors import product_singular_values
+from lrtrain.layers.base import FactorizedLinear, Reset
+from lrtrain.linalg.factors import product_singular_values
+from lrtrain.linalg.initial import gaussian_svd
+from lrtrain.linalg.nearest import Fit
 
 
 class _Spectral(torch.autograd.Function):

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from lrtrain.layers.base import local
+from lrtrain.distributed.sharding import local
 from lrtrain.optim.adam import adam_direction
 from lrtrain.optim.base import ShardedOptimizer
 from lrtrain.optim.quantized import BLOCK, block_maxima, blocks_of, dequantize, quantize

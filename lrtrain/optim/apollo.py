@@ -6,9 +6,9 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from lrtrain.core.seeds import integer_seed
+from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
-from lrtrain.initialize import integer_seed
-from lrtrain.layers.base import local
 from lrtrain.optim.adam import bias_correction
 from lrtrain.optim.projections import gaussian_basis, sparse_basis
 from lrtrain.optim.scaling import limit_growth, matrix_factor, row_factors

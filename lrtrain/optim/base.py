@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as fused_adamw
 
-from lrtrain.initialize import integer_seed
-from lrtrain.layers.base import local
+from lrtrain.core.seeds import integer_seed
+from lrtrain.distributed.sharding import local
 from lrtrain.optim.adam import adam_direction
 from lrtrain.optim.groups import parameter_groups
 from lrtrain.optim.rounding import stochastic_round

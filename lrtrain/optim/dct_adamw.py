@@ -5,10 +5,10 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import local
+from lrtrain.linalg.dct import dct, lift
 from lrtrain.optim.adam import adam_direction
-from lrtrain.optim.dct import dct, lift
 from lrtrain.optim.dct_columns import DctOptimizer, DctSettings
 from lrtrain.optim.row_codes import decode, encode, pack, unpack
 from lrtrain.optim.rows import rows_like

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrtrain.errors import ConfigError
-from lrtrain.model import matrix_rank
+from lrtrain.model.rank import matrix_rank
 from lrtrain.optim.base import Common, ShardedOptimizer
 from lrtrain.optim.groups import MATRICES
 

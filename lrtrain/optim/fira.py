@@ -5,8 +5,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import local
 from lrtrain.optim.adam import bias_correction
 from lrtrain.optim.galore import GaLore, GaLoreSettings
 from lrtrain.optim.projections import Total

@@ -5,9 +5,9 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from lrtrain.core.seeds import generator_for
+from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
-from lrtrain.initialize import generator_for
-from lrtrain.layers.base import local
 from lrtrain.optim.projections import randomized_basis, svd_basis
 from lrtrain.optim.subspace import Projected, Subspace, SubspaceAdam
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from lrtrain.layers.base import FactorizedLinear
-from lrtrain.model import blocks
+from lrtrain.model.structure import blocks
 
 FACTORS = frozenset({"factor_left", "factor_right"})
 MATRICES = FACTORS | {"matrix"}

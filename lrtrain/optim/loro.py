@@ -9,10 +9,10 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from lrtrain.dealing import dealt_layers
+from lrtrain.distributed.per_layer import dealt_layers
+from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import local
-from lrtrain.layers.gauge import balanced
+from lrtrain.layers.rebalance import balanced
 from lrtrain.optim.base import Common
 from lrtrain.optim.pairs import PairOptimizer
 from lrtrain.optim.rows import rows_like

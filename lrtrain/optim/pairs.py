@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, Unpack
 from torch import Tensor, nn
 
 from lrtrain.errors import ConfigError
-from lrtrain.model import factorized_layers
+from lrtrain.model.structure import factorized_layers
 from lrtrain.optim.base import Common, ShardedOptimizer
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from lrtrain.layers.base import local
+from lrtrain.distributed.sharding import local
 from lrtrain.optim.base import Common
 from lrtrain.optim.pairs import FactorPair, PartnerOptimizer
 from lrtrain.optim.rows import rows_like

@@ -5,8 +5,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from lrtrain.flat import FlatShard
-from lrtrain.layers.base import local
+from lrtrain.distributed.flat_shard import FlatShard
+from lrtrain.distributed.sharding import local
 
 
 class Rows:

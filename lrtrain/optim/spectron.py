@@ -5,8 +5,8 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from lrtrain.initialize import generator_for
-from lrtrain.layers.base import local
+from lrtrain.core.seeds import generator_for
+from lrtrain.distributed.sharding import local
 from lrtrain.optim.base import Common
 from lrtrain.optim.orthogonal import orthogonalize, spectral_norm
 from lrtrain.optim.pairs import FactorPair, PartnerOptimizer

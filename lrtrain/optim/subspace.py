@@ -6,7 +6,7 @@ from typing import NamedTuple, Unpack
 from torch import Tensor, nn
 
 from lrtrain.errors import ConfigError
-from lrtrain.model import matrix_rank
+from lrtrain.model.rank import matrix_rank
 from lrtrain.optim.adam import EPS_CONVENTIONS, adam_direction
 from lrtrain.optim.base import Common, ShardedOptimizer
 from lrtrain.optim.groups import MATRICES

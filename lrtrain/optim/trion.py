@@ -5,7 +5,7 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from lrtrain.errors import ConfigError
-from lrtrain.optim.dct import dct, lift
+from lrtrain.linalg.dct import dct, lift
 from lrtrain.optim.dct_columns import DctOptimizer, DctSettings
 from lrtrain.optim.orthogonal import ADJUSTMENTS, orthogonalize, step_scale
 from lrtrain.optim.rows import rows_like

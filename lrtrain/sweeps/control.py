@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from lrtrain.distributed import environment_rank, environment_world_size, rendezvous
+from lrtrain.distributed.world import environment_rank, environment_world_size, rendezvous
 from lrtrain.sweeps.connections import cut_connections_but, open_connections
 
 T = TypeVar("T")

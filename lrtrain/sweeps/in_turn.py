@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from lrtrain import distributed
-from lrtrain.budget import spend
-from lrtrain.config import typed
+from lrtrain.config.compose import typed
 from lrtrain.errors import ConfigError, RunFailed
-from lrtrain.stop import StopRequest
+from lrtrain.planning.budget import spend
+from lrtrain.run.loop import train
+from lrtrain.run.stop import StopRequest
 from lrtrain.sweeps.control import Control
 from lrtrain.sweeps.jobs import Job, Outcome, known
 from lrtrain.sweeps.report import Tell, run_needed
-from lrtrain.train import train
 
 
 class InTurn:

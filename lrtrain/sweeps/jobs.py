@@ -12,7 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lrtrain.config import check, check_directories, choice, run_name, short_hash, telling, typed
+from lrtrain.config.check import check, check_directories
+from lrtrain.config.choice import choice
+from lrtrain.config.compose import typed
+from lrtrain.config.naming import run_name, short_hash, telling
 from lrtrain.errors import ConfigError
 
 FAILURE = "LRTRAIN_FAILURE"  # names the file in which the process of a job leaves the sentence that it fails with
@@ -140,8 +143,8 @@ def known(job: Job, world_size: int) -> Outcome | None:
 def problem(job: Job, world_size: int) -> str | None:
     """What is wrong with a job's configuration, as far as it can be told without a process group; None if nothing."""
     from lrtrain import data
-    from lrtrain.budget import spend
-    from lrtrain.model import make_model
+    from lrtrain.model.build import make_model
+    from lrtrain.planning.budget import spend
 
     try:
         config = spend(typed(job.composed))

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from lrtrain.config.schema import TrackingConfig, WandbMode
 from lrtrain.tracking.base import Tracker
-from lrtrain.tracking.config import TrackingConfig, WandbMode
 from lrtrain.tracking.console import ConsoleTracker
 from lrtrain.tracking.fanout import FanOut
 from lrtrain.tracking.jsonl import JsonlTracker

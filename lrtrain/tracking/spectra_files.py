@@ -1,7 +1,7 @@
 """Full spectra on disk: `<run.dir>/spectra/step-00000100.npz`, one float32 array per layer name.
 
 Sparse-plus-low-rank layers whose parts were measured also have `<layer>/<part>` for each of `PARTS`: what it
-contributes to each singular value (`lrtrain.spectra.parts`)."""
+contributes to each singular value (`lrtrain.measure.parts`)."""
 
 import os
 from collections.abc import Mapping

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from lrtrain.spectra.names import depth_of, projection_of
+from lrtrain.config.schema import TrackingConfig
+from lrtrain.core.names import depth_of, projection_of
 from lrtrain.tracking.base import Tracker, Value
-from lrtrain.tracking.config import TrackingConfig
 from lrtrain.tracking.spectra_files import PARTS
 
 STEP = "train/step"
@@ -105,7 +105,7 @@ class WandbTracker(Tracker):
     def _heatmap(self, values: Mapping[str, float], title: str):
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a while: only where there are spectra
 
-        from lrtrain.spectra.heatmap import layer_heatmap
+        from lrtrain.plotting.heatmap import layer_heatmap
 
         canvas = FigureCanvasAgg(layer_heatmap(values, title))
         canvas.draw()

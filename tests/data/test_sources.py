@@ -12,7 +12,7 @@ import torch
 from corpora import c4_config, compose_data, write_jsonl
 from omegaconf.errors import OmegaConfBaseException
 
-from lrtrain.cache import content_digests
+from lrtrain.core.cache import content_digests
 from lrtrain.data import check, prepare
 from lrtrain.data.faults import Faults
 from lrtrain.data.sources import LocalFiles, PythonStdlib
@@ -144,7 +144,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
 def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", ["text"])
     digests = content_digests([path], tmp_path)
-    monkeypatch.setattr("lrtrain.cache._digest", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("lrtrain.core.cache._digest", lambda path: pytest.fail(f"{path} was read"))
     assert content_digests([path], tmp_path) == digests
 
 

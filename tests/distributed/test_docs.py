@@ -15,7 +15,7 @@ from hydra.core.singleton import Singleton
 from launching import ROOT, TINY
 from runs import run_jobs
 
-from lrtrain.config import compose
+from lrtrain.config.compose import compose
 from lrtrain.sweeps.jobs import quoted
 
 SMALLER = [override for override in TINY if not override.startswith("model")]

@@ -17,11 +17,11 @@ from runs import OPT, run_jobs
 from safetensors.torch import load_file
 
 import lrtrain
-from lrtrain import safetensors_files
+from lrtrain.checkpoint import safetensors_files
+from lrtrain.checkpoint.export import FACTORIZED, export_dense, export_factorized
+from lrtrain.checkpoint.loading import load
+from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.errors import ConfigError
-from lrtrain.export import FACTORIZED, export_dense, export_factorized
-from lrtrain.loading import load
-from lrtrain.weights import RunWeights
 
 RUNS = {
     "dense": ["param=dense", "param.rank=null"],
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_not_exported(runs: Path, tmp_path: Path):
 
 
 def test_a_seed_that_gives_other_supports_is_noticed(runs: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lrtrain.weights.generator_for", lambda seed, name: torch.Generator().manual_seed(0))
+    monkeypatch.setattr("lrtrain.checkpoint.weights.generator_for", lambda seed, name: torch.Generator().manual_seed(0))
     with pytest.raises(ConfigError, match="other sparse supports"):
         RunWeights(runs / "sltrain")
 

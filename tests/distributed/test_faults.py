@@ -21,7 +21,7 @@ from runs import gap, logged_steps, losses, wait_for, workers
 from torch import Tensor
 from torch.nn import Embedding
 
-from lrtrain.checkpoint import damage_of, read_meta, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import damage_of, read_meta, whole_checkpoints
 
 ENDLESS = ["train.steps=100000", "schedule=constant", "param.execution=factored"]
 

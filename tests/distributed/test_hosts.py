@@ -9,7 +9,7 @@ from hosts import PORT, Host, two_hosts
 from launching import ROOT
 from runs import gap, logged_steps, losses, run_jobs, wait_for
 
-from lrtrain.checkpoint import read_meta, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import read_meta, whole_checkpoints
 
 
 def torchrun(host: Host, meeting_point: Host, job: list[str], folder: Path) -> subprocess.Popen:

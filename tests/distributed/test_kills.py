@@ -11,7 +11,7 @@ from pathlib import Path
 from crew import crew, together, train
 from runs import logged_steps, losses
 
-from lrtrain.checkpoint import damage_of, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import damage_of, whole_checkpoints
 
 SOON = 60  # seconds in which a process has noticed that the other is gone
 

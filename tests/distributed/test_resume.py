@@ -12,7 +12,7 @@ import pytest
 from launching import TINY
 from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, torchrun, wait_for, workers
 
-from lrtrain.checkpoint import read_meta, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import read_meta, whole_checkpoints
 
 
 @pytest.fixture(scope="module")

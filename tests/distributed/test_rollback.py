@@ -8,7 +8,7 @@ import torch
 from crew import crew, together, train
 from runs import losses
 
-from lrtrain.checkpoint import read_meta, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import read_meta, whole_checkpoints
 from lrtrain.data.loader import PackedTrain
 from lrtrain.tracking.jsonl import series
 

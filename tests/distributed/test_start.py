@@ -12,14 +12,15 @@ from runs import OPT, gap, losses, run_jobs
 
 import lrtrain
 from lrtrain import distributed
-from lrtrain.checkpoint import whole_checkpoints
-from lrtrain.config import check, compose
+from lrtrain.checkpoint.checkpointer import whole_checkpoints
+from lrtrain.checkpoint.export import export_dense, export_factorized
+from lrtrain.checkpoint.weights import RunWeights
+from lrtrain.config.check import check
+from lrtrain.config.compose import compose
 from lrtrain.errors import ConfigError
-from lrtrain.export import export_dense, export_factorized
-from lrtrain.model import make_model
-from lrtrain.start import Start
+from lrtrain.init_from.start import Start
+from lrtrain.model.build import make_model
 from lrtrain.tracking.jsonl import series
-from lrtrain.weights import RunWeights
 
 OUTPUTS = ["compress.by=outputs", "compress.sequences=32"]
 STARTS = {

@@ -11,7 +11,7 @@ from crew import Command
 from launching import ROOT, TINY
 from runs import gap, losses, run_jobs, torchrun, wait_for
 
-from lrtrain.checkpoint import whole_checkpoints
+from lrtrain.checkpoint.checkpointer import whole_checkpoints
 from lrtrain.errors import ConfigError
 from lrtrain.sweeps.jobs import Sweep
 
@@ -21,7 +21,7 @@ PRETRAIN = ROOT / "launch" / "pretrain.py"
 FAULTY = """
 import runpy, sys
 sys.path[:0] = [{launch!r}, {root!r}]
-from lrtrain.train import Trainer
+from lrtrain.run.loop import Trainer
 step = Trainer._step
 def failing(self, rows):
     if self.config.param["rank"] == 6 and self.world.dist_rank == 1 and self.progress.step == 1:

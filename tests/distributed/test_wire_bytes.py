@@ -6,8 +6,9 @@ import pytest
 from crew import script, together
 from launching import ROOT, SMALL
 
-from lrtrain.config import compose
-from lrtrain.model import make_model, parameter_count
+from lrtrain.config.compose import compose
+from lrtrain.model.build import make_model
+from lrtrain.model.counts import parameter_count
 
 
 def test_a_step_moves_what_the_formulas_say_and_less_with_factors(tmp_path: Path):

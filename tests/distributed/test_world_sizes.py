@@ -7,7 +7,7 @@ import pytest
 from launching import TINY
 from runs import REVISED, base_of, gap, losses, run_jobs
 
-from lrtrain.checkpoint import read_meta, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import read_meta, whole_checkpoints
 from lrtrain.tracking.jsonl import read_metrics, series
 
 VARIANTS = {

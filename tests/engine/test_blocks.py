@@ -5,11 +5,11 @@ import torch
 from launching import SMALL, TINY
 from torch._dynamo.utils import counters
 
-from lrtrain.config import compose
+from lrtrain.config.compose import compose
 from lrtrain.engine.blocks import compile_blocks, keeping_latents, recompute
-from lrtrain.initialize import materialize
-from lrtrain.loss import next_token_loss
-from lrtrain.model import make_model
+from lrtrain.model.build import make_model
+from lrtrain.model.init import materialize
+from lrtrain.model.loss import next_token_loss
 
 # As compiled in test_world_sizes.py, so that no kernel is compiled twice.
 ROWS = torch.randint(384, (2, 33), generator=torch.Generator().manual_seed(0))

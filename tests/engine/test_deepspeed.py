@@ -7,10 +7,12 @@ import torch
 from launching import SMALL
 
 from lrtrain import distributed
-from lrtrain.config import check, choice, compose
+from lrtrain.config.check import check
+from lrtrain.config.choice import choice
+from lrtrain.config.compose import compose
+from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
-from lrtrain.layers.base import local
-from lrtrain.model import make_model
+from lrtrain.model.build import make_model
 
 ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
 DEEPSPEED = (*SMALL, "param=lowrank", "engine=deepspeed", "resume=auto")

@@ -9,13 +9,15 @@ from launching import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrtrain import distributed
-from lrtrain.config import choice, compose
+from lrtrain.config.choice import choice
+from lrtrain.config.compose import compose
+from lrtrain.distributed.sharding import whole
 from lrtrain.engine.fsdp import FSDPEngine, sharded_units
-from lrtrain.initialize import materialize
-from lrtrain.layers.base import whole
-from lrtrain.loss import next_token_loss
-from lrtrain.model import make_model, parameter_count
-from lrtrain.plan import kept_bytes
+from lrtrain.model.build import make_model
+from lrtrain.model.counts import parameter_count
+from lrtrain.model.init import materialize
+from lrtrain.model.loss import next_token_loss
+from lrtrain.planning.plan import kept_bytes
 
 FACTORED = (*SMALL, "param.execution=factored")
 LOWRANK = (*SMALL, "param=lowrank")  # whose gradients are none zero

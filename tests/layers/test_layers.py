@@ -13,14 +13,14 @@ from torch._dynamo.utils import counters
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.cola import CoLALinear
-from lrtrain.layers.initial import best_factors, gaussian_spectrum, spectral_factors
 from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.layers.nested import NestedLinear
 from lrtrain.layers.relora import ReLoRALinear
 from lrtrain.layers.sltrain import SLTrainLinear
 from lrtrain.layers.sst import SSTLinear
-from lrtrain.spectra.movement import linear_map
+from lrtrain.linalg.initial import best_factors, gaussian_spectrum, spectral_factors
+from lrtrain.measure.movement import linear_map
 
 SLTRAIN = partial(
     SLTrainLinear,

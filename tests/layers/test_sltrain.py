@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lrtrain.errors import ConfigError
-from lrtrain.layers import fastest
-from lrtrain.layers.initial import gaussian_spectrum
+from lrtrain.layers import autotune as fastest
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.layers.sltrain import SLTrainLinear, compose, low_rank_scale
-from lrtrain.layers.support import flat_positions
+from lrtrain.layers.sparse_support import flat_positions
+from lrtrain.linalg.initial import gaussian_spectrum
 
 VARIANTS = [
     "sltrain-materialize",

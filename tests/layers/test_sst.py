@@ -8,12 +8,15 @@ from launching import SMALL
 from torch import Tensor, nn
 
 from lrtrain import distributed
-from lrtrain.config import choice, compose
+from lrtrain.config.choice import choice
+from lrtrain.config.compose import compose
 from lrtrain.engine.fsdp import FSDPEngine
 from lrtrain.engine.revision import revise_layers
 from lrtrain.errors import ConfigError
 from lrtrain.layers.sst import SSTLinear, active_probabilities, draw_order
-from lrtrain.model import dense_parameter_count, factorized_layers, make_model, trainable_count
+from lrtrain.model.build import make_model
+from lrtrain.model.counts import dense_parameter_count, trainable_count
+from lrtrain.model.structure import factorized_layers
 
 DOUBLE = torch.float64
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from toy import COMMON, SHAPES, Matrices, adam, decayed, gradients, in_parts, stepped
 
+from lrtrain.core.seeds import integer_seed
 from lrtrain.errors import ConfigError
-from lrtrain.initialize import integer_seed
 from lrtrain.optim.adam import adam_direction
 from lrtrain.optim.adamw import AdamW
 from lrtrain.optim.apollo import Apollo

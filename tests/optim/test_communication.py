@@ -5,7 +5,8 @@ import torch
 from launching import SMALL
 from torch import Tensor, nn
 
-from lrtrain.config import choice, compose
+from lrtrain.config.choice import choice
+from lrtrain.config.compose import compose
 from lrtrain.optim.rows import Rows
 
 M, N = 40, 24  # of a matrix, and of a wide one the other way round

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrtrain.layers.gauge import balanced, left_orthonormal
+from lrtrain.layers.rebalance import balanced, left_orthonormal
 from lrtrain.optim.loro import tangent_step
 from lrtrain.optim.preconditioned import cholesky_of_gram, precondition_left, precondition_right
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from toy import in_parts
 
 from lrtrain.errors import ConfigError
-from lrtrain.model import matrix_rank
-from lrtrain.optim.dct import dct, inverse_dct, lift
+from lrtrain.linalg.dct import dct, inverse_dct, lift
+from lrtrain.model.rank import matrix_rank
 from lrtrain.optim.dct_adamw import transport
 from lrtrain.optim.dct_columns import top_columns
 

@@ -9,8 +9,8 @@ from toy import COMMON, Matrices, gradients
 
 from lrtrain.engine.revision import revise_layers
 from lrtrain.layers.relora import ReLoRALinear
+from lrtrain.linalg.dct import dct
 from lrtrain.optim.base import ShardedOptimizer
-from lrtrain.optim.dct import dct
 from lrtrain.optim.dct_adamw import DctAdamW
 from lrtrain.optim.dct_columns import DctOptimizer, top_columns
 from lrtrain.optim.fira import Fira

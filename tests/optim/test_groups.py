@@ -2,8 +2,8 @@
 
 import pytest
 
-from lrtrain.config import compose
-from lrtrain.model import make_model
+from lrtrain.config.compose import compose
+from lrtrain.model.build import make_model
 from lrtrain.optim.groups import parameter_groups
 
 SMALL = ("model.config.hidden_size=32", "model.config.num_attention_heads=4", "param.rank=4", "model.vocab_size=64")

@@ -7,7 +7,7 @@ from launching import OPTIM
 from torch import Tensor
 
 from lrtrain.errors import ConfigError
-from lrtrain.layers.gauge import balanced
+from lrtrain.layers.rebalance import balanced
 from lrtrain.optim.adam import adam_direction
 from lrtrain.optim.loro import LORO, tangent_step
 

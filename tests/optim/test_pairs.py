@@ -10,9 +10,9 @@ from launching import OPTIM
 from shards import Meeting, SimulatedRows, in_threads
 from torch import Tensor, nn
 
-from lrtrain.config import compose
+from lrtrain.config.compose import compose
 from lrtrain.errors import ConfigError
-from lrtrain.model import make_model
+from lrtrain.model.build import make_model
 from lrtrain.optim.adamw import AdamW
 from lrtrain.optim.loro import LORO
 from lrtrain.optim.pairs import factor_pairs

@@ -7,12 +7,7 @@ from launching import OPTIM
 from torch import Tensor
 
 from lrtrain.optim.adam import adam_direction
-from lrtrain.optim.preconditioned import (
-    PreconditionedAdamW,
-    cholesky_of_gram,
-    precondition_left,
-    precondition_right,
-)
+from lrtrain.optim.preconditioned import PreconditionedAdamW, cholesky_of_gram, precondition_left, precondition_right
 
 SHAPES = [(31, 12, 5), (8, 33, 3), (16, 16, 9)]
 

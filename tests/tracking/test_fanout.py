@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import lrtrain.tracking as tracking
+from lrtrain.config.schema import WandbMode
 from lrtrain.tracking import Tracker, TrackingConfig, open_tracker
-from lrtrain.tracking.config import WandbMode
 from lrtrain.tracking.fanout import FanOut
 from lrtrain.tracking.jsonl import read_metrics
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from offline import STEP, history, of_type, segments
 
-from lrtrain.tracking.config import TrackingConfig, WandbMode
+from lrtrain.config.schema import TrackingConfig, WandbMode
 from lrtrain.tracking.wandb_sink import DEPTHS_SHOWN, WandbTracker, evenly, layer_metrics, shown_indices
 
 pytest.importorskip("wandb")
@@ -71,7 +71,7 @@ def test_a_killed_process_loses_little(tmp_path: Path):
 import time
 from pathlib import Path
 import numpy as np
-from lrtrain.tracking.config import TrackingConfig, WandbMode
+from lrtrain.config.schema import TrackingConfig, WandbMode
 from lrtrain.tracking.wandb_sink import WandbTracker
 config = TrackingConfig(WandbMode.offline, "p", None, None, [])
 run = WandbTracker(config, Path({str(tmp_path)!r}), "run-id", {{}})

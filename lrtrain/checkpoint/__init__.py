@@ -1,0 +1,1 @@
+"""Checkpoints, and models read from them: saving, loading, exporting."""

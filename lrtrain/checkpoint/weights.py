@@ -1,0 +1,101 @@
+"""The weights of a run, read from a checkpoint a layer at a time by one process.
+
+Checkpoints of all engines and numbers of processes have one form: unsharded shapes under qualified names.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import PreTrainedModel
+
+from lrtrain.checkpoint.checkpointer import find_checkpoint, read_meta
+from lrtrain.checkpoint.reader import TensorPlanner, TensorReader
+from lrtrain.config.compose import from_stored
+from lrtrain.config.schema import Config
+from lrtrain.core.seeds import generator_for
+from lrtrain.distributed.sharding import take_over
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.model.build import make_model
+from lrtrain.model.structure import factorized_layers
+from lrtrain.model.supports import hash_of_supports
+
+
+class RunWeights:
+    """What a checkpoint holds of its model.
+
+    Args:
+        path: a run's directory (its newest checkpoint is taken) or one of its checkpoints.
+
+    Raises:
+        ConfigError: if there is no sound checkpoint, or the seed does not give its sparse supports back.
+    """
+
+    def __init__(self, path: Path):
+        self.checkpoint = find_checkpoint(path, "")
+        self.meta: dict[str, Any] = read_meta(self.checkpoint)
+        self.config: Config = from_stored(self.meta["config"])
+        self.model: PreTrainedModel = make_model(self.config, self.meta["ranks"], self.meta.get("architecture"))
+        """On meta."""
+        self.layers = factorized_layers(self.model)
+        self.reader = TensorReader(self.checkpoint)
+        stored = self.reader.read_metadata().state_dict_metadata
+        self.dtypes = {
+            name.removeprefix("model."): found.properties.dtype
+            for name, found in stored.items()
+            if name.startswith("model.") and isinstance(found, TensorStorageMetadata)
+        }
+        if hash_of_supports((name, self.support(name)) for name in self.layers) != self.meta["support_hash"]:
+            raise ConfigError(f"{self.checkpoint} was trained with other sparse supports than its seed gives here")
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory."""
+        return self.checkpoint.parent.parent
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors of the model's state by name, as they were saved, on the CPU."""
+        shapes = self.model.state_dict()
+        found = {f"model.{name}": torch.empty(shapes[name].shape, dtype=self.dtypes[name]) for name in names}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(found, storage_reader=self.reader, planner=TensorPlanner(), no_dist=True)
+        return {name.removeprefix("model."): tensor for name, tensor in found.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them."""
+        return self.tensors([name])[name]
+
+    def support(self, name: str) -> dict[str, Tensor]:
+        """The buffers of a factorized layer that the seed gives back."""
+        return self.layers[name].init_buffers(generator_for(self.config.train.seed, f"{name}/buffers"))
+
+    @torch.no_grad()
+    def layer(self, name: str) -> FactorizedLinear:
+        """A factorized layer with its values, in float32, on the CPU."""
+        layer = copy.deepcopy(self.layers[name]).float().to_empty(device="cpu")
+        saved = self.tensors(f"{name}.{key}" for key in layer.state_dict())
+        take_over(layer, {key.removeprefix(f"{name}."): value for key, value in saved.items()} | self.support(name))
+        return layer
+
+    @torch.no_grad()
+    def dense(self, name: str) -> Tensor:
+        """A tensor of the dense model's state, by its name there; of a factorized layer's weight W in float32.
+
+        Raises:
+            NotImplementedError: where a layer stands for no matrix.
+        """
+        parent, _, key = name.rpartition(".")
+        if parent not in self.layers:
+            return self.tensor(name)
+        if key == "weight":
+            return self.layer(parent).dense_weight()
+        own = next(own for own, role in self.layers[parent].roles.items() if role == "bias")
+        return self.tensor(f"{parent}.{own}")

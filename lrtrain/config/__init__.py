@@ -1,0 +1,1 @@
+"""The typed configuration: composed by Hydra, checked before anything is built."""

@@ -1,0 +1,15 @@
+"""Random generators that are functions of (seed, name) alone."""
+
+import hashlib
+
+import torch
+
+
+def integer_seed(seed: int, name: str) -> int:
+    """A 63-bit seed that is a function of (seed, name) alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that is a function of (seed, name) alone."""
+    return torch.Generator().manual_seed(integer_seed(seed, name))

@@ -1,0 +1,151 @@
+"""Every process leaves a sign of life and of where it is; one that falls silent ends the run, by name.
+
+A collective waits for the process that does not come, and cannot say which one that is: it may be stopped, its host
+may be gone. So a thread of each process writes a note into the store that they met at; the main process reads all
+notes, the others read the main process's. The thread goes on whatever the main thread does: it works with any
+backend, and a process that works for long is not taken for one that is gone.
+"""
+
+import itertools
+import os
+import socket
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+from lrtrain.distributed.world import World, rendezvous
+from lrtrain.errors import RunFailed
+
+PACKAGE = Path(__file__).resolve().parents[1]
+TORCH = Path(dist.__file__).parent
+COLLECTIVES = ("distributed.py", "gloo.py", "shared_memory.py")  # ours: who called them is of interest
+OVER = "over"
+
+_runs = itertools.count()
+
+
+class Heartbeat:
+    """The notes of one run; a context, entered and left by all processes. A process alone has none.
+
+    Args:
+        minutes: without a new note before the run is ended, counted in beats of the reader: while it stood still itself
+            no time passes.
+
+    Raises:
+        RunFailed: on leaving it because a collective timed out, with where each process is.
+    """
+
+    def __init__(self, world: World, minutes: float):
+        self.world = world
+        self.minutes = minutes
+        self.every = min(10.0, 60 * minutes / 6)
+        self.step = 0
+        self._over = threading.Event()
+        self._prefix = f"heartbeat {next(_runs)}"
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        if self.world.size > 1:
+            # A connection of its own: this one can ask while the main thread waits for an answer.
+            self._store = dist.PrefixStore(self._prefix, rendezvous().clone())  # pyright: ignore[reportAttributeAccessIssue]
+            self._store.set_timeout(timedelta(seconds=self.every))
+            self._write(f"start {self._who()} at its start")
+            dist.barrier()
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.world.size > 1:
+            self._over.set()
+            self._thread.join()
+            if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+                raise RunFailed(self._stuck(error)) from error
+
+    def _run(self) -> None:
+        watched = [*range(1, self.world.size)] if self.world.main else [0]
+        last, silent = dict.fromkeys(watched, "") | self._read(watched), dict.fromkeys(watched, 0.0)
+        for beat in itertools.count():
+            if self._over.wait(self.every):
+                return self._write(f"{OVER} {self._note()}")
+            self._write(f"{beat} {self._note()}")
+            now = last | self._read(watched)
+            for other in watched:
+                alive = now[other] != last[other] or now[other].startswith(OVER)
+                silent[other] = 0.0 if alive else silent[other] + self.every
+            last = now
+            lost = [other for other in watched if silent[other] >= 60 * self.minutes]
+            if lost:
+                self._end({other: last[other] for other in lost})
+
+    def _write(self, note: str) -> None:
+        try:
+            self._store.set(f"{self.world.dist_rank}", note)
+        except RuntimeError:  # the store is gone, or the process that keeps it
+            pass
+
+    def _read(self, processes: list[int]) -> dict[int, str]:
+        """The notes of processes; nothing if the store does not answer."""
+        try:
+            found = self._store.multi_get([f"{process}" for process in processes])
+        except RuntimeError:
+            return {}
+        return {process: value.decode() for process, value in zip(processes, found, strict=True)}
+
+    def _who(self) -> str:
+        return f"(host {socket.gethostname()}, pid {os.getpid()})"
+
+    def _note(self) -> str:
+        """Who this is and where it is."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        return f"{self._who()} at step {self.step + 1} in {place(frame)}"
+
+    def _end(self, lost: dict[int, str]) -> None:
+        """Tell of the silent processes, once for all, and end this one; torchrun or the scheduler ends the others."""
+        self._tell(
+            f"no sign of life for train.timeout_minutes={self.minutes:g} of {_listed(lost)}, while process "
+            f"{self.world.dist_rank} is {self._note()}"
+        )
+        os._exit(1)
+
+    def _stuck(self, error: BaseException) -> str:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        frame = trace.tb_frame if trace is not None else None
+        others = [other for other in range(self.world.size) if other != self.world.dist_rank]
+        return (
+            f"{place(frame)} did not end within twice train.timeout_minutes={self.minutes:g} on process "
+            f"{self.world.dist_rank} at step {self.step + 1}, while there is {_listed(self._read(others))}"
+        )
+
+    def _tell(self, sentence: str) -> None:
+        try:
+            first = self._store.add("told", 1) == 1
+        except RuntimeError:
+            first = True
+        if first:
+            print(f"{sentence}; go on with the same command and resume=auto", file=sys.stderr, flush=True)
+
+
+def place(frame: FrameType | None) -> str:
+    """Where a thread is: `all_reduce of train.py:_step` names the innermost function of torch.distributed, as it is
+    in a collective, and ours that called it."""
+    collective = None
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if collective is None and TORCH in path.parents:
+            collective = frame.f_code.co_name
+        if path.is_relative_to(PACKAGE) and path.name not in COLLECTIVES:
+            ours = f"{path.name}:{frame.f_code.co_name}"
+            return f"{collective} of {ours}" if collective else ours
+        frame = frame.f_back
+    return collective or "its start"
+
+
+def _listed(notes: dict[int, str]) -> str:
+    """`process 1 (host a, pid 7) at step 3 in …; process 2 …`."""
+    return "; ".join(f"process {process} {note.partition(' ')[2]}" for process, note in notes.items())

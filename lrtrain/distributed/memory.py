@@ -1,0 +1,25 @@
+"""How glibc's allocator treats freed memory."""
+
+import ctypes
+
+# Parameters of glibc's mallopt, from malloc.h.
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -3, -4, -8
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: the next step asks for the same sizes again, and pages fresh from the system cost
+    a fault each (measured on llama_60m with 1024 tokens a step: 1.4 × the tokens/s)."""
+    mallopt(TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(MMAP_MAX, 0)
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc return what is freed, from 1 MiB on: else holes between what is in use add up to gigabytes."""
+    mallopt(MMAP_THRESHOLD, 2**20)
+    mallopt(ARENA_MAX, 1)
+
+
+def mallopt(parameter: int, value: int) -> None:
+    """Set a parameter of glibc's allocator; without glibc: nothing."""
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(parameter, value)

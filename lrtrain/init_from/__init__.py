@@ -1,0 +1,1 @@
+"""A start from trained weights: reading them, allocating ranks, fitting each layer."""

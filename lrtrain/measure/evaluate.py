@@ -1,0 +1,76 @@
+"""The loss on a fixed set: weighted by tokens, summed over all processes, in eval mode."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lrtrain.distributed.collectives import total
+from lrtrain.distributed.world import World
+from lrtrain.model.loss import next_token_loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    loss: float
+    """Mean cross-entropy per target token (nats)."""
+    tokens: int
+    galore_loss: float
+    """What GaLore, SLTrain, CoLA and others print for it: the sum of batch means over (batches + 1), which is lower."""
+
+    def metrics(self, compat: str | None) -> dict[str, float]:
+        """Under the names they are logged by; with compat=galore their number beside the true one."""
+        values = {"eval/loss": self.loss, "eval/perplexity": perplexity(self.loss)}
+        if compat == "galore":
+            values |= {
+                "eval/loss_galore": self.galore_loss,
+                "eval/perplexity_galore": perplexity(self.galore_loss),
+            }
+        return values
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), with the loss capped at 20 nats."""
+    return math.exp(min(loss, 20.0))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, rows: Tensor, batch_size: int, world: World, stop: Callable[[], bool] = lambda: False
+) -> Evaluation | None:
+    """Evaluate on all of `rows`; every process takes its share. A collective.
+
+    Args:
+        rows: token ids (sequences, seq_len + 1), the same on every process.
+        batch_size: sequences per process and forward pass.
+        stop: asked before each batch on all processes alike; True ends the evaluation and gives None.
+    """
+    model.eval()
+    loss = galore = 0.0
+    batches = math.ceil(len(rows) / (batch_size * world.size))
+    try:
+        for batch in range(batches):
+            if stop():
+                return None
+            first = (batch * world.size + world.dist_rank) * batch_size
+            mine = rows[first : first + batch_size]
+            # Forward passes are collectives: a process that has no rows left runs one that does not count.
+            found = next_token_loss(model, (mine if len(mine) else rows[:1]).to(world.device)).item()
+            if len(mine):
+                loss += found
+                galore += found / mine[:, 1:].numel()
+    finally:
+        model.train()
+    loss, galore = total(loss, galore / (batches + 1))
+    tokens = rows[:, 1:].numel()
+    return Evaluation(loss=loss / tokens, tokens=tokens, galore_loss=galore / world.size)
+
+
+def evenly_spaced(available: int, wanted: int) -> list[int]:
+    """At most `wanted` indices, evenly spaced over `available`: always the same ones."""
+    count = min(available, wanted)
+    return [i * available // count for i in range(count)]

@@ -1,0 +1,73 @@
+"""What a run measures of its model's spectra, as `conf/spectra` has it, and at which steps."""
+
+from collections.abc import Mapping
+from functools import cache
+
+from torch import Tensor, nn
+
+from lrtrain.config.schema import Config
+from lrtrain.data import Data
+from lrtrain.distributed.world import World
+from lrtrain.engine.base import Engine
+from lrtrain.measure.evaluate import evenly_spaced
+from lrtrain.measure.gradients import GradientSpectra
+from lrtrain.measure.hidden import hidden_metrics, top_states, whole_states
+from lrtrain.measure.movement import Movement
+from lrtrain.measure.weights import (
+    LinearLayer,
+    matching,
+    part_metrics,
+    spectra_metrics,
+    tail_metrics,
+    too_large,
+    weight_estimates,
+    weight_spectra,
+)
+from lrtrain.model.build import make_model
+from lrtrain.model.init import initial_layer
+from lrtrain.model.structure import matrices
+
+
+class Monitor:
+    """Measures the model that an engine trains; what it keeps from one measurement to the next is in no checkpoint."""
+
+    def __init__(self, config: Config, engine: Engine, data: Data, world: World):
+        self.config, self.engine, self.data, self.world = config, engine, data, world
+        self.chosen = config.spectra
+        self.active = 0 < self.chosen.every <= config.train.steps  # a run too short for its cadence has no spectra
+        self.directions = top_states(engine.model, world) if self.chosen.hidden_by == "top" else []
+        self.gradients = GradientSpectra()
+        unchanged = cache(lambda: make_model(config))  # on meta, and only if updates are measured
+        drawn = None if config.init_from else lambda name: initial_layer(unchanged(), name, config.train.seed)
+        self.movement = Movement(drawn)
+
+    @property
+    def matrices(self) -> Mapping[str, LinearLayer]:
+        """The layers that are measured, with the parameters that the optimizer steps."""
+        return matrices(self.engine.shards, self.config.param["pattern"])
+
+    def measure(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Metrics of weights, hidden states and updates; singular values by the layer's name. A collective."""
+        layers, chosen = self.matrices, self.chosen
+        large = too_large(layers, chosen.exact_up_to)
+        spectra = weight_spectra({name: layer for name, layer in layers.items() if name not in large})
+        shares, parts = part_metrics(matching(layers, chosen.parts))
+        metrics = spectra_metrics(spectra, weight_estimates(large)) | shares
+        metrics |= tail_metrics(matching(layers, chosen.tails), spectra)
+        metrics |= self._hidden()
+        metrics |= self.movement.measure(matching(layers, chosen.updates))
+        return metrics, spectra | parts
+
+    def _hidden(self) -> dict[str, float]:
+        rows = evenly_spaced(len(self.data.validation), self.chosen.hidden)
+        if not rows:
+            return {}
+        states, model = self.data.validation.rows(rows), self.engine.model
+        kept = self.directions if self.chosen.hidden_by == "top" else whole_states(model, self.world)
+        return hidden_metrics(model, states, self.config.train.micro_batch_size, self.world, kept)
+
+    def gradients_due(self, step: int) -> Mapping[str, nn.Module]:
+        """The layers whose gradients are measured in this step: with the spectra, and in the first and the last."""
+        if not self.active or (step % self.chosen.every and step not in (1, self.config.train.steps)):
+            return {}
+        return matching(self.matrices, self.chosen.gradients)

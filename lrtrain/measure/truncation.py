@@ -1,0 +1,73 @@
+"""What a model is worth at smaller ranks: evaluated with its layers cut to one share of their rank after another."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.measure.evaluate import Evaluation, perplexity
+from lrtrain.model.structure import factorized_layers
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """A model whose layers have a share of their rank."""
+
+    share: float
+    ranks: tuple[int, int]
+    """The smallest and the largest of its layers' ranks."""
+    parameters: int
+    loss: float
+
+    def metrics(self) -> dict[str, float]:
+        """Under the names they are logged by."""
+        return {
+            f"eval/loss_at_rank_share_{self.share:g}": self.loss,
+            f"eval/perplexity_at_rank_share_{self.share:g}": perplexity(self.loss),
+        }
+
+
+def evaluate_truncated(
+    model: nn.Module, parameters: int, evaluate: Callable[[], Evaluation | None]
+) -> list[Truncation]:
+    """Evaluate at every share that the model's layers offer, ascending; a collective. Empty if they offer none.
+
+    Runs uncompiled: each rank would be compiled for a single pass. Ends early where `evaluate` gives None.
+
+    Args:
+        parameters: of the whole model; an engine may have let go of those that `model` computes with.
+    """
+    layers = [layer for layer in factorized_layers(model).values() if layer.ranks_to_evaluate()]
+    found = []
+    try:
+        for share in sorted({share for layer in layers for share in layer.ranks_to_evaluate()}):
+            ranks = [layer.ranks_to_evaluate().get(share, layer.rank) for layer in layers]
+            for layer, rank in zip(layers, ranks, strict=True):
+                layer.truncate(rank)
+            with torch.compiler.set_stance("force_eager"):
+                evaluation = evaluate()
+            if evaluation is None:
+                break
+            left = parameters - sum(map(dropped_parameters, layers, ranks))
+            found.append(Truncation(share, (min(ranks), max(ranks)), left, evaluation.loss))
+    finally:
+        for layer in layers:
+            layer.truncate(layer.rank)
+    return found
+
+
+def dropped_parameters(layer: FactorizedLinear, rank: int) -> int:
+    """How many parameters of its factors a layer that is cut to `rank` does without."""
+    return (layer.rank - rank) * (layer.in_features + layer.out_features)
+
+
+def truncation_rows(found: Sequence[Truncation]) -> dict[str, str]:
+    """The table of rank, parameters, loss and perplexity as people read it."""
+    return {
+        f"at rank {'–'.join(map(str, dict.fromkeys(t.ranks)))} ({t.share:.4g})": (
+            f"{t.parameters:,} parameters, loss {t.loss:.4f}, perplexity {perplexity(t.loss):.2f}"
+        )
+        for t in found
+    }

@@ -1,0 +1,135 @@
+"""From a transformers config to a factorized model on the meta device."""
+
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import hydra
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from lrtrain.config.choice import choice
+from lrtrain.config.schema import Config, parameter_dtype
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.model.counts import parameter_count
+from lrtrain.model.rank import budget_rank, factorized, layer_rank
+from lrtrain.model.structure import linears, matrices
+
+RankRule = int | float | str | dict[str, int | float]
+
+
+# Packed rows are attended causally from end to end. Under a name that transformers has no mask function for it builds
+# no mask, and so does not look into the position ids either, which would stall a GPU in every forward pass.
+CAUSAL = "lrtrain_causal"
+
+
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
+
+
+def architecture(path: str | None, overrides: dict[str, Any], trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The transformers config: from `path` (a folder or hub name) or from `overrides` with its `model_type`.
+
+    Code that comes with `path` is run only with `trust_remote_code`.
+
+    Raises:
+        ConfigError: if it cannot be had, or is not a causal language model's.
+    """
+    if path is None and "model_type" not in overrides:
+        raise ConfigError(
+            "model.path has no value; give a folder with a config.json or a name on the hub, or init_from"
+        )
+    try:
+        if path is not None:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **overrides)
+        else:
+            config = AutoConfig.for_model(**overrides)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        where = f"model.path={path}" if path is not None else f"model.config={overrides}"
+        if "custom code" in str(error):
+            raise ConfigError(f"{where} brings code of its own; model.trust_remote_code=true runs it") from error
+        raise ConfigError(f"{where} is not a transformers model config: {str(error).splitlines()[0]}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping and not brings_code(config):
+        raise ConfigError(f"model_type={config.model_type} has no causal language model in transformers")
+    return config
+
+
+def brings_code(config: PreTrainedConfig) -> bool:
+    """Whether a config is of a class that came with it, whose code was trusted and run."""
+    return type(config).__module__.startswith("transformers_modules.")
+
+
+def make_model(
+    config: Config, ranks: Mapping[str, int] | None = None, known: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """The model of the configuration, factorized as `param` says, on the meta device.
+
+    Args:
+        ranks: of layers that have others than `param.rank`.
+        known: the transformers config as a checkpoint keeps it, so that what model.path names is not needed again,
+            unless for its code.
+
+    Raises:
+        ConfigError: for what `build_model` refuses, and a parameter that the engine cannot hold.
+    """
+    model = config.model
+    if known and not model.trust_remote_code:
+        shape = architecture(None, known)
+    else:
+        shape = architecture(model.path, model.config, model.trust_remote_code)
+    made = factorized_model(shape, config.param, ranks or {}, parameter_dtype(config))
+    hydra.utils.get_object(config.engine["_target_"]).check_model(config, made)
+    return made
+
+
+def factorized_model(
+    shape: PreTrainedConfig, param: dict[str, Any], ranks: Mapping[str, int], dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model of a transformers config, factorized as `param` says, with parameters of `dtype` on the meta device."""
+    make_layer = choice(param) if param["_target_"] else None
+    model = build_model(shape, make_layer, param["pattern"], param["rank"], ranks)
+    if zeros := param.get("zero_init"):
+        found = [layer for name, layer in matrices(model, r"\.\d+\.").items() if re.search(zeros, name)]
+        if not found:
+            raise ConfigError(f"param.zero_init={zeros} matches none of the layers")
+        for layer in found:
+            layer.starts_at_zero = True  # pyright: ignore[reportArgumentType]  (`materialize` reads it)
+    for p in model.parameters():  # not the buffers: rotary frequencies need float32
+        p.data = p.data.to(dtype)
+    return model
+
+
+def build_model(
+    config: PreTrainedConfig,
+    make_layer: Callable[..., FactorizedLinear] | None,
+    pattern: str | None,
+    rank: RankRule | None,
+    ranks: Mapping[str, int] = MappingProxyType({}),
+) -> PreTrainedModel:
+    """The causal language model of `config` on the meta device, with the linears that `pattern` finds factorized.
+
+    Args:
+        make_layer: called with in_features, out_features, bias, rank and device; None leaves the model dense.
+        pattern: regular expression searched in each linear's qualified name.
+        rank: see `layer_rank`.
+        ranks: exact ranks by layer name, which come before `rank`.
+
+    Raises:
+        ConfigError: if the pattern matches no linear, or a rank does not fit its layer.
+    """
+    attention = CAUSAL if getattr(config, "sliding_window", None) is None else "sdpa"
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=brings_code(config)
+        )
+    if make_layer is not None:
+        assert pattern is not None and rank is not None
+        found = linears(model, pattern)
+        if isinstance(rank, str):
+            rank = budget_rank(rank, parameter_count(model), found, make_layer)
+        for name, linear in found.items():
+            layer = factorized(linear, make_layer, ranks.get(name) or layer_rank(rank, name, linear))
+            model.set_submodule(name, layer)
+    return model

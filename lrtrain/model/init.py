@@ -1,0 +1,138 @@
+"""Initial values: a function of (seed, parameter name) alone.
+
+So a model is the same at every world size and under every engine."""
+
+import copy
+import inspect
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrtrain.core.cache import cache_folder, fingerprint
+from lrtrain.core.seeds import generator_for, integer_seed
+from lrtrain.distributed.per_layer import dealt
+from lrtrain.distributed.sharding import take_over
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.linalg import initial
+from lrtrain.model.structure import factorized_layers
+
+
+@torch.no_grad()
+def materialize(model: PreTrainedModel, seed: int, device: torch.device, fresh: bool = True) -> None:
+    """Give every parameter and buffer its storage on `device` and its initial value; a collective.
+
+    Parameters may be sharded already (DTensors on meta).
+    """
+    model.to_empty(device=device)
+    model.tie_weights()  # getting storage may have parted them
+    fill(model, seed, fresh)
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, seed: int, fresh: bool = True) -> None:
+    """Give every parameter and buffer, sharded or not, its initial value; a collective.
+
+    Without `fresh` the state of factorized layers is left to be loaded; the buffers that a seed gives back are drawn.
+
+    Dense modules are drawn by every process, factorized layers, whose values can cost an SVD, by one process for all;
+    each keeps its shards and drops the rest, so no process holds more than two whole modules.
+    """
+    layers = factorized_layers(model)
+
+    def values_of(name: str) -> dict[str, Tensor]:
+        buffers = layers[name].init_buffers(generator_for(seed, f"{name}/buffers"))
+        return initial_state(layers[name], seed, name) | buffers if fresh else buffers
+
+    for name, values in dealt([*layers], values_of):
+        take_over(layers[name], values)
+    inside = {id(child) for layer in layers.values() for child in layer.modules()}
+    filled: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) not in inside and (values := dense_values(model, module, seed, name)):
+            tied = {key for key in values if id(getattr(module, key)) in filled}  # valued by the module that came first
+            take_over(module, {key: value for key, value in values.items() if key not in tied})
+            filled.update(id(getattr(module, key)) for key in values)
+
+
+def initial_layer(model: PreTrainedModel, name: str, seed: int) -> nn.Module:
+    """A linear layer of the model, which is on meta, as `materialize` starts it: whole, on the CPU."""
+    layer = model.get_submodule(name)
+    if isinstance(layer, FactorizedLinear):
+        values = initial_state(layer, seed, name) | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+    else:
+        values = dense_values(model, layer, seed, name)
+    twin = copy.deepcopy(layer).to_empty(device="cpu")
+    with torch.no_grad():
+        take_over(twin, values)
+    return twin
+
+
+def initial_state(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
+    """Parameters and persistent buffers of a factorized layer: a function of (seed, name) alone."""
+
+    def compute() -> dict[str, Tensor]:
+        return layer.init_parameters(generator_for(seed, name))
+
+    values = kept_on_disk(initial_state_path(layer, seed, name), compute) if layer.costly_init else compute()
+    if hasattr(layer, "starts_at_zero"):
+        values = zero_start(values, {key for key, role in layer.roles.items() if role == "factor_left"})
+    return values
+
+
+def zero_start(values: dict[str, Tensor], zero: set[str]) -> dict[str, Tensor]:
+    """The initial values with those at zero that make the layer's W zero and let it learn: of a plain linear its
+    weight, of BA the left factor."""
+    return {key: torch.zeros_like(value) if key in zero else value for key, value in values.items()}
+
+
+def initial_state_path(layer: FactorizedLinear, seed: int, name: str) -> Path:
+    """Where a layer's costly values are kept: named by all that they depend on, the code that computes them too."""
+    code = [inspect.getsource(inspect.getmodule(type(layer)) or type(layer)), inspect.getsource(initial)]
+    shapes = {key: [*value.shape] for key, value in layer.state_dict().items()}
+    other = {key for key in vars(layer) if key[0] == "_"} | {"training", "execution"}
+    settings = {key: value for key, value in vars(layer).items() if key not in other}
+    key = fingerprint(type(layer).__qualname__, settings, shapes, integer_seed(seed, name), code, torch.__version__)
+    return cache_folder() / "init" / f"{key}.pt"
+
+
+def kept_on_disk(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors in the file; where it is missing or damaged they are computed and it is written anew.
+
+    Any number of processes may do so at once: the file appears whole, by a rename. Without room for it there is none.
+    """
+    with suppress(Exception):  # what torch.load raises on a damaged file is not specified
+        return torch.load(path, weights_only=True)
+    values = compute()
+    unfinished = path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex}")
+    with suppress(OSError, RuntimeError):  # torch's writer raises the second on a full disk
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({key: value.contiguous() for key, value in values.items()}, unfinished)
+        unfinished.rename(path)
+    with suppress(OSError):
+        unfinished.unlink()
+    return values
+
+
+def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str) -> dict[str, Tensor]:
+    """The module's own parameters and buffers as transformers initializes them, on the CPU, by name; zero
+    where it is to start there."""
+    own = dict(module.named_parameters(recurse=False))
+    buffers = dict(module.named_buffers(recurse=False))
+    if not own and not buffers:
+        return {}
+    twin = object.__new__(type(module))  # copy.copy would call FSDP's constructor where it wraps the module itself
+    twin.__dict__ = dict(module.__dict__)
+    twin._parameters = {key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()}  # type: ignore
+    twin._parameters |= {key: None for key, p in module._parameters.items() if p is None}
+    twin._buffers = {key: torch.empty(b.shape, dtype=b.dtype) for key, b in buffers.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(integer_seed(seed, name))
+        model._init_weights(twin)
+    values = {key: getattr(twin, key) for key in (*own, *buffers)}
+    return zero_start(values, {"weight"}) if hasattr(module, "starts_at_zero") else values

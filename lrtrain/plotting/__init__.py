@@ -1,0 +1,1 @@
+"""Drawing: the style of all pictures and pictures made of single arrays."""

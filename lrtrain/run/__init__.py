@@ -1,0 +1,1 @@
+"""One training run: the loop, its directory, and what happens between steps."""

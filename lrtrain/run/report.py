@@ -1,0 +1,39 @@
+"""What a run prints of itself at its start and its end."""
+
+from typing import Any
+
+from torch import nn
+
+from lrtrain.model.counts import above_break_even, dense_parameter_count, ledger, parameter_count, trainable_count
+
+
+def print_ledger(model: nn.Module) -> None:
+    """What was factorized, and how small that makes the model."""
+    for kind, layers, shape, size in ledger(model):
+        print(f"  {kind:<12} {layers:>3} × ({shape}): {size:,} parameters")
+    if wasteful := above_break_even(model):
+        print(f"  above break-even, no fewer trained than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
+    ours, dense = parameter_count(model), dense_parameter_count(model)
+    trained = trainable_count(model)
+    frozen = f", {trained:,} of them trained" if trained < ours else ""
+    print(f"  {ours:,} parameters{frozen}, {ours / dense:.0%} of the dense model's {dense:,}", flush=True)
+
+
+def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
+    """The summary as people read it."""
+    ours, dense, trained = (summary[f"parameters{kind}"] for kind in ("", "_dense", "_trainable"))
+    frozen = f", {trained:,} of them trained" if trained < ours else ""
+    rows = {
+        "run": summary["run"],
+        "steps": f"{summary['step']:,} ({summary['tokens']:,} tokens, {summary['skipped']} skipped)",
+        "parameters": f"{ours:,} ({ours / dense:.0%} of dense {dense:,}{frozen})",
+        "memory": f"{summary['memory_gib']:.2f} GiB per process, peak",
+        "optimizer state": f"{summary['optimizer_bytes'] / 2**20:,.1f} MiB, over all processes",
+    }
+    if summary["eval_perplexity"] is not None:
+        rows["eval perplexity"] = f"{summary['eval_perplexity']:.2f} (loss {summary['eval_loss']:.4f})"
+    if summary["tokens_per_second"] is not None:
+        rows["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
+    if summary["effective_rank"] is not None:
+        rows["effective rank"] = f"{summary['effective_rank']:.1f} (mean over matrices)"
+    return rows

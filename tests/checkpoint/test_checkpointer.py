@@ -1,0 +1,181 @@
+"""A checkpoint is whole or it is not there."""
+
+import os
+import pickle
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from crew import together
+
+from lrtrain import distributed
+from lrtrain.checkpoint.checkpointer import (
+    MARKER,
+    Checkpointer,
+    damage_of,
+    find_checkpoint,
+    newest_sound,
+    read_meta,
+    remove,
+    whole_checkpoints,
+)
+from lrtrain.distributed.world import World
+from lrtrain.errors import ConfigError
+
+
+@pytest.fixture
+def world():
+    yield distributed.start()
+    distributed.stop()
+
+
+def make(folder: Path, step: int, whole: bool = True) -> Path:
+    path = folder / f"step-{step:08d}"
+    path.mkdir(parents=True)
+    if whole:
+        (path / MARKER).write_text("{}")
+    return path
+
+
+def test_only_whole_checkpoints_are_seen(tmp_path: Path):
+    make(tmp_path, 10)
+    make(tmp_path, 5)
+    make(tmp_path, 20, whole=False)
+    make(tmp_path, 30).rename(tmp_path / ".step-00000030.partial")
+    make(tmp_path, 40).rename(tmp_path / "step-00000040.backup")
+    assert [p.name for p in whole_checkpoints(tmp_path)] == ["step-00000005", "step-00000010"]
+
+
+def test_a_run_or_a_checkpoint_can_be_named(tmp_path: Path):
+    made = make(tmp_path / "checkpoints", 10)
+    assert find_checkpoint(tmp_path) == find_checkpoint(made) == made
+    with pytest.raises(ConfigError, match=f"resume={tmp_path}/nothing holds no complete checkpoint"):
+        find_checkpoint(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_saving_and_loading_gives_the_state_back(tmp_path: Path, world, asynchronous: bool):
+    saver = Checkpointer(tmp_path, world, keep=2, keep_every=None, asynchronous=asynchronous)
+    state = {"model": {"w": torch.randn(5, 3)}, "optimizer": {"state.w.step": torch.tensor(3.0)}}
+    before = state["model"]["w"].clone()
+    saver.save(state, 3, {"tokens": 7})
+    state["model"]["w"].zero_()  # training goes on while it is written
+    saver.wait()
+    (found,) = whole_checkpoints(tmp_path)
+    saver.load(state, found)
+    assert torch.equal(state["model"]["w"], before)
+    assert read_meta(found) == {"tokens": 7, "step": 3}
+
+
+def test_the_newest_are_kept_and_the_unfinished_neither_count_nor_stay(tmp_path: Path, world):
+    make(tmp_path, 1, whole=False)
+    make(tmp_path, 2).rename(tmp_path / ".step-00000002.partial")
+    (tmp_path / ".of-others").touch()
+    saver = Checkpointer(tmp_path, world, keep=2, keep_every=4, asynchronous=True)
+    for step in range(3, 9):
+        saver.save({"w": torch.zeros(1)}, step, {})
+    saver.wait()
+    assert [int(p.name[5:]) for p in whole_checkpoints(tmp_path)] == [4, 7, 8]
+    assert [p.name for p in tmp_path.glob(".*")] == [".of-others"]
+
+
+def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch):
+    made = make(tmp_path, 10)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrtrain.checkpoint.checkpointer.shutil.rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        remove(made)
+    assert whole_checkpoints(tmp_path) == []
+
+
+def saved(folder: Path, world: World, *steps: int) -> Checkpointer:
+    saver = Checkpointer(folder, world, keep=9, keep_every=None, asynchronous=False)
+    for step in steps:
+        saver.save({"w": torch.full((1000,), float(step))}, step, {})
+    return saver
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "meta.json", "checksums.json"])
+@pytest.mark.parametrize("spoil", [flip_a_bit, cut_off, Path.unlink])
+def test_a_checkpoint_that_was_changed_is_left_aside_for_the_one_before(tmp_path: Path, world, capsys, file, spoil):
+    saved(tmp_path, world, 1, 2)
+    first, second = whole_checkpoints(tmp_path)
+    assert newest_sound(tmp_path) == second and damage_of(first) is None
+    spoil(second / file)
+    assert newest_sound(tmp_path) == first
+    named = file if file != MARKER else ""  # of a marker that is wrong itself any file may seem to be
+    assert f"{second} is damaged and left aside: {named}" in capsys.readouterr().err
+    with pytest.raises(
+        ConfigError, match=f"resume={second} is damaged: {named}" if (second / MARKER).exists() else str(second)
+    ):
+        find_checkpoint(second)
+    spoil(first / "__0_0.distcp")
+    with pytest.raises(ConfigError, match="all checkpoints in .* are damaged"):
+        newest_sound(tmp_path)
+
+
+class Harmful:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, touched: Path):
+        self.touched = touched
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.touched}",)
+
+
+def test_what_a_checkpoint_pickles_is_not_run(tmp_path: Path, world):
+    saver = saved(tmp_path, world, 1)
+    (checkpoint,) = whole_checkpoints(tmp_path)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "touched")))
+    with pytest.raises(ConfigError, match="system does not belong into a checkpoint"):
+        saver.load({"w": torch.zeros(1000)}, checkpoint)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_values_that_are_no_tensors_are_refused(tmp_path: Path, world):
+    saver = Checkpointer(tmp_path, world, keep=9, keep_every=None, asynchronous=False)
+    saver.save({"w": torch.zeros(3), "harmful": Harmful(tmp_path / "touched")}, 1, {})
+    (checkpoint,) = whole_checkpoints(tmp_path)
+    with pytest.raises(ConfigError, match="harmful is not a tensor"):
+        saver.load({"w": torch.zeros(3), "harmful": 1}, checkpoint)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_disk_that_is_full_on_one_process_costs_one_checkpoint(tmp_path: Path, asynchronous: bool, full: int):
+    together(save_on_a_full_disk, (tmp_path, asynchronous, full), tmp_path)
+    assert [p.name for p in whole_checkpoints(tmp_path)] == ["step-00000001", "step-00000003"]
+    assert not list(tmp_path.glob(".step*"))
+    said = "".join((tmp_path / f"{k}.txt").read_text() for k in range(2))
+    assert said.count("the checkpoint of step 2 failed: ") == 1
+
+
+def save_on_a_full_disk(folder: Path, asynchronous: bool, full: int) -> None:
+    world = distributed.start()
+    saver = Checkpointer(folder, world, keep=9, keep_every=None, asynchronous=asynchronous)
+    state = {name: torch.ones(2**16) for name in "ab"}  # a file of its own for each process
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for step, disk in enumerate((resource.RLIM_INFINITY, 2**16, resource.RLIM_INFINITY), start=1):
+        if world.dist_rank == full:  # no file of this process may grow beyond
+            resource.setrlimit(resource.RLIMIT_FSIZE, (disk, resource.RLIM_INFINITY))
+        saver.save(state, step, {})
+        saver.wait()
+        assert saver.saved == (step != 2)
+    distributed.stop()

@@ -1,0 +1,117 @@
+"""Counts what the processes of a step send and hold, and writes it as JSON."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lrtrain import distributed
+from lrtrain.config.choice import choice
+from lrtrain.config.schema import Config, compute_dtype
+from lrtrain.distributed.sharding import local
+from lrtrain.distributed.world import World
+from lrtrain.engine import gloo
+from lrtrain.model.build import make_model
+
+
+class Counted(TorchDispatchMode):
+    """Bytes that this process receives, by what they are for."""
+
+    def __init__(self):
+        super().__init__()
+        self.received = {"gathered": 0.0, "reduced": 0.0, "replicated": 0.0}
+        self.kind = ""
+        self.patches = [self.during(gloo.AllGather, "gathered"), self.during(gloo.ReduceScatter, "reduced")]
+
+    def during(self, collective: type, kind: str):
+        """What is received within `collective` is of this kind."""
+        call = collective.__call__
+
+        def counted(*args, **kwargs):
+            self.kind = kind
+            return call(*args, **kwargs)
+
+        return patch.object(collective, "__call__", counted)
+
+    def __enter__(self):
+        for one in self.patches:
+            one.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for one in self.patches:
+            one.stop()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operator = str(func).split(".")[1] if str(func).startswith("c10d.") else None
+        if operator == "recv_":
+            self.received[self.kind] += args[0][0].nbytes
+        elif operator == "allreduce_":
+            size = next(ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject)
+                        and "ProcessGroup" in str(a._type()))  # fmt: skip
+            self.received["replicated"] += args[0][0].nbytes * (size - 1) / size * 2
+        return func(*args, **(kwargs or {}))
+
+
+def allocated_at_most(step: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator gives out at a time while `step` runs, above what it had before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def measured(config: Config, world: World, peak: bool) -> dict[str, Any]:
+    """One step: what was received and is held; with `peak`, of one more step the most at a time on the main process."""
+    dtype = compute_dtype(config, world.device)
+    every, keep = config.train.recompute_every, config.train.recompute_keep
+    engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=every, recompute_keep=keep)
+    with patch.object(gloo, "exchange_of", lambda group: partial(gloo.by_messages, group)):  # which can be counted
+        engine.prepare(make_model(config), 0, choice(config.optim))
+    rows = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_len + 1))
+    passes = config.train.batch_size // (world.size * len(rows))
+
+    def gradients() -> torch.Tensor:
+        losses = [engine.forward_backward(rows, 1000, i + 1 == passes) for i in range(passes)]
+        return losses[-1]
+
+    engine.begin_step(0, 1e-3, 1.0, "global")
+    engine.clip_and_step(gradients().item())  # this step also looks at the model once
+    engine.begin_step(1, 1e-3, 1.0, "global")
+    with Counted() as counted:
+        loss = gradients()
+    held = sum(local(p.grad).nbytes for p in engine.model.parameters() if p.grad is not None)
+    engine.clip_and_step(loss.item())
+    most = None
+    if peak:
+        engine.begin_step(2, 1e-3, 1.0, "global")
+        most = allocated_at_most(gradients) if world.main else gradients().item()
+    states = [t for s in engine.optimizer.state.values() for t in s.values() if t.ndim]
+    return {
+        "received": counted.received,
+        "held": {
+            "weights": sum(local(p).nbytes for p in engine.model.parameters()),
+            "gradients": held,
+            "optimizer": sum(local(t).nbytes for t in states),
+        },
+        "peak": most,
+    }
+
+
+def measure(jobs: list[Config], peaks: list[bool], out: Path) -> None:
+    """The job of a crew: all of them, one after another; of some the peak too."""
+    world = distributed.start()
+    found = [measured(config, world, peak) for config, peak in zip(jobs, peaks, strict=True)]
+    if world.main:
+        out.write_text(json.dumps(found))
+    distributed.stop()
