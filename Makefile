@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PROCESSES ?= 1
 
-.PHONY: train test lint setup clean
+.PHONY: train test test-all lint setup clean
 
 setup: .venv/ready
 
@@ -16,7 +16,10 @@ setup: .venv/ready
 train: .venv/ready ## Pretrain a small SLTrain LLaMA on real text, on all cores.
 	$(BIN)/torchrun --nproc_per_node=$(PROCESSES) launch/pretrain.py model=llama_tiny param=sltrain resume=auto $(ARGS)
 
-test: .venv/ready ## All tests.
+test: .venv/ready ## The quick tests.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not full" $(ARGS)
+
+test-all: .venv/ready ## All tests.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/ready ## Style and types.

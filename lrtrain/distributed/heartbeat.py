@@ -22,7 +22,7 @@ from lrtrain.errors import RunFailed
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TORCH = Path(dist.__file__).parent
-COLLECTIVES = ("distributed.py", "gloo.py", "shared_memory.py")  # ours: who called them is of interest
+COLLECTIVES = ("collectives.py", "world.py", "gloo.py", "shared_memory.py")  # ours: who called them is of interest
 OVER = "over"
 
 _runs = itertools.count()
