@@ -23,7 +23,7 @@ from lrtrain.checkpoint.checkpointer import Checkpointer, damage_of, whole_check
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.config.schema import Config, compute_dtype
-from lrtrain.distributed.collectives import from_main, on_main
+from lrtrain.distributed.collectives import broadcast_from_rank0, run_on_rank0
 from lrtrain.distributed.sharding import local
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine
@@ -72,15 +72,15 @@ def measure(overrides: list[str], folder: Path, world: World) -> None:
     alone = [timed(step) for _ in range(STEPS)]
     checkpointer.save(state, 2, {})
     beside = []
-    while not from_main((folder / "step-00000002").exists()):
+    while not broadcast_from_rank0((folder / "step-00000002").exists()):
         beside.append(timed(step))
     checkpointer.wait()
     if world.main:
         at_rest, writing = statistics.median(alone), statistics.mean(beside)
         print(f"{'a step':44} {at_rest:7.2f} s")
         print(f"{'  while a checkpoint is written':44} {writing:7.2f} s  {len(beside)} of them", flush=True)
-    on_main(lambda: forget(folder))
-    show("resume: checksums, from the disk", timed(lambda: on_main(lambda: damage_of(whole()))))
+    run_on_rank0(lambda: forget(folder))
+    show("resume: checksums, from the disk", timed(lambda: run_on_rank0(lambda: damage_of(whole()))))
     show("  then filling model and optimizer", timed(lambda: checkpointer.load(state, whole())))
     if world.main:
         file = folder / "plain"

@@ -42,7 +42,7 @@ from lrtrain import distributed
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.config.schema import compute_dtype
-from lrtrain.distributed.collectives import total
+from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.model.autotune import settle
 from lrtrain.model.build import architecture, make_model
@@ -291,7 +291,7 @@ def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTra
     config = compose(*overrides)
     model = make_model(config)
     dtype = compute_dtype(config, world.device)
-    tokens = int(total(rows[:, 1:].numel())[0])
+    tokens = int(sum_over_ranks(rows[:, 1:].numel())[0])
     executions = settle(model, rows[:, 1:].numel(), dtype, world.device)
     for name, layer in factorized_layers(model).items():
         layer.execution = executions.get(name)
@@ -308,7 +308,7 @@ def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTra
     def step() -> None:
         engine.begin_step(0, 1e-3, 1.0, "global")
         loss = engine.forward_backward(rows, tokens)
-        engine.clip_and_step(total(loss.item())[0] / tokens)
+        engine.clip_and_step(sum_over_ranks(loss.item())[0] / tokens)
 
     return step, engine.model
 

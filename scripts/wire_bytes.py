@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain import distributed
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
-from lrtrain.distributed.collectives import largest
+from lrtrain.distributed.collectives import max_over_ranks
 from lrtrain.engine import gloo
 from lrtrain.model.build import make_model
 
@@ -77,7 +77,7 @@ def step_bytes(*overrides: str) -> int:
             loss = engine.forward_backward(rows, 8 * WORLD.size)
             engine.clip_and_step(loss.item())
         counted = wire.received
-    return int(largest(counted)[0])
+    return int(max_over_ranks(counted)[0])
 
 
 def main() -> None:

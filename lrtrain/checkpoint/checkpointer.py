@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lrtrain.checkpoint.reader import TensorPlanner, TensorReader
-from lrtrain.distributed.collectives import total
+from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.errors import ConfigError
 
@@ -159,7 +159,7 @@ class Checkpointer:
             return
         failure = _failure_of(self.pending)
         self.pending = None
-        self.saved = total(failure is not None)[0] == 0
+        self.saved = sum_over_ranks(failure is not None)[0] == 0
         if not self.saved and self.world.main:
             shutil.rmtree(self._partial(self.step), ignore_errors=True)
             reason = failure or "another process could not write its part"

@@ -1,4 +1,4 @@
-"""Small collectives: sums, maxima, and agreements between all processes."""
+"""Small collectives over all ranks: sums, maxima, broadcasts, and checks whose outcome reaches every rank."""
 
 import socket
 from collections.abc import Callable
@@ -12,46 +12,46 @@ from lrtrain.errors import ConfigError
 T = TypeVar("T")
 
 
-def total(*values: float) -> list[float]:
-    """The values summed over all processes, in float64."""
+def sum_over_ranks(*values: float) -> list[float]:
+    """Each value summed over all ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
-def largest(*values: float) -> list[float]:
-    """The largest of each value over all processes."""
+def max_over_ranks(*values: float) -> list[float]:
+    """The maximum of each value over all ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
-def from_main(value: Any) -> Any:
-    """The main process's value, on every process."""
+def broadcast_from_rank0(value: Any) -> Any:
+    """Rank 0's `value`, on every rank; it is pickled."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def on_main(action: Callable[[], T]) -> T:
-    """Run `action` on the main process only; its result, or the ConfigError it raised, reaches every process."""
+def run_on_rank0(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 only; its result, or the ConfigError it raised, reaches every rank."""
     outcome: tuple[T | None, ConfigError | None] = (None, None)
     if dist.get_rank() == 0:
         try:
             outcome = (action(), None)
         except ConfigError as error:
             outcome = (None, error)
-    result, error = from_main(outcome)
+    result, error = broadcast_from_rank0(outcome)
     if error is not None:
         raise error
     return result
 
 
-def on_all(action: Callable[[], T]) -> T:
-    """Run `action` on every process; its result.
+def run_on_all_ranks(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; its result here.
 
     Raises:
-        ConfigError: on every process, if `action` raised one on any; naming these, if it did not on all.
+        ConfigError: on every rank, if `action` raised one on any; it names those ranks unless all failed.
     """
     result, error = None, None
     try:
@@ -71,11 +71,11 @@ def on_all(action: Callable[[], T]) -> T:
     raise ConfigError(f"{where}{sentence}") from error
 
 
-def agree(value: str, what: str) -> None:
-    """Check that all processes hold the same value.
+def check_equal_on_all_ranks(value: str, what: str) -> None:
+    """Check that `value` is the same on all ranks.
 
     Raises:
-        ConfigError: on every process, naming those that differ from process 0.
+        ConfigError: on every rank, naming `what` and the ranks that differ from rank 0.
     """
     values: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(values, value)

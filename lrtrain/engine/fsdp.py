@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from lrtrain.config.schema import DTYPES, Config
-from lrtrain.distributed.collectives import total
+from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.engine import gloo
 from lrtrain.engine.base import Engine, Spread
@@ -79,7 +79,7 @@ class FSDPEngine(Engine):
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_all_reduce(last)  # replicas sum once a step; within them each micro-batch is summed
         loss = next_token_loss(self.model, rows.to(self.world.device, non_blocking=True))
-        if self.in_backward is None or math.isfinite(total(loss.item())[0]):
+        if self.in_backward is None or math.isfinite(sum_over_ranks(loss.item())[0]):
             (loss / tokens).backward()
         return loss.detach()
 

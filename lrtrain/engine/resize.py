@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrtrain.distributed.flat_shard import placed_alike
-from lrtrain.distributed.per_layer import dealt_layers
+from lrtrain.distributed.per_layer import compute_layers_across_ranks
 from lrtrain.distributed.sharding import keep_shard, local, whole
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.optim.base import ShardedOptimizer
@@ -20,7 +20,7 @@ from lrtrain.optim.base import ShardedOptimizer
 def wanted_ranks(layers: Mapping[str, FactorizedLinear], step: int) -> dict[str, int]:
     """The rank that each layer wants when `step` steps are done, its own where it is not due; a collective."""
     due = {name: layer for name, layer in layers.items() if layer.resize_due(step)}
-    wanted = dealt_layers(due, lambda _, layer: {"rank": torch.tensor(layer.wanted_rank())})
+    wanted = compute_layers_across_ranks(due, lambda _, layer: {"rank": torch.tensor(layer.wanted_rank())})
     return {name: layer.rank for name, layer in layers.items()} | {name: int(v["rank"]) for name, v in wanted}
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lrtrain.core.seeds import generator_for
-from lrtrain.distributed.per_layer import dealt_layers
+from lrtrain.distributed.per_layer import compute_layers_across_ranks
 from lrtrain.distributed.sharding import keep_shard, local, take_over, whole
 from lrtrain.layers.base import FactorizedLinear, Reset
 from lrtrain.model.structure import factorized_layers
@@ -25,7 +25,7 @@ def revise_layers(model: nn.Module, optimizer: ShardedOptimizer, step: int, seed
         layer.float().revise(step, generator_for(seed, f"{name}/revision at {step}"))  # whatever the parameters' dtype
         return _values(layer)
 
-    for name, values in dealt_layers(layers, revised):
+    for name, values in compute_layers_across_ranks(layers, revised):
         take_over(layers[name], values)
     for name, layer in layers.items():
         for key, reset in layer.resets(step).items():

@@ -1,6 +1,6 @@
 """A run's start from trained weights: their ranks within a budget, and the values of each layer.
 
-Layers are dealt out: one process finds the values of a layer, and each keeps its shards of them.
+One rank computes the values of a layer and broadcasts them; each rank keeps its shards.
 """
 
 import copy
@@ -15,7 +15,7 @@ from lrtrain import data
 from lrtrain.checkpoint.source_weights import check_origin, open_origin
 from lrtrain.config.schema import Config
 from lrtrain.core.seeds import generator_for
-from lrtrain.distributed.per_layer import dealt
+from lrtrain.distributed.per_layer import compute_across_ranks
 from lrtrain.distributed.sharding import keep_shard, take_over
 from lrtrain.distributed.world import World
 from lrtrain.engine.forward import dense_model
@@ -81,7 +81,7 @@ class Start:
         try:
             if self.settings.ranks == "uniform":
                 return fitting(uniform_ranks(shapes, budget - beside), shapes, budget - beside)
-            spectra = {name: values["sigma"].cpu() for name, values in self._dealt(self._spectrum)}
+            spectra = {name: values["sigma"].cpu() for name, values in self._across_ranks(self._spectrum)}
             return allocate(spectra, shapes, budget - beside, self.settings.ranks)
         except ValueError as error:
             raise ConfigError(
@@ -97,7 +97,7 @@ class Start:
         for name, tensor in state.items():
             if not name.startswith(inside):
                 keep_shard(tensor, self.origin.tensor(firsts[name]))
-        for name, values in self._dealt(lambda name, *how: self._values(name, layers[name], *how)):
+        for name, values in self._across_ranks(lambda name, *how: self._values(name, layers[name], *how)):
             for key, value in values.items():
                 keep_shard(state[f"{name}.{key}"], value)
 
@@ -122,7 +122,7 @@ class Start:
         return self.origin.tensor(f"{name}.weight").to(self.world.device, torch.float64)
 
     @torch.no_grad()
-    def _dealt(self, compute: Compute) -> Iterator[tuple[str, Values]]:
+    def _across_ranks(self, compute: Compute) -> Iterator[tuple[str, Values]]:
         """(name, compute(name, fit, moment)) for all layers on every process; those of a group by the same one, which
         holds their moment."""
 
@@ -133,7 +133,7 @@ class Start:
                 found = {name: compute(name, fit, moment) for name in self.groups[leader]}
             return {f"{name}/{key}": value for name, values in found.items() for key, value in values.items()}
 
-        for leader, values in dealt([*self.groups], of_group):
+        for leader, values in compute_across_ranks([*self.groups], of_group):
             for name in self.groups[leader]:
                 yield name, {k.removeprefix(f"{name}/"): v for k, v in values.items() if k.startswith(f"{name}/")}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrtrain.distributed.collectives import total
+from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.model.loss import next_token_loss
 
@@ -65,7 +65,7 @@ def evaluate(
                 galore += found / mine[:, 1:].numel()
     finally:
         model.train()
-    loss, galore = total(loss, galore / (batches + 1))
+    loss, galore = sum_over_ranks(loss, galore / (batches + 1))
     tokens = rows[:, 1:].numel()
     return Evaluation(loss=loss / tokens, tokens=tokens, galore_loss=galore / world.size)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrtrain.core.names import by_layer_and_projection
-from lrtrain.distributed.per_layer import as_numbers, as_tensors, dealt_layers
+from lrtrain.distributed.per_layer import as_numbers, as_tensors, compute_layers_across_ranks
 from lrtrain.distributed.sharding import twin
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.linalg.factors import dense_singular_values
@@ -25,7 +25,7 @@ PREFIXES = {"factor_left": "left_", "factor_right": "right_", "matrix": ""}
 class GradientSpectra:
     """Measures gradients, and how far each one's leading quarter of singular vectors turned since the last time.
 
-    A process keeps these vectors for the layers that are dealt to it. They are not part of a checkpoint: after
+    A process keeps these vectors for the layers that it owns. They are not part of a checkpoint: after
     resuming, the first measurement has no overlap.
     """
 
@@ -39,7 +39,7 @@ class GradientSpectra:
         for name, layer in layers.items():
             factors = [layer] if isinstance(layer, FactorizedLinear) and layer.factor_pair() else []
             pairs[name] = nn.ModuleList([with_gradients(layer), *factors])
-        found = {name: as_numbers(values) for name, values in dealt_layers(pairs, self._of_layer)}
+        found = {name: as_numbers(values) for name, values in compute_layers_across_ranks(pairs, self._of_layer)}
         return by_layer_and_projection(found, "gradients")
 
     def _of_layer(self, name: str, pair: nn.ModuleList) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lrtrain.distributed.collectives import total
+from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.measure.representations import SecondMoment, matrix_entropy, matrix_nuclear_norm, rankme
 from lrtrain.measure.streaming import LeadingDirection
@@ -37,7 +37,7 @@ class States:
     def metrics(self) -> dict[str, float]:
         """Over all processes; a collective."""
         self.moment.reduce()
-        nuclear_norm, entropy, rows = total(self.nuclear_norm, self.entropy, self.sequences)
+        nuclear_norm, entropy, rows = sum_over_ranks(self.nuclear_norm, self.entropy, self.sequences)
         return {
             "rankme": rankme(self.moment.singular_values(centered=False)),
             "rankme_centered": rankme(self.moment.singular_values(centered=True)),
@@ -61,7 +61,7 @@ class TopStates(LeadingDirection):
 
     def metrics(self) -> dict[str, float]:
         """Over all processes; a collective."""
-        nuclear_norm, rows = total(self.nuclear_norm, self.sequences)
+        nuclear_norm, rows = sum_over_ranks(self.nuclear_norm, self.sequences)
         return super().metrics() | {"mnn": nuclear_norm / rows}
 
 

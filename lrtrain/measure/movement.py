@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lrtrain.core.names import by_layer_and_projection
-from lrtrain.distributed.per_layer import as_numbers, as_tensors, dealt_layers
+from lrtrain.distributed.per_layer import as_numbers, as_tensors, compute_layers_across_ranks
 from lrtrain.distributed.sharding import twin
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.linalg.factors import dense_singular_values
@@ -37,7 +37,7 @@ class Movement:
             name: nn.ModuleList([layer, *([self.last[name]] if name in self.last else [])])
             for name, layer in layers.items()
         }
-        found = {name: as_numbers(values) for name, values in dealt_layers(pairs, self._of_layer)}
+        found = {name: as_numbers(values) for name, values in compute_layers_across_ranks(pairs, self._of_layer)}
         self.last = {name: twin(layer, lambda p: p.detach().clone()) for name, layer in layers.items()}
         return by_layer_and_projection(found, "updates")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrtrain.core.names import by_layer_and_projection
 from lrtrain.core.seeds import generator_for
-from lrtrain.distributed.per_layer import as_numbers, as_tensors, dealt_layers
+from lrtrain.distributed.per_layer import as_numbers, as_tensors, compute_layers_across_ranks
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.linalg.factors import dense_singular_values
 from lrtrain.measure.estimates import estimated_metrics
@@ -36,9 +36,9 @@ def weight_spectra(layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
     by_gram = {
         name: layer for name, layer in by_cost.items() if isinstance(layer, FactorizedLinear) and sends_gram(layer)
     }
-    found = {name: of["sigma"] for name, of in dealt_layers(by_gram, _from_grams, product_at) if of}
+    found = {name: of["sigma"] for name, of in compute_layers_across_ranks(by_gram, _from_grams, product_at) if of}
     rest = {name: layer for name, layer in by_cost.items() if name not in found}
-    found |= {name: of["sigma"] for name, of in dealt_layers(rest, _from_layer)}
+    found |= {name: of["sigma"] for name, of in compute_layers_across_ranks(rest, _from_layer)}
     return {name: found[name] for name in layers}
 
 
@@ -51,7 +51,7 @@ def weight_estimates(layers: Mapping[str, LinearLayer]) -> dict[str, dict[str, f
         weight = linear_map(layer).float()
         return as_tensors(estimated_metrics(weight, generator_for(0, f"estimate of {name}")))
 
-    return {name: as_numbers(values) for name, values in dealt_layers(layers, estimate)}
+    return {name: as_numbers(values) for name, values in compute_layers_across_ranks(layers, estimate)}
 
 
 def too_large(layers: Mapping[str, L], exact_up_to: int | None) -> dict[str, L]:
@@ -95,7 +95,7 @@ def part_metrics(layers: Mapping[str, LinearLayer]) -> tuple[dict[str, float], d
         found, arrays = head_and_tail(*parts, layer.rank, generator_for(0, f"null of {name}"))
         return as_tensors(found) | {key: array.cpu() for key, array in arrays.items()}
 
-    found = dict(dealt_layers(chosen, shares))
+    found = dict(compute_layers_across_ranks(chosen, shares))
     shares_of = {name: as_numbers({k: v for k, v in of.items() if v.dim() == 0}) for name, of in found.items()}
     arrays = {f"{name}/{key}": v for name, of in found.items() for key, v in of.items() if v.dim()}
     return by_layer_and_projection(shares_of, "spectra"), arrays
@@ -110,7 +110,7 @@ def tail_metrics(layers: Mapping[str, LinearLayer], spectra: Mapping[str, Tensor
         return as_tensors(fits(_upcast(layer), spectra[name], generator_for(0, f"noise of {name}")))
 
     chosen = {name: layer for name, layer in layers.items() if name in spectra}
-    found = {name: as_numbers(values) for name, values in dealt_layers(chosen, measure)}
+    found = {name: as_numbers(values) for name, values in compute_layers_across_ranks(chosen, measure)}
     return by_layer_and_projection(found, "spectra")
 
 
@@ -135,7 +135,7 @@ def _from_layer(_: str, layer: LinearLayer) -> dict[str, Tensor]:
 
 
 def _upcast(twin: L) -> L:
-    """The twin that `dealt_layers` made, with float32 parameters where they are stored in fewer bits."""
+    """The twin that `compute_layers_across_ranks` made, with float32 parameters where they are stored in fewer bits."""
     for p in twin.parameters():
         p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
     return twin

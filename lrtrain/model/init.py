@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lrtrain.core.cache import cache_folder, fingerprint
 from lrtrain.core.seeds import generator_for, integer_seed
-from lrtrain.distributed.per_layer import dealt
+from lrtrain.distributed.per_layer import compute_across_ranks
 from lrtrain.distributed.sharding import take_over
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.linalg import initial
@@ -49,7 +49,7 @@ def fill(model: PreTrainedModel, seed: int, fresh: bool = True) -> None:
         buffers = layers[name].init_buffers(generator_for(seed, f"{name}/buffers"))
         return initial_state(layers[name], seed, name) | buffers if fresh else buffers
 
-    for name, values in dealt([*layers], values_of):
+    for name, values in compute_across_ranks([*layers], values_of):
         take_over(layers[name], values)
     inside = {id(child) for layer in layers.values() for child in layer.modules()}
     filled: set[int] = set()

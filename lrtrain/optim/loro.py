@@ -9,7 +9,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from lrtrain.distributed.per_layer import dealt_layers
+from lrtrain.distributed.per_layer import compute_layers_across_ranks
 from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
 from lrtrain.layers.rebalance import balanced
@@ -162,6 +162,6 @@ class LORO(PairOptimizer):
             return {"left": left.float(), "right": right.float()}
 
         held = {name: nn.ParameterList(given) for name, given in tensors.items()}
-        for name, new in dealt_layers(held, computed):
+        for name, new in compute_layers_across_ranks(held, computed):
             for p, value in ((pairs[name].left, new["left"]), (pairs[name].right, new["right"])):
                 self.put(p, self.rows[p].cut(value), int(self.state[p]["step"]))

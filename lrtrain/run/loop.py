@@ -26,7 +26,13 @@ from lrtrain.config.choice import choice
 from lrtrain.config.naming import fingerprint
 from lrtrain.config.schema import Config, as_dict, compute_dtype
 from lrtrain.core.seeds import generator_for, integer_seed
-from lrtrain.distributed.collectives import agree, largest, on_all, on_main, total
+from lrtrain.distributed.collectives import (
+    check_equal_on_all_ranks,
+    max_over_ranks,
+    run_on_all_ranks,
+    run_on_rank0,
+    sum_over_ranks,
+)
 from lrtrain.distributed.heartbeat import Heartbeat
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine, StepResult
@@ -81,7 +87,7 @@ def train(config: Config, world: World, stop: StopRequest) -> dict[str, Any]:
     while True:
         try:
             with Heartbeat(world, config.train.timeout_minutes) as heartbeat:
-                agree(fingerprint(config), "the configuration")
+                check_equal_on_all_ranks(fingerprint(config), "the configuration")
                 return Trainer(config, world, stop, heartbeat, left_out).run()
         except Spike as spike:
             left_out, config = spike.left_out, dataclasses.replace(config, resume="auto")
@@ -103,14 +109,14 @@ class Trainer:
         if config.train.compile and world.device.type == "cpu":
             ask_for_vector_instructions()
 
-        checkpoint = on_main(lambda: checkpoint_to_resume(config))
+        checkpoint = run_on_rank0(lambda: checkpoint_to_resume(config))
         self.meta = read_meta(checkpoint) if checkpoint else {}
         self.ranks: dict[str, int] = self.meta.get("ranks", {})
         known = self.meta.get("architecture")
         model = make_model(config, self.ranks, known)
         choice(config.optim)(model)  # on meta: whatever it refuses is said before anything is built
-        self.data = on_all(lambda: data.prepare(config.data, config.train.seed))
-        agree(self.data.fingerprint, "the data")
+        self.data = run_on_all_ranks(lambda: data.prepare(config.data, config.train.seed))
+        check_equal_on_all_ranks(self.data.fingerprint, "the data")
         self.unreadable = self.data.faults.count
         if self.unreadable and world.main:
             print(f"data: {self.unreadable} unreadable documents are left out, the first: {self.data.faults.first}")
@@ -122,9 +128,9 @@ class Trainer:
             self.ranks = start.ranks
             model = make_model(config, self.ranks, known)
         dtype = compute_dtype(config, world.device)
-        run, self.settled = on_main(lambda: self._claim(model, dtype))
+        run, self.settled = run_on_rank0(lambda: self._claim(model, dtype))
         self.lock = FileLock(self.run_dir / "lock")
-        on_main(lambda: hold(self.lock))
+        run_on_rank0(lambda: hold(self.lock))
         self._take_stock(model)
         if world.main:
             print_ledger(model)
@@ -264,7 +270,7 @@ class Trainer:
         while True:
             wait([reading], timeout=1.0)
             done = reading.done()
-            waiting, failed, stop, overdue, unreadable = total(
+            waiting, failed, stop, overdue, unreadable = sum_over_ranks(
                 not done,
                 done and reading.exception() is not None,
                 self.stop.signal is not None,
@@ -277,7 +283,7 @@ class Trainer:
                 self._save()
             if not waiting:
                 self._count_unreadable(self.data.faults.count + int(unreadable))
-                rows, self.read_seconds = on_all(reading.result) if failed else reading.result()
+                rows, self.read_seconds = run_on_all_ranks(reading.result) if failed else reading.result()
                 return rows
             if time.monotonic() > deadline:
                 raise RunFailed(
@@ -308,7 +314,7 @@ class Trainer:
         self.engine.begin_step(progress.step, lr, config.train.clip, config.train.clip_by)
         micros = rows.split(config.train.micro_batch_size)
         losses = [self.engine.forward_backward(micro, tokens, micro is micros[-1]) for micro in micros]
-        (loss,) = total(torch.stack(losses).double().sum().item() / tokens)
+        (loss,) = sum_over_ranks(torch.stack(losses).double().sum().item() / tokens)
         gradients, looking = self._measure_gradients()
         result = self.engine.clip_and_step(loss)
 
@@ -365,7 +371,7 @@ class Trainer:
 
     def _stop_requested(self) -> bool:
         """Whether any process got a signal: a collective, so that all stop at the same place."""
-        return total(self.stop.signal is not None)[0] > 0
+        return sum_over_ranks(self.stop.signal is not None)[0] > 0
 
     # --- looking at the model ------------------------------------------------------------------------------------
 
@@ -430,7 +436,7 @@ class Trainer:
 
     def _log(self, metrics: dict[str, float]) -> None:
         memory = peak_memory_gib(self.world.device)
-        (most,) = largest(memory)
+        (most,) = max_over_ranks(memory)
         self.tracker.log(
             self.progress.step,
             self.progress.tokens,
@@ -450,7 +456,7 @@ class Trainer:
         spectra = self._measure_spectra()
         self.checkpointer.wait()
         dist.barrier()
-        (memory,) = largest(peak_memory_gib(self.world.device))
+        (memory,) = max_over_ranks(peak_memory_gib(self.world.device))
         summary = {
             "run": self.config.run.name,
             "step": progress.step,

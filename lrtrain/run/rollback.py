@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lrtrain.checkpoint.checkpointer import Checkpointer, last_good, newest_sound, read_meta, remove, whole_checkpoints
 from lrtrain.config.schema import Config, RollbackConfig
-from lrtrain.distributed.collectives import on_main
+from lrtrain.distributed.collectives import run_on_rank0
 from lrtrain.distributed.world import World
 from lrtrain.errors import RunFailed
 from lrtrain.run.progress import Progress, Window
@@ -59,10 +59,10 @@ def _roll_back(
     folder, most = checkpointer.folder, config.rollback.most
     first = max(0, progress.position - batches * config.train.batch_size)
     checkpointer.wait()
-    checkpoint = on_main(lambda: checkpoint_before(folder, first))
+    checkpoint = run_on_rank0(lambda: checkpoint_before(folder, first))
     if len(progress.left_out) >= most:
         raise Diverged(f"step {progress.step}: {reason}, after rollback.most={most} rollbacks; {last_good(folder)}")
-    back = on_main(lambda: take_back(folder, checkpoint)) if checkpoint else None
+    back = run_on_rank0(lambda: take_back(folder, checkpoint)) if checkpoint else None
     told = f"step {progress.step}: {reason}; " + (
         f"going back to {back} and on without the sequences {first} … {progress.position - 1}"
         if back

@@ -1,4 +1,4 @@
-"""Layers that are dealt out: whole on one process at a time, and on no process more than one."""
+"""Layers that one rank each computes with: whole on one rank at a time, and on no rank more than one."""
 
 import copy
 import time
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrtrain import distributed
-from lrtrain.distributed.per_layer import dealt_layers
+from lrtrain.distributed.per_layer import compute_layers_across_ranks
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.measure.gradients import GradientSpectra
 from lrtrain.measure.movement import Movement
@@ -95,7 +95,7 @@ def deal(replicas: int, dtype: torch.dtype) -> None:
         return {"sum": layer.get_parameter("weight").sum(dtype=torch.float64)}
 
     with LargestHeld(4096 * dtype.itemsize - 8) as held:
-        found = dict(dealt_layers(dict(model.named_children()), compute))
+        found = dict(compute_layers_across_ranks(dict(model.named_children()), compute))
     weights = [parameters["weight"] for parameters in expected]
     assert [found[name]["sum"] for name in found] == [weight.sum(dtype=torch.float64) for weight in weights]
     assert computed == [str(i) for i in range(len(SHAPES)) if i % 4 == world.dist_rank]
