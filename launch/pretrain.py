@@ -27,10 +27,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lrtrain import data
 from lrtrain.config.check import check, check_directories
 from lrtrain.config.compose import composition_sentence, typed
 from lrtrain.config.naming import run_name
+from lrtrain.data.prepare import check_data
 from lrtrain.distributed.world import environment_rank, environment_world_size
 from lrtrain.errors import ConfigError, RunFailed
 from lrtrain.planning.budget import spend
@@ -66,7 +66,7 @@ def job(composed: DictConfig) -> None:
     if environment_rank() == 0:  # if this fails, the others still wait at the rendezvous and torchrun ends them
         check(config, world_size)
         check_directories(config)
-        data.check(config.data)
+        check_data(config.data)
     gc.disable()
     from lrtrain.run.loop import pretrain
 

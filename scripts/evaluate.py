@@ -21,12 +21,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lrtrain import data, distributed
+from lrtrain import distributed
 from lrtrain.checkpoint.loading import Loaded, load
 from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.config.compose import compose
 from lrtrain.config.naming import flat
 from lrtrain.config.schema import DTYPES, Config, as_dict
+from lrtrain.data.prepare import Data, check_data, prepare_data
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
 from lrtrain.measure.evaluate import evaluate, evenly_spaced, perplexity
@@ -65,8 +66,8 @@ def measure(loaded: Loaded, overrides: list[str], world: World) -> dict[str, Any
     config = settings(loaded.run, overrides)
     tokenizer = dataclasses.replace(config.data.tokenizer, path=str(loaded.tokenizer.name_or_path))
     chosen = dataclasses.replace(config.data, tokenizer=tokenizer)
-    data.check(chosen)
-    text = data.prepare(chosen, config.train.seed)
+    check_data(chosen)
+    text = prepare_data(chosen, config.train.seed)
     rows = rows_of(text, config.eval.sequences, chosen.seq_len)
     found = evaluate(loaded.model, rows, config.train.micro_batch_size, world)
     assert found is not None
@@ -79,7 +80,7 @@ def measure(loaded: Loaded, overrides: list[str], world: World) -> dict[str, Any
     }
 
 
-def rows_of(text: data.Data, most: int, seq_len: int) -> torch.Tensor:
+def rows_of(text: Data, most: int, seq_len: int) -> torch.Tensor:
     """At most so many sequences that are held out, evenly spread; of a text that holds none out any of them."""
     if len(text.validation):
         return text.validation.rows(evenly_spaced(len(text.validation), most))

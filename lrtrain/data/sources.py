@@ -35,7 +35,7 @@ INSTALLED = {"site-packages", "dist-packages"}  # folders in the standard librar
 
 
 class TextSource(Protocol):
-    """What `lrtrain.data.prepare` asks of a source."""
+    """What `prepare_data` asks of a source."""
 
     def check(self) -> None:
         """Raise ConfigError for what cannot work, before anything is built."""

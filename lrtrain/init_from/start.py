@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrtrain import data
 from lrtrain.checkpoint.source_weights import check_origin, open_origin
 from lrtrain.config.schema import Config
 from lrtrain.core.seeds import generator_for
+from lrtrain.data.prepare import prepare_data
 from lrtrain.distributed.per_layer import compute_across_ranks
 from lrtrain.distributed.sharding import keep_shard, take_over
 from lrtrain.distributed.world import World
@@ -65,7 +65,7 @@ class Start:
     def _calibrate(self, dense: PreTrainedModel) -> None:
         """Run the dense model over the first sequences of the training text."""
         world = self.world
-        text = data.prepare(self.config.data, self.config.train.seed).train  # not the run's, which may be a stream
+        text = prepare_data(self.config.data, self.config.train.seed).train  # not the run's, which may be a stream
         rows = text.batch(0, self.settings.sequences, world.dist_rank, world.size)[:, :-1]
         model = dense_model(dense, self.origin.tensor, self.config.train.seed, world)
         watched = {name: model.get_submodule(name) for name in self.groups}

@@ -6,7 +6,7 @@ from functools import cache
 from torch import Tensor, nn
 
 from lrtrain.config.schema import Config
-from lrtrain.data import Data
+from lrtrain.data.prepare import Data
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine
 from lrtrain.measure.evaluate import evenly_spaced

@@ -20,12 +20,13 @@ import torch.distributed as dist
 from filelock import FileLock
 from transformers import PreTrainedModel
 
-from lrtrain import data, distributed
+from lrtrain import distributed
 from lrtrain.checkpoint.checkpointer import Checkpointer, last_good, read_meta, write_durably
 from lrtrain.config.choice import choice
 from lrtrain.config.naming import fingerprint
 from lrtrain.config.schema import Config, as_dict, compute_dtype
 from lrtrain.core.seeds import generator_for, integer_seed
+from lrtrain.data.prepare import prepare_data
 from lrtrain.distributed.collectives import (
     check_equal_on_all_ranks,
     max_over_ranks,
@@ -115,7 +116,7 @@ class Trainer:
         known = self.meta.get("architecture")
         model = make_model(config, self.ranks, known)
         choice(config.optim)(model)  # on meta: whatever it refuses is said before anything is built
-        self.data = run_on_all_ranks(lambda: data.prepare(config.data, config.train.seed))
+        self.data = run_on_all_ranks(lambda: prepare_data(config.data, config.train.seed))
         check_equal_on_all_ranks(self.data.fingerprint, "the data")
         self.unreadable = self.data.faults.count
         if self.unreadable and world.main:

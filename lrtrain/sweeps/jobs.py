@@ -142,7 +142,7 @@ def known(job: Job, world_size: int) -> Outcome | None:
 
 def problem(job: Job, world_size: int) -> str | None:
     """What is wrong with a job's configuration, as far as it can be told without a process group; None if nothing."""
-    from lrtrain import data
+    from lrtrain.data.prepare import check_data
     from lrtrain.model.build import make_model
     from lrtrain.planning.budget import spend
 
@@ -150,7 +150,7 @@ def problem(job: Job, world_size: int) -> str | None:
         config = spend(typed(job.composed))
         check(config, world_size)
         check_directories(config)
-        data.check(config.data)
+        check_data(config.data)
         choice(config.optim)(make_model(config))
     except ConfigError as error:
         return str(error)

@@ -8,7 +8,7 @@ import pytest
 from corpora import c4_config, local_config, make_documents
 from transformers import PreTrainedTokenizerFast
 
-from lrtrain.data import DataConfig
+from lrtrain.config.schema import DataConfig
 from lrtrain.data.tokenizer import from_sentencepiece, train_sentencepiece
 
 MakeConfig = Callable[..., DataConfig]

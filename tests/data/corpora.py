@@ -9,7 +9,7 @@ from typing import cast
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from lrtrain.data import DataConfig
+from lrtrain.config.schema import DataConfig
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
 SYLLABLES = ["ka", "lo", "mi", "ne", "ru", "ta", "so", "vi", "xe", "zu"]

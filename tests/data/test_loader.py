@@ -4,9 +4,9 @@ import pytest
 import torch
 from corpora import write_json_gz
 
-from lrtrain.data import check, prepare
 from lrtrain.data.faults import Faults
 from lrtrain.data.loader import StreamedTrain
+from lrtrain.data.prepare import check_data, prepare_data
 from lrtrain.data.sources import JsonStream
 from lrtrain.data.streams import Cursor, TokenStream
 from lrtrain.errors import ConfigError
@@ -26,12 +26,12 @@ def global_batches(trains: list, start: int, stop: int, interleaved: bool) -> to
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_packed_samples_do_not_depend_on_the_processes(local, world_size):
-    train = prepare(local(), seed=0).train
+    train = prepare_data(local(), seed=0).train
     assert torch.equal(global_batches([train] * world_size, 0, 60, interleaved=False), train.batch(0, 60, 0, 1))
 
 
 def test_packed_positions_run_across_the_edge_of_an_epoch(local):
-    data = prepare(local(), seed=0)
+    data = prepare_data(local(), seed=0)
     assert data.train_tokens is not None
     n = data.train_tokens // 16
     across = data.train.batch(n - 6, 12, 0, 1)
@@ -43,18 +43,18 @@ def test_packed_positions_run_across_the_edge_of_an_epoch(local):
 
 
 def test_another_seed_is_another_order_of_the_same_rows(local):
-    first, second = (prepare(local(), seed=seed).train.batch(0, 12, 0, 1) for seed in (0, 1))
+    first, second = (prepare_data(local(), seed=seed).train.batch(0, 12, 0, 1) for seed in (0, 1))
     assert not torch.equal(first, second)
 
 
 def test_a_packed_position_needs_no_state(local):
-    train = prepare(local(), seed=0).train
+    train = prepare_data(local(), seed=0).train
     assert train.state(0) == {}
     train.load_state({})
 
 
 def streamed(c4, *overrides: str) -> StreamedTrain:
-    train = prepare(c4(*overrides), seed=0).train
+    train = prepare_data(c4(*overrides), seed=0).train
     assert isinstance(train, StreamedTrain)
     return train
 
@@ -62,7 +62,7 @@ def streamed(c4, *overrides: str) -> StreamedTrain:
 def test_streamed_samples_are_dealt_from_canonical_streams(c4):
     """Sample p is sequence p // K of stream p mod K, and file i belongs to stream i mod K."""
     config = c4()
-    data = prepare(config, seed=0)
+    data = prepare_data(config, seed=0)
     rows = data.train.batch(0, 48, 0, 1)
     source = JsonStream(**{key: value for key, value in config.source.items() if key != "_target_"})
     for k in range(4):
@@ -74,7 +74,7 @@ def test_streamed_samples_are_dealt_from_canonical_streams(c4):
 
 
 def test_the_validation_set_of_a_stream_is_the_first_sequences_of_its_files(c4):
-    data = prepare(c4(), seed=0)
+    data = prepare_data(c4(), seed=0)
     assert len(data.validation) == 8 and data.train_tokens is None
     assert str(data.tokenizer.decode(data.validation.rows([0])[0])).startswith("0")
 
@@ -157,12 +157,12 @@ def test_another_number_of_streams_than_saved_is_named(c4):
 )
 def test_what_is_wrong_with_a_stream_is_said_before_anything_is_built(c4, override, message):
     with pytest.raises(ConfigError, match=message):
-        check(c4(override))
+        check_data(c4(override))
 
 
 def test_a_field_that_a_stream_lacks_is_named(c4):
     with pytest.raises(ConfigError, match="data.text_field=body is not a field of"):
-        prepare(c4("data.text_field=body"), seed=0)
+        prepare_data(c4("data.text_field=body"), seed=0)
 
 
 def test_a_stream_of_empty_texts_ends_with_a_sentence(tmp_path, tokenizer):

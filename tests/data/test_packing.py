@@ -3,8 +3,8 @@ import pytest
 import torch
 from corpora import make_documents
 
-from lrtrain.data import prepare
 from lrtrain.data.packing import PackedRows, RowWriter, is_validation, pack_first, pack_split
+from lrtrain.data.prepare import prepare_data
 from lrtrain.data.tokenizer import encode_documents
 from lrtrain.errors import ConfigError
 
@@ -69,20 +69,20 @@ def test_the_first_rows_of_a_stream(tmp_path, tokenizer):
 
 def test_a_corpus_too_short_for_a_row_is_named(local):
     with pytest.raises(ConfigError, match="data.seq_len=1000000 leaves no training sequence"):
-        prepare(local("data.seq_len=1000000"), seed=0)
+        prepare_data(local("data.seq_len=1000000"), seed=0)
 
 
 def test_a_split_too_small_for_a_row_is_named(local):
     with pytest.raises(ConfigError, match="data.validation_fraction=1e-09 holds out less than one sequence"):
-        prepare(local("data.validation_fraction=1e-9"), seed=0)
+        prepare_data(local("data.validation_fraction=1e-9"), seed=0)
 
 
 def test_nothing_is_held_out_for_a_fraction_of_zero(local):
-    assert len(prepare(local("data.validation_fraction=0.0"), seed=0).validation) == 0
+    assert len(prepare_data(local("data.validation_fraction=0.0"), seed=0).validation) == 0
 
 
 def test_train_and_validation_of_a_corpus(local):
-    data = prepare(local("data.validation_fraction=0.1"), seed=0)
+    data = prepare_data(local("data.validation_fraction=0.1"), seed=0)
     assert data.train_tokens is not None and data.train_tokens % 16 == 0
     assert data.validation.rows([0]).shape == (1, 17)
     documents = make_documents(300)
@@ -93,7 +93,7 @@ def test_train_and_validation_of_a_corpus(local):
 
 def test_the_fingerprint_names_what_a_position_means(local):
     fingerprints = [
-        prepare(local(*overrides), seed=0).fingerprint
+        prepare_data(local(*overrides), seed=0).fingerprint
         for overrides in (
             [],
             [],

@@ -1,8 +1,8 @@
-"""What `prepare` leaves in the cache."""
+"""What `prepare_data` leaves in the cache."""
 
 from pathlib import Path
 
-from lrtrain.data import prepare
+from lrtrain.data.prepare import prepare_data
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int]]:
@@ -11,8 +11,8 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_a_second_call_builds_nothing(local, tmp_path):
-    first = prepare(local(), seed=0)
+    first = prepare_data(local(), seed=0)
     built = contents(tmp_path / "cache")
-    second = prepare(local(), seed=0)
+    second = prepare_data(local(), seed=0)
     assert contents(tmp_path / "cache") == built
     assert second.fingerprint == first.fingerprint

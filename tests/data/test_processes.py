@@ -9,14 +9,15 @@ from corpora import c4_config, local_config
 from crew import together
 
 from lrtrain import distributed
-from lrtrain.data import DataConfig, prepare
+from lrtrain.config.schema import DataConfig
+from lrtrain.data.prepare import prepare_data
 
 
 def work(local: DataConfig, c4: DataConfig, folder: Path) -> None:
     rank = distributed.start().dist_rank  # so both begin together
     logging.basicConfig(level=logging.INFO, filename=folder / f"log-{rank}", force=True)
-    packed = prepare(local, seed=0)
-    train = prepare(c4, seed=0).train
+    packed = prepare_data(local, seed=0)
+    train = prepare_data(c4, seed=0).train
     for position in range(0, 60, 12):
         train.batch(position, 12, rank, 2)
     result = {"fingerprint": packed.fingerprint, "state": train.state(60)}
@@ -45,6 +46,6 @@ def test_one_builds_and_both_go_on(folder, line, times):
 
 
 def test_the_state_of_two_processes_is_that_of_one(folder):
-    alone = prepare(c4_config(folder), seed=0).train
+    alone = prepare_data(c4_config(folder), seed=0).train
     alone.batch(0, 60, 0, 1)
     assert [result["state"] for result in results(folder)] == [alone.state(60)] * 2

@@ -13,8 +13,8 @@ from corpora import c4_config, compose_data, write_jsonl
 from omegaconf.errors import OmegaConfBaseException
 
 from lrtrain.core.cache import content_digests
-from lrtrain.data import check, prepare
 from lrtrain.data.faults import Faults
+from lrtrain.data.prepare import check_data, prepare_data
 from lrtrain.data.sources import LocalFiles, PythonStdlib
 from lrtrain.errors import ConfigError
 
@@ -92,11 +92,11 @@ def test_what_cannot_be_read_is_refused_where_that_is_asked_for_also_by_rows_pac
     corpus.write_text(corpus.read_text() + "{broken\n")
     refusal = f"data.on_error=refuse: {corpus}:301: no text in field 'text'; mend or remove it"
     with pytest.raises(ConfigError, match=refusal):
-        prepare(local("data.on_error=refuse"), seed=0)
-    data = prepare(config, seed=0)
+        prepare_data(local("data.on_error=refuse"), seed=0)
+    data = prepare_data(config, seed=0)
     assert (data.faults.count, data.faults.first) == (1, f"{corpus}:301: no text in field 'text'")
     with pytest.raises(ConfigError, match=refusal):
-        prepare(local("data.on_error=refuse"), seed=0)
+        prepare_data(local("data.on_error=refuse"), seed=0)
 
 
 def test_a_stream_leaves_out_rows_and_the_rest_of_a_damaged_file_and_resumes_exactly(tmp_path, caplog):
@@ -106,19 +106,19 @@ def test_a_stream_leaves_out_rows_and_the_rest_of_a_damaged_file_and_resumes_exa
     first.write_bytes(gzip.compress(b"".join([*lines[:3], b'{"text": "\xff"}\n', *lines[3:]])))
     many = gzip.compress(b"".join(json.dumps({"text": f"{i} {i * i}"}).encode() + b"\n" for i in range(5000)))
     second.write_bytes(many[:-1000])
-    whole = prepare(config, seed=0).train
+    whole = prepare_data(config, seed=0).train
     batches = [whole.batch(position, 40, 0, 1) for position in range(0, 1600, 40)]
     assert whole.faults.first == f"{first}:4: no text in field 'text'"
     assert f"{second}:" in caplog.text and "end-of-stream" in caplog.text
 
-    resumed = prepare(config, seed=0).train
+    resumed = prepare_data(config, seed=0).train
     for position in range(0, 1600, 40):
         assert torch.equal(resumed.batch(position, 40, 0, 1), batches[position // 40])
-        again = prepare(config, seed=0).train
+        again = prepare_data(config, seed=0).train
         again.load_state(json.loads(json.dumps(resumed.state(position + 40))))
         resumed = again
     with pytest.raises(ConfigError, match=f"data.on_error=refuse: {first}:4: "):
-        prepare(c4_config(tmp_path, "data.on_error=refuse"), seed=0).train.batch(0, 40, 0, 1)
+        prepare_data(c4_config(tmp_path, "data.on_error=refuse"), seed=0).train.batch(0, 40, 0, 1)
 
 
 def test_the_standard_library_has_no_installed_packages():
@@ -164,7 +164,7 @@ def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
 )
 def test_what_is_wrong_is_said_before_anything_is_built(local, override, message):
     with pytest.raises(ConfigError, match=message):
-        check(local(override))
+        check_data(local(override))
 
 
 def test_a_local_corpus_has_no_default_path(tmp_path):
@@ -173,5 +173,5 @@ def test_a_local_corpus_has_no_default_path(tmp_path):
 
 
 def test_a_right_configuration_passes(local, c4):
-    check(local())
-    check(c4())
+    check_data(local())
+    check_data(c4())

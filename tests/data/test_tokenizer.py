@@ -4,8 +4,8 @@ import sentencepiece
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lrtrain.data import check
 from lrtrain.data.faults import Faults
+from lrtrain.data.prepare import check_data
 from lrtrain.data.sources import PythonStdlib
 from lrtrain.data.tokenizer import encode_documents, from_sentencepiece, load_saved, sample, train_sentencepiece
 from lrtrain.errors import ConfigError
@@ -91,7 +91,7 @@ def test_an_empty_corpus_is_named():
 
 def test_a_vocabulary_below_the_bytes_is_found_before_building(local):
     with pytest.raises(ConfigError, match="data.tokenizer.vocab_size=100 must be above 259"):
-        check(local("data.tokenizer.vocab_size=100"))
+        check_data(local("data.tokenizer.vocab_size=100"))
 
 
 def test_a_saved_tokenizer_that_is_not_there_is_named(tmp_path):

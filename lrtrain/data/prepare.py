@@ -1,0 +1,133 @@
+"""The data of a run: checked before anything is built, then prepared."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from transformers import PreTrainedTokenizerFast
+
+from lrtrain.config.schema import DataConfig
+from lrtrain.core.cache import build_once, fingerprint
+from lrtrain.data.faults import ON_ERROR, Faults, known
+from lrtrain.data.loader import PackedTrain, StreamedTrain, TrainData
+from lrtrain.data.packing import PackedRows, pack_first, pack_split
+from lrtrain.data.sources import JsonStream, TextSource
+from lrtrain.data.tokenizer import load_saved, load_tokenizer, tokenizer_fingerprint, trained_size
+from lrtrain.errors import ConfigError
+
+FAULTS = "faults.json"
+PACKING_VERSION = 1  # raised when the same text gives other rows
+
+
+@dataclass(frozen=True)
+class Data:
+    """Everything a run reads."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: TrainData
+    validation: PackedRows
+    fingerprint: str  # of source, tokenizer, seq_len and split: the meaning of a position
+    train_tokens: int | None  # targets in one epoch; None for a stream
+    faults: Faults  # what was left out before training; `train.faults` has what a stream leaves out
+
+
+def check_data(cfg: DataConfig) -> None:
+    """Raise ConfigError for what can be seen to be wrong without building anything."""
+    if cfg.seq_len < 1:
+        raise ConfigError(f"data.seq_len={cfg.seq_len} must be at least 1")
+    if not 0 <= cfg.validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction={cfg.validation_fraction} must be in [0, 1)")
+    if cfg.on_error not in ON_ERROR:
+        raise ConfigError(f"data.on_error={cfg.on_error} is not one of {', '.join(ON_ERROR)}")
+    _check_writable(_cache_dir(cfg))
+    if cfg.tokenizer.path is not None:
+        load_saved(cfg.tokenizer.path)
+    else:
+        trained_size(cfg.tokenizer)
+    _source(cfg).check()
+
+
+def prepare_data(cfg: DataConfig, seed: int) -> Data:
+    """Tokenizer and rows of `cfg`, built or opened; `seed` decides the order of the epochs.
+
+    Every process calls it, before or after the process group is up: it uses files and locks, no collectives.
+    Raises ConfigError where the corpus cannot give what `cfg` asks for.
+    """
+    source = _source(cfg)
+    tokenizer = load_tokenizer(cfg.tokenizer, source, _cache_dir(cfg), _faults(cfg))
+    identity = fingerprint(
+        PACKING_VERSION,
+        source.fingerprint(_cache_dir(cfg)),
+        tokenizer_fingerprint(tokenizer),
+        cfg.seq_len,
+        cfg.validation_fraction,
+    )
+    if isinstance(source, JsonStream):
+        return _streamed(cfg, source, tokenizer, identity)
+    return _packed(cfg, source, tokenizer, identity, seed)
+
+
+def _packed(cfg: DataConfig, source: TextSource, tokenizer: PreTrainedTokenizerFast, identity: str, seed: int) -> Data:
+    def build(folder: Path) -> None:
+        faults = _faults(cfg)
+        pack_split(source.documents(faults), tokenizer, cfg.seq_len, cfg.validation_fraction, folder)
+        (folder / FAULTS).write_text(json.dumps(faults.as_dict()))
+
+    folder = build_once(_cache_dir(cfg) / f"packed-{identity}", build)
+    faults = _known_faults(folder, cfg)
+    train, validation = PackedRows(folder / "train.arrow"), PackedRows(folder / "validation.arrow")
+    if not len(train):
+        raise ConfigError(f"data.seq_len={cfg.seq_len} leaves no training sequence; give less, or more text")
+    if cfg.validation_fraction > 0 and not len(validation):
+        raise ConfigError(
+            f"data.validation_fraction={cfg.validation_fraction} holds out less than one sequence of "
+            f"data.seq_len={cfg.seq_len}; give more or smaller documents, a larger fraction, or 0 for none"
+        )
+    return Data(tokenizer, PackedTrain(train, seed), validation, identity, len(train) * cfg.seq_len, faults)
+
+
+def _streamed(cfg: DataConfig, source: JsonStream, tokenizer: PreTrainedTokenizerFast, identity: str) -> Data:
+    count = source.validation_sequences
+
+    def build(folder: Path) -> None:
+        faults = _faults(cfg)
+        pack_first(source.validation_documents(faults), tokenizer, cfg.seq_len, count, folder)
+        (folder / FAULTS).write_text(json.dumps(faults.as_dict()))
+
+    folder = build_once(_cache_dir(cfg) / f"validation-{fingerprint(identity, count)}", build)
+    train = StreamedTrain(source.train_files(), source.text_field, source.streams, tokenizer, cfg.seq_len, _faults(cfg))
+    return Data(tokenizer, train, PackedRows(folder / "validation.arrow"), identity, None, _known_faults(folder, cfg))
+
+
+def _faults(cfg: DataConfig) -> Faults:
+    return Faults(refuse=cfg.on_error == "refuse")
+
+
+def _known_faults(folder: Path, cfg: DataConfig) -> Faults:
+    """What was left out when the rows in `folder` were packed, perhaps by an earlier run."""
+    path = folder / FAULTS
+    return known(json.loads(path.read_text()), cfg.on_error == "refuse") if path.exists() else _faults(cfg)
+
+
+def _source(cfg: DataConfig) -> TextSource:
+    try:
+        return instantiate(cfg.source, _convert_="all")
+    except InstantiationException as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"data.source={cfg.source} cannot be made ({reason}); see conf/data") from error
+
+
+def _cache_dir(cfg: DataConfig) -> Path:
+    return Path(cfg.cache_dir).expanduser()
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data.cache_dir={folder} cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"data.cache_dir={folder} is not writable; give one that is")
