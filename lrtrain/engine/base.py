@@ -135,7 +135,7 @@ class Engine(ABC):
 
     @abstractmethod
     def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
-        """Add the gradient of (sum of this micro-batch's token losses) / tokens to the gradients.
+        """Add the gradient of (what `training_loss` sums over this micro-batch) / tokens to the gradients.
 
         Args:
             rows: this process's token ids (sequences, seq_len + 1).
@@ -143,7 +143,7 @@ class Engine(ABC):
             last: whether this is the step's last micro-batch, after which the gradients of `shards` are whole sums.
 
         Returns:
-            The sum of the token losses of this process's rows, a detached scalar on the device.
+            `training_loss` of this process's rows, detached, on the device.
         """
 
     def clip_and_step(self, loss: float) -> StepResult:

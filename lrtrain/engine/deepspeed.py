@@ -28,7 +28,7 @@ from lrtrain.engine.zero_state import flat_gradients, places, refresh
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.init import fill
-from lrtrain.model.loss import next_token_loss
+from lrtrain.model.loss import training_loss
 from lrtrain.model.structure import blocks
 
 
@@ -165,12 +165,12 @@ class DeepSpeedEngine(Engine):
 
     def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
         self.deepspeed.set_gradient_accumulation_boundary(last)
-        loss = self.deepspeed(rows.to(self.world.device, non_blocking=True))
-        self.deepspeed.backward(loss * (self.world.size / tokens), scale_wrt_gas=False)  # it takes the mean
+        losses = self.deepspeed(rows.to(self.world.device, non_blocking=True))
+        self.deepspeed.backward(losses[0] * (self.world.size / tokens), scale_wrt_gas=False)  # it takes the mean
         if last:
             for p, gradient in flat_gradients(self.zero, self.places, self.stage):
                 self.flat[p].grad = gradient
-        return loss.detach()
+        return losses.detach()
 
     def _update(self, finite: bool) -> None:
         self.optimizer.zero_grad()  # DeepSpeed has the gradients
@@ -212,14 +212,14 @@ class DeepSpeedEngine(Engine):
 
 
 class Loss(nn.Module):
-    """The model with its loss as output: what DeepSpeed runs."""
+    """The model with its losses as output: what DeepSpeed runs."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
     def forward(self, rows: Tensor) -> Tensor:
-        return next_token_loss(self.model, rows)
+        return training_loss(self.model, rows)
 
 
 class Stepper(torch.optim.Optimizer):

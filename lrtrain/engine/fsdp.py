@@ -16,7 +16,7 @@ from lrtrain.engine import gloo
 from lrtrain.engine.base import Engine, Spread
 from lrtrain.errors import ConfigError
 from lrtrain.model.init import materialize
-from lrtrain.model.loss import next_token_loss
+from lrtrain.model.loss import training_loss
 from lrtrain.model.structure import blocks
 
 
@@ -78,10 +78,10 @@ class FSDPEngine(Engine):
     def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_all_reduce(last)  # replicas sum once a step; within them each micro-batch is summed
-        loss = next_token_loss(self.model, rows.to(self.world.device, non_blocking=True))
-        if self.in_backward is None or math.isfinite(sum_over_ranks(loss.item())[0]):
-            (loss / tokens).backward()
-        return loss.detach()
+        losses = training_loss(self.model, rows.to(self.world.device, non_blocking=True))
+        if self.in_backward is None or math.isfinite(sum_over_ranks(losses[0].item())[0]):
+            (losses[0] / tokens).backward()
+        return losses.detach()
 
 
 class DDPEngine(FSDPEngine):

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from lrtrain.errors import ConfigError
+
 CHUNK = 1024
 """Tokens whose logits exist at a time. Fewer make the products slower, and add up the weight's gradient more often."""
 
@@ -28,14 +30,53 @@ def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
         model: a causal language model of transformers.
         rows: token ids (sequences, seq_len + 1), int64.
     """
+    return _loss_and_output(model, rows)[0]
+
+
+def training_loss(model: nn.Module, rows: Tensor) -> Tensor:
+    """What is trained, as transformers adds it up: `next_token_loss`, and with it a mixture of experts' auxiliary loss
+    where the model's config asks for it (`output_router_logits`), times its coefficient.
+
+    An auxiliary loss is one number for all tokens of a forward pass. Times their number it averages over micro-batches
+    and processes as the token losses do.
+
+    Returns:
+        The sum that is trained (1,), or with an auxiliary loss also that times the number of tokens (2,).
+    """
+    loss, output = _loss_and_output(model, rows)
+    if getattr(output, "aux_loss", None) is None:
+        return loss[None]
+    auxiliary = rows[:, 1:].numel() * output.aux_loss
+    return torch.stack([loss + _auxiliary_coefficient(model) * auxiliary, auxiliary])
+
+
+def _loss_and_output(model: nn.Module, rows: Tensor) -> tuple[Tensor, Any]:
+    """The sum of the cross-entropies, and the model's output."""
     if ends_with_head(model, rows):
-        return _losses_of_head(model, rows)[0].view(())
-    logits = _logits(model, rows)  # (sequences, seq_len, vocabulary)
-    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum")
+        output, _ = _losses_of_head(model, rows)
+        return output.logits.view(()), output
+    output = _output(model, rows)  # logits (sequences, seq_len, vocabulary)
+    return F.cross_entropy(output.logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum"), output
 
 
-def _logits(model: nn.Module, rows: Tensor) -> Tensor:
-    return model(input_ids=rows[:, :-1], use_cache=False).logits
+def _output(model: nn.Module, rows: Tensor) -> Any:
+    return model(input_ids=rows[:, :-1], use_cache=False)
+
+
+def _auxiliary_coefficient(model: Any) -> float:
+    """By which transformers multiplies the auxiliary loss.
+
+    Raises:
+        ConfigError: if the model keeps it under none of the known names.
+    """
+    for owner in (model, model.config.get_text_config()):
+        for key in ("router_aux_loss_coef", "aux_loss_coef"):
+            if (found := getattr(owner, key, None)) is not None:
+                return found
+    raise ConfigError(
+        f"model.config.output_router_logits=true asks for the auxiliary loss of model_type={model.config.model_type}, "
+        "which has no router_aux_loss_coef; set it to false"
+    )
 
 
 def _head(model: nn.Module) -> nn.Module | None:
@@ -56,14 +97,15 @@ def ends_with_head(model: nn.Module, rows: Tensor) -> bool:
         # As a run without this look: same random numbers, no graph compiled for a length of one.
         devices = [rows.device] if rows.is_cuda else []
         with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            found, made = _losses_of_head(model, rows[:1, :2])
+            output, made = _losses_of_head(model, rows[:1, :2])
+        found = output.logits
         _verdicts[model] = found is made and found._version == 0  # not changed in place either
     return _verdicts[model]
 
 
-def _losses_of_head(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """What the model returns as logits if its head gives the sum of losses, and that sum as the head gave it; both
-    (1, 1, 1): a model may expect three dimensions."""
+def _losses_of_head(model: nn.Module, rows: Tensor) -> tuple[Any, Tensor]:
+    """What the model returns if its head gives the sum of losses, and that sum as the head gave it, (1, 1, 1): a model
+    may expect three dimensions."""
     made: list[Tensor] = []
     head = _head(model)
     assert head is not None
@@ -73,8 +115,8 @@ def _losses_of_head(model: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
         return made[0]
 
     with replaced_forward(head, give):
-        found = _logits(model, rows)
-    return found, made[0]
+        output = _output(model, rows)
+    return output, made[0]
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from lrtrain.config.compose import compose
 from lrtrain.model import loss
 from lrtrain.model.build import make_model
 from lrtrain.model.init import materialize
-from lrtrain.model.loss import ends_with_head, head_loss, next_token_loss
+from lrtrain.model.loss import ends_with_head, head_loss, next_token_loss, training_loss
 from lrtrain.planning.plan import kept_bytes
 
 ROWS = torch.randint(128, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -149,3 +149,31 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch):
     assert kept == 4 * (tokens * d + vocabulary * d)  # the two gradients
     with torch.no_grad():
         assert kept_bytes(lambda: head_loss(head, compute, hidden, targets)) == 0
+
+
+EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True, "head_dim": 8}
+
+
+@pytest.mark.parametrize("kind,settings", [
+    ("mixtral", {"num_local_experts": 4, "router_aux_loss_coef": 5.0}),
+    ("qwen3_moe", {"num_experts": 4, "router_aux_loss_coef": 0.3, "moe_intermediate_size": 16}),
+    ("granitemoe", {"num_local_experts": 4, "router_aux_loss_coef": 2.0, "logits_scaling": 3.0}),
+    ("jetmoe", {"num_local_experts": 4, "aux_loss_coef": 0.7, "kv_channels": 8}),
+])  # fmt: skip
+def test_auxiliary_loss_is_trained_as_transformers_adds_it(kind: str, settings: dict):
+    config = AutoConfig.for_model(kind, **WIDTHS, **EXPERTS, **settings)
+    model = AutoModelForCausalLM.from_config(config).train()
+    targets, tokens = ROWS[:, 1:].contiguous(), ROWS[:, 1:].numel()
+    theirs = model(input_ids=ROWS[:, :-1], labels=targets, shift_labels=targets, use_cache=False)
+    loss, auxiliary = training_loss(model, ROWS) / tokens
+    torch.testing.assert_close((loss, auxiliary), (theirs.loss, theirs.aux_loss), rtol=1e-6, atol=0)
+    assert loss > next_token_loss(model, ROWS) / tokens + 0.1  # which evaluations report
+    ours, expected = gradients(loss, model), gradients(theirs.loss, model)
+    for name in expected:
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_being_asked_for_there_is_no_auxiliary_loss():
+    config = AutoConfig.for_model("mixtral", **WIDTHS, num_local_experts=4, router_aux_loss_coef=5.0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert torch.equal(training_loss(model, ROWS), next_token_loss(model, ROWS)[None])
