@@ -41,13 +41,14 @@ def training_loss(model: nn.Module, rows: Tensor) -> Tensor:
     and processes as the token losses do.
 
     Returns:
-        The sum that is trained (1,), or with an auxiliary loss also that times the number of tokens (2,).
+        The sum that is trained (1,), or with an auxiliary loss also the token losses' share of it and the auxiliary
+        loss times the number of tokens (3,).
     """
     loss, output = _loss_and_output(model, rows)
     if getattr(output, "aux_loss", None) is None:
         return loss[None]
     auxiliary = rows[:, 1:].numel() * output.aux_loss
-    return torch.stack([loss + _auxiliary_coefficient(model) * auxiliary, auxiliary])
+    return torch.stack([loss + _auxiliary_coefficient(model) * auxiliary, loss, auxiliary])
 
 
 def _loss_and_output(model: nn.Module, rows: Tensor) -> tuple[Tensor, Any]:

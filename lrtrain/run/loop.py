@@ -315,7 +315,7 @@ class Trainer:
         self.engine.begin_step(progress.step, lr, config.train.clip, config.train.clip_by)
         micros = rows.split(config.train.micro_batch_size)
         losses = [self.engine.forward_backward(micro, tokens, micro is micros[-1]) for micro in micros]
-        loss, *auxiliary = sum_over_ranks(*(torch.stack(losses).double().sum(0) / tokens).tolist())
+        loss, *parts = sum_over_ranks(*(torch.stack(losses).double().sum(0) / tokens).tolist())
         gradients, looking = self._measure_gradients()
         result = self.engine.clip_and_step(loss)
 
@@ -332,7 +332,8 @@ class Trainer:
         if progress.step == 1 or progress.step % config.train.log_every == 0 or progress.step == config.train.steps:
             self._log(
                 {"train/loss": loss, "train/grad_norm": result.grad_norm, "train/lr": lr}
-                | {"train/aux_loss": value for value in auxiliary}
+                | {"train/ppl": perplexity(parts[0] if parts else loss)}
+                | ({"train/aux_loss": parts[1]} if parts else {})
                 | self.engine.optimizer.metrics()
             )
         watch(loss, result.skipped, progress, config, self.checkpointer, self.world)
@@ -442,7 +443,7 @@ class Trainer:
         self.tracker.log(
             self.progress.step,
             self.progress.tokens,
-            metrics | {"train/ppl": perplexity(metrics["train/loss"]), "perf/memory_gib": most} | self.meter.read(),
+            metrics | {"perf/memory_gib": most} | self.meter.read(),
         )
 
     def _conclude(self) -> dict[str, Any] | None:

@@ -165,9 +165,9 @@ def test_auxiliary_loss_is_trained_as_transformers_adds_it(kind: str, settings: 
     model = AutoModelForCausalLM.from_config(config).train()
     targets, tokens = ROWS[:, 1:].contiguous(), ROWS[:, 1:].numel()
     theirs = model(input_ids=ROWS[:, :-1], labels=targets, shift_labels=targets, use_cache=False)
-    loss, auxiliary = training_loss(model, ROWS) / tokens
+    loss, of_tokens, auxiliary = training_loss(model, ROWS) / tokens
     torch.testing.assert_close((loss, auxiliary), (theirs.loss, theirs.aux_loss), rtol=1e-6, atol=0)
-    assert loss > next_token_loss(model, ROWS) / tokens + 0.1  # which evaluations report
+    assert loss > of_tokens + 0.1 and torch.equal(of_tokens, next_token_loss(model, ROWS) / tokens)
     ours, expected = gradients(loss, model), gradients(theirs.loss, model)
     for name in expected:
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-4, atol=1e-6)
