@@ -14,7 +14,7 @@ setup: .venv/ready
 	touch $@
 
 train: .venv/ready ## Pretrain a small SLTrain LLaMA on real text, on all cores.
-	$(BIN)/torchrun --nproc_per_node=$(PROCESSES) launch/pretrain.py model=llama_tiny param=sltrain resume=auto $(ARGS)
+	$(BIN)/$(if $(filter 1,$(PROCESSES)),python,torchrun --nproc_per_node=$(PROCESSES)) launch/pretrain.py model=llama_tiny param=sltrain resume=auto $(ARGS)
 
 test: .venv/ready ## The quick tests.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not full" $(ARGS)

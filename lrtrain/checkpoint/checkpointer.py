@@ -7,7 +7,6 @@ wherever a process was killed; the checksums tell if it still is.
 """
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -22,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lrtrain.checkpoint.reader import TensorPlanner, TensorReader
+from lrtrain.core.files import sync_folder, write_durably
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.errors import ConfigError
@@ -89,7 +89,9 @@ def damage_of(checkpoint: Path) -> str | None:
     """What differs from the checkpoint that was written, in a few words; None if nothing does. Reads all of it."""
     try:
         written = json.loads((checkpoint / MARKER).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        written = None
+    if not isinstance(written, dict) or META not in written:
         return f"{MARKER} is missing or not readable"
     found = checksums([file for name in written if (file := checkpoint / name).is_file()])
     differing = [name for name in written if found.get(name) != written[name]]
@@ -130,6 +132,8 @@ class Checkpointer:
         self.pending: Callable[[], Any] | None = None
         self.step = 0
         self.saved = True
+        self.sound: set[str] = set()
+        """Names of the checkpoints that were written or checked by this process: retention counts no others."""
         if world.main:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".step-*"):
@@ -175,6 +179,8 @@ class Checkpointer:
             dcp.load(state, storage_reader=TensorReader(checkpoint), planner=TensorPlanner())
         except CheckpointException as error:
             raise ConfigError(f"{checkpoint} is not loaded: {_reasons(error)}") from error
+        if checkpoint.parent.resolve() == self.folder.resolve():  # it was checked before, as any that is chosen
+            self.sound.add(checkpoint.name)
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.partial"
@@ -188,14 +194,21 @@ class Checkpointer:
                     remove(final)
                 partial.rename(final)
                 sync_folder(self.folder)
-                self._retire()
+                self.sound.add(final.name)
+                self._retire(final)
 
         return commit
 
-    def _retire(self) -> None:
-        for old in whole_checkpoints(self.folder)[: -self.keep]:
+    def _retire(self, saved: Path) -> None:
+        """Remove what is older than the newest `keep` that are known to be sound, but not what was just saved.
+
+        Whether the others are sound is not known, and costs reading them: they do not count.
+        """
+        whole = whole_checkpoints(self.folder)
+        counted = [checkpoint for checkpoint in whole if checkpoint.name in self.sound]
+        for old in whole[: whole.index(counted[-self.keep])] if len(counted) >= self.keep else []:
             step = int(NAME.fullmatch(old.name)[1])  # type: ignore[index]
-            if not self.keep_every or step % self.keep_every:
+            if old != saved and (not self.keep_every or step % self.keep_every):
                 remove(old)
 
 
@@ -236,19 +249,3 @@ def remove(checkpoint: Path) -> None:
     doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file so that it is on the disk when this returns."""
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames within a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lrtrain.distributed.memory import give_back_freed_memory, keep_freed_memory
+from lrtrain.distributed.threads import thread_count
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,17 @@ def rendezvous() -> dist.Store:
     return next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
 
 
+def first_to_say(sentence: str) -> bool:
+    """Whether no other process has asked this of the same sentence before: so that it is said once."""
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        return rendezvous().add(f"said in attempt {attempt}: {sentence}", 1) == 1
+    except RuntimeError:  # the store is gone, and with it whoever might have said it
+        return True
+
+
 def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
-    """Join the process group (of one, without torchrun) and set device and threads (cores ÷ local processes).
+    """Join the process group (of one, without torchrun) and set device and threads (`thread_count`).
 
     A collective fails after twice `timeout_minutes`: before that a process without a sign of life is found, and named
     (`lrtrain.distributed.heartbeat`). On a CPU freed memory is kept for the next step (see `keep_freed_memory`) unless
@@ -58,7 +68,8 @@ def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
     """
     size, local_size = environment_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    threads, why = thread_count(local_size)
+    torch.set_num_threads(threads)
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
@@ -69,7 +80,15 @@ def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
     store = dist.PrefixStore(f"run {next(_runs)}", rendezvous())
     timeout = timedelta(minutes=2 * timeout_minutes)
     dist.init_process_group(backend, store=store, rank=environment_rank(), world_size=size, timeout=timeout)
+    if environment_rank() == 0:
+        say_once(f"{size} × {device.type}, {threads} threads each ({why})")
     return World(environment_rank(), local_rank, size, device)
+
+
+@functools.cache
+def say_once(sentence: str) -> None:
+    """Print a sentence that the jobs of a sweep have in common."""
+    print(sentence, flush=True)
 
 
 def stop() -> None:

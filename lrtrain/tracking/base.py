@@ -21,5 +21,8 @@ class Tracker:
     def log_image(self, step: int, name: str, path: Path) -> None:
         """A picture that was written to `path`."""
 
+    def sync(self) -> None:
+        """Put what was logged on the disk, where a power cut leaves it: called with each checkpoint."""
+
     def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
         """The run is over; `exit_code` is 0 if it went well."""

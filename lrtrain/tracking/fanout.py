@@ -28,6 +28,9 @@ class FanOut(Tracker):
     def log_image(self, step: int, name: str, path: Path) -> None:
         self._each(lambda sink: sink.log_image(step, name, path))
 
+    def sync(self) -> None:
+        self._each(lambda sink: sink.sync())
+
     def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
         for name, sink in self._sinks.items():
             self._try(name, sink, lambda sink: sink.finish(summary, exit_code))

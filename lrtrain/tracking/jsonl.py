@@ -5,16 +5,19 @@ completed), tokens (seen by all processes), time (Unix seconds), wall_s (seconds
 metrics (name → number, null where it was not finite) and nonfinite (the names of these).
 """
 
+import functools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
+from lrtrain.core.files import sync_folder
 from lrtrain.tracking.base import Tracker, Value
 from lrtrain.tracking.spectra_files import save_spectra
 
@@ -46,6 +49,7 @@ class JsonlTracker(Tracker):
         self._run_id = run_id
         self._began = time.time()
         self._file = path.open("ab", buffering=0)  # a killed process then loses no row: the system has it
+        sync_folder(run_dir)
         self._waiting = b""
         self._failed: set[str] = set()
 
@@ -72,8 +76,15 @@ class JsonlTracker(Tracker):
         except OSError as error:
             self._tell("spectra/", f"{error}; this and what else finds no room is left out")
 
-    def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
+    def sync(self) -> None:
         self._write()
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._tell("metrics.jsonl", f"{error}")
+
+    def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
+        self.sync()
         self._file.close()
         if self._waiting:
             lost = self._waiting.count(b"\n")
@@ -98,7 +109,7 @@ def read_metrics(path: Path) -> list[Row]:
 
     Of a run that was resumed, the newest segment counts: for a name logged twice at a step, and for steps that
     an older segment reached but the newer one took back by starting from an earlier checkpoint.
-    A line that a killed process left half-written at the end is ignored.
+    A line that a killed process left half-written at the end is ignored; others that are damaged are, and are named.
     """
     rows = list(_rows(path))
     resumed_at = {row["segment"]: row["step"] for row in reversed(rows)}  # its first step
@@ -121,7 +132,28 @@ def series(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _rows(path: Path) -> Iterator[Row]:
     *lines, _torn = path.read_bytes().split(b"\n")  # what follows the last newline is not whole
-    return (json.loads(line) for line in lines)
+    rows = [_row(line) for line in lines]
+    damaged = [number for number, row in enumerate(rows, start=1) if row is None]
+    if damaged:
+        others = f" and {len(damaged) - 1} more are" if len(damaged) > 1 else " is"
+        _tell_once(f"{path}: line {damaged[0]}{others} damaged and left out")
+    return (row for row in rows if row is not None)
+
+
+def _row(line: bytes) -> Row | None:
+    """A row; None if the line is none, as after a crash of the system."""
+    try:
+        row: Any = json.loads(line)
+        numbers = [row[key] for key in ("segment", "step", "tokens", "time", "wall_s")]
+        values = [value for value in row["metrics"].values() if value is not None]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return row if all(isinstance(value, int | float) for value in numbers + values) else None
+
+
+@functools.cache
+def _tell_once(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def _cut_torn_tail(path: Path) -> None:

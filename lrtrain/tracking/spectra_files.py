@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lrtrain.core.files import sync_folder
+
 PARTS = ("low_rank", "sparse", "low_rank_null", "sparse_null")
 
 
@@ -20,10 +22,13 @@ def save_spectra(run_dir: Path, step: int, spectra: Mapping[str, np.ndarray]) ->
     try:
         with unfinished.open("wb") as file:
             np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError:
         unfinished.unlink(missing_ok=True)  # on a full disk half a file is only in the way
         raise
     os.replace(unfinished, path)
+    sync_folder(path.parent)
 
 
 def load_spectra(run_dir: Path, step: int) -> dict[str, np.ndarray]:

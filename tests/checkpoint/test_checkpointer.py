@@ -1,5 +1,6 @@
 """A checkpoint is whole or it is not there."""
 
+import json
 import os
 import pickle
 import resource
@@ -13,7 +14,9 @@ from crew import together
 from lrtrain import distributed
 from lrtrain.checkpoint.checkpointer import (
     MARKER,
+    META,
     Checkpointer,
+    checksums,
     damage_of,
     find_checkpoint,
     newest_sound,
@@ -35,7 +38,8 @@ def make(folder: Path, step: int, whole: bool = True) -> Path:
     path = folder / f"step-{step:08d}"
     path.mkdir(parents=True)
     if whole:
-        (path / MARKER).write_text("{}")
+        (path / META).write_text("{}")
+        (path / MARKER).write_text(json.dumps(checksums([path / META])))
     return path
 
 
@@ -127,6 +131,46 @@ def test_a_checkpoint_that_was_changed_is_left_aside_for_the_one_before(tmp_path
     spoil(first / "__0_0.distcp")
     with pytest.raises(ConfigError, match="all checkpoints in .* are damaged"):
         newest_sound(tmp_path)
+
+
+@pytest.mark.parametrize("written", ["5", "[]", "{}", "null", "[" * 200_000, ""])
+def test_a_marker_that_is_none_is_damage(tmp_path: Path, world, written: str):
+    saved(tmp_path, world, 1, 2)
+    first, second = whole_checkpoints(tmp_path)
+    (second / MARKER).write_text(written)
+    assert newest_sound(tmp_path) == first
+
+
+def steps(folder: Path) -> list[int]:
+    return [int(checkpoint.name[5:]) for checkpoint in whole_checkpoints(folder)]
+
+
+def test_a_sound_checkpoint_is_never_removed_for_a_damaged_one(tmp_path: Path, world):
+    """Resumed from 30, since 40 is damaged, with keep=1: what is saved at 34 stays, though 40 has the higher step."""
+    saved(tmp_path, world, 30, 40)
+    flip_a_bit(tmp_path / "step-00000040" / "__0_0.distcp")
+    saver = Checkpointer(tmp_path, world, keep=1, keep_every=None, asynchronous=False)
+    state = {"w": torch.zeros(1000)}
+    resumed = newest_sound(tmp_path)
+    assert resumed is not None
+    saver.load(state, resumed)
+    saver.save(state, 34, {})
+    assert steps(tmp_path) == [34, 40] and newest_sound(tmp_path) == tmp_path / "step-00000034"
+    saver.save(state, 40, {})
+    assert steps(tmp_path) == [40] and damage_of(tmp_path / "step-00000040") is None
+
+
+def test_checkpoints_that_nobody_checked_do_not_count_for_retention(tmp_path: Path, world):
+    """Resuming has checked 40, the newest; 30, which may be damaged, is not one of the two to keep."""
+    saved(tmp_path, world, 10, 20, 30, 40)
+    flip_a_bit(tmp_path / "step-00000030" / "__0_0.distcp")
+    saver = Checkpointer(tmp_path, world, keep=2, keep_every=None, asynchronous=True)
+    state = {"w": torch.zeros(1000)}
+    saver.load(state, tmp_path / "step-00000040")
+    assert steps(tmp_path) == [10, 20, 30, 40]
+    saver.save(state, 50, {})
+    saver.wait()
+    assert steps(tmp_path) == [40, 50]
 
 
 class Harmful:

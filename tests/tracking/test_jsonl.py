@@ -2,11 +2,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lrtrain.tracking.fanout import FanOut
 from lrtrain.tracking.jsonl import JsonlTracker, read_metrics, series
 from lrtrain.tracking.spectra_files import load_spectra, spectra_steps
 
@@ -111,3 +113,28 @@ def test_spectra_come_back_in_float32(tmp_path: Path):
     assert list(loaded) == list(spectra)
     assert loaded["layers.0.q_proj"].dtype == np.float32
     assert loaded["layers.0.q_proj"].tolist() == [3.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"}{", b"5", b'{"step": 2}', b"\0" * 50, b"[" * 200_000, b'{"metrics": 1, "step": "a"}']
+)
+def test_a_damaged_line_is_named_and_the_others_are_read(tmp_path: Path, capsys, garbage: bytes):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(tmp_path, "a")
+    for step in (1, 2, 3):
+        tracker.log(step, step, {"x": step})
+    rows = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(rows[0] + garbage + b"\n" + rows[2])
+    assert series(path, "x")[0].tolist() == series(path, "x")[0].tolist() == [1, 3]
+    assert capsys.readouterr().err == f"{path}: line 2 is damaged and left out\n"
+    JsonlTracker(tmp_path, "a").log(4, 4, {"x": 4})  # resumed
+    assert series(path, "x")[0].tolist() == [1, 3, 4]
+
+
+def test_what_was_logged_before_a_checkpoint_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    synced: list[int] = []
+    tracker = FanOut({"jsonl": JsonlTracker(tmp_path, "a")})
+    tracker.log(1, 1, {"x": 1.0})
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    tracker.sync()
+    assert synced == [(tmp_path / "metrics.jsonl").stat().st_size] and synced[0] > 0

@@ -1,0 +1,53 @@
+"""Files that are on the disk, whole, under their names: a crash or a power cut leaves the old one or the new one."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file beside its place and rename it there; it is on the disk when this returns."""
+    beside = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)  # on a full disk half a file is only in the way
+        raise
+    sync_folder(path.parent)
+
+
+def write_folder_durably(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Put what `fill(folder beside)` writes, files alone, in the place of `folder`; on the disk when this returns."""
+    beside, former = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "former"))
+    for leftover in (beside, former):
+        shutil.rmtree(leftover, ignore_errors=True)
+    beside.mkdir()
+    fill(beside)
+    for file in beside.iterdir():
+        sync_file(file)
+    sync_folder(beside)
+    if folder.exists():
+        os.rename(folder, former)
+    os.rename(beside, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
