@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import distributed
 from lrtrain.checkpoint.checkpointer import Checkpointer, damage_of, whole_checkpoints
+from lrtrain.checkpoint.meta import CheckpointMeta, DataState, Progress
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.config.schema import Config, compute_dtype
@@ -57,6 +59,8 @@ def measure(overrides: list[str], folder: Path, world: World) -> None:
     step()  # the states of the optimizer are made in it
     state = engine.state_dict()
     size = sum(local(t).nbytes for part in state.values() for t in part.values()) * world.size
+    data = DataState(fingerprint="", state=None)
+    meta = CheckpointMeta(0, Progress(), data, {}, support_hash="", executed="", versions={}, world_size=world.size)
     checkpointer = Checkpointer(folder, world, keep=1, keep_every=None, asynchronous=True)
 
     def whole() -> Path:
@@ -67,10 +71,10 @@ def measure(overrides: list[str], folder: Path, world: World) -> None:
             print(f"{what:44} {seconds:7.2f} s  {size / seconds / 1e9:6.2f} GB/s", flush=True)
 
     for number, which in enumerate(("first", "second")):
-        show(f"{which} save: the loop stands still", timed(lambda number=number: checkpointer.save(state, number, {})))
+        show(f"{which} save: the loop stands still", timed(partial(checkpointer.save, state, number, meta)))
         show("  then until it is on the disk", timed(checkpointer.wait))
     alone = [timed(step) for _ in range(STEPS)]
-    checkpointer.save(state, 2, {})
+    checkpointer.save(state, 2, meta)
     beside = []
     while not broadcast_from_rank0((folder / "step-00000002").exists()):
         beside.append(timed(step))

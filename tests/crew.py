@@ -212,7 +212,7 @@ def train(overrides: list[str]) -> None:
         train_and_draw(overrides)
 
 
-@patch("lrtrain.run.loop.matmul_peak", lambda *_: 1e12)
+@patch("lrtrain.run.callbacks.log.matmul_peak", lambda *_: 1e12)
 def train_and_draw(overrides: list[str]) -> None:
     """The job of `launch/pretrain.py`, but that it does not measure the peak that its MFU is a share of."""
     config = composed_by_one(overrides)

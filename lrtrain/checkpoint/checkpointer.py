@@ -20,13 +20,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from lrtrain.checkpoint.meta import META, CheckpointMeta
 from lrtrain.checkpoint.reader import TensorPlanner, TensorReader
 from lrtrain.core.files import sync_folder, write_durably
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.errors import ConfigError
 
-META = "meta.json"
 MARKER = "checksums.json"
 NAME = re.compile(r"step-(\d{8})")
 
@@ -113,11 +113,6 @@ def checksum(path: Path) -> int:
     return crc
 
 
-def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: step, tokens, data position, configuration, versions."""
-    return json.loads((checkpoint / META).read_text())
-
-
 class Checkpointer:
     """Saves and loads the state of a run; one save is in flight at most."""
 
@@ -139,14 +134,14 @@ class Checkpointer:
             for leftover in folder.glob(".step-*"):
                 shutil.rmtree(leftover)
 
-    def save(self, state: dict[str, Any], step: int, meta: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Any], step: int, meta: CheckpointMeta) -> None:
         """Begin a checkpoint of `state` (copied before this returns); a collective. Waits for the one before.
 
         One that fails, as on a full disk, is told of and leaves those before it as they are; see `wait`.
         """
         self.wait()
         partial = self._partial(step)
-        commit = self._committer(partial, self.folder / f"step-{step:08d}", {**meta, "step": step})
+        commit = self._committer(partial, self.folder / f"step-{step:08d}", meta)
         self.step = step
         if self.asynchronous:
             future = dcp.async_save(state, checkpoint_id=partial, process_group=self.group)
@@ -185,10 +180,10 @@ class Checkpointer:
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.partial"
 
-    def _committer(self, partial: Path, final: Path, meta: dict[str, Any]) -> Callable[[], None]:
+    def _committer(self, partial: Path, final: Path, meta: CheckpointMeta) -> Callable[[], None]:
         def commit() -> None:
             if self.world.main:  # torch.distributed.checkpoint returns here only when all processes have written
-                write_durably(partial / META, json.dumps(meta, indent=1))
+                write_durably(partial / META, meta.to_json())
                 write_durably(partial / MARKER, json.dumps(checksums(sorted(partial.iterdir())), indent=1))
                 if final.exists():
                     remove(final)

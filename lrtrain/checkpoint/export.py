@@ -60,7 +60,7 @@ def export_factorized(run: RunWeights, out: Path, dtype: torch.dtype | None, mos
         "param": run.config.param,
         "ranks": {name: layer.rank for name, layer in run.layers.items()},
         "seed": run.config.train.seed,
-        "support_hash": run.meta["support_hash"],
+        "support_hash": run.meta.support_hash,
     }
     _write(run, out, run.model, dtype, most, run.tensor, FACTORIZED, config)
 

@@ -7,7 +7,6 @@ import copy
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,7 +14,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedModel
 
-from lrtrain.checkpoint.checkpointer import find_checkpoint, read_meta
+from lrtrain.checkpoint.checkpointer import find_checkpoint
+from lrtrain.checkpoint.meta import CheckpointMeta, read_meta
 from lrtrain.checkpoint.reader import TensorPlanner, TensorReader
 from lrtrain.config.compose import from_stored
 from lrtrain.config.schema import Config
@@ -40,9 +40,9 @@ class RunWeights:
 
     def __init__(self, path: Path):
         self.checkpoint = find_checkpoint(path, "")
-        self.meta: dict[str, Any] = read_meta(self.checkpoint)
-        self.config: Config = from_stored(self.meta["config"])
-        self.model: PreTrainedModel = make_model(self.config, self.meta["ranks"], self.meta.get("architecture"))
+        self.meta: CheckpointMeta = read_meta(self.checkpoint)
+        self.config: Config = from_stored(self.meta.config)
+        self.model: PreTrainedModel = make_model(self.config, self.meta.ranks, self.meta.architecture)
         """On meta."""
         self.layers = factorized_layers(self.model)
         self.reader = TensorReader(self.checkpoint)
@@ -52,7 +52,7 @@ class RunWeights:
             for name, found in stored.items()
             if name.startswith("model.") and isinstance(found, TensorStorageMetadata)
         }
-        if hash_of_supports((name, self.support(name)) for name in self.layers) != self.meta["support_hash"]:
+        if hash_of_supports((name, self.support(name)) for name in self.layers) != self.meta.support_hash:
             raise ConfigError(f"{self.checkpoint} was trained with other sparse supports than its seed gives here")
 
     @property

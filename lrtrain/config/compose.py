@@ -28,6 +28,8 @@ def typed(composed: DictConfig) -> Config:
         raise ConfigError(sentence(error, composed)) from error
     for section in ("param", "optim", "schedule", "engine"):
         check_choice(section, getattr(config, section), composed)
+    for name, node in config.callbacks.items():
+        check_choice(f"callbacks.{name}", node, composed)
     if config.init_from is not None and config.data.tokenizer.path is None:
         config.data.tokenizer.path = tokenizer_of(config.init_from, Path(config.run.dir))
     return config

@@ -165,6 +165,7 @@ class Config:
     checkpoint: CheckpointConfig
     spectra: SpectraConfig
     tracking: TrackingConfig
+    callbacks: dict[str, Any]
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import cache
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrtrain.config.schema import Config
 from lrtrain.data.prepare import Data
@@ -34,7 +34,6 @@ class Monitor:
     def __init__(self, config: Config, engine: Engine, data: Data, world: World):
         self.config, self.engine, self.data, self.world = config, engine, data, world
         self.chosen = config.spectra
-        self.active = 0 < self.chosen.every <= config.train.steps  # a run too short for its cadence has no spectra
         self.directions = top_states(engine.model, world) if self.chosen.hidden_by == "top" else []
         self.gradients = GradientSpectra()
         unchanged = cache(lambda: make_model(config))  # on meta, and only if updates are measured
@@ -66,8 +65,7 @@ class Monitor:
         kept = self.directions if self.chosen.hidden_by == "top" else whole_states(model, self.world)
         return hidden_metrics(model, states, self.config.train.micro_batch_size, self.world, kept)
 
-    def gradients_due(self, step: int) -> Mapping[str, nn.Module]:
-        """The layers whose gradients are measured in this step: with the spectra, and in the first and the last."""
-        if not self.active or (step % self.chosen.every and step not in (1, self.config.train.steps)):
-            return {}
-        return matching(self.matrices, self.chosen.gradients)
+    def measure_gradients(self) -> dict[str, float]:
+        """Metrics of the gradients as they are now. A collective."""
+        layers = matching(self.matrices, self.chosen.gradients)
+        return self.gradients.measure(layers) if layers else {}

@@ -1,6 +1,6 @@
 """What a model is worth at smaller ranks: evaluated with its layers cut to one share of their rank after another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,13 +61,3 @@ def evaluate_truncated(
 def dropped_parameters(layer: FactorizedLinear, rank: int) -> int:
     """How many parameters of its factors a layer that is cut to `rank` does without."""
     return (layer.rank - rank) * (layer.in_features + layer.out_features)
-
-
-def truncation_rows(found: Sequence[Truncation]) -> dict[str, str]:
-    """The table of rank, parameters, loss and perplexity as people read it."""
-    return {
-        f"at rank {'–'.join(map(str, dict.fromkeys(t.ranks)))} ({t.share:.4g})": (
-            f"{t.parameters:,} parameters, loss {t.loss:.4f}, perplexity {perplexity(t.loss):.2f}"
-        )
-        for t in found
-    }

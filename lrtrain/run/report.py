@@ -4,7 +4,10 @@ from typing import Any
 
 from torch import nn
 
+from lrtrain.measure.evaluate import perplexity
 from lrtrain.model.counts import above_break_even, dense_parameter_count, ledger, parameter_count, trainable_count
+
+LOSS_AT_SHARE = "eval_loss_at_rank_share_"
 
 
 def print_ledger(model: nn.Module) -> None:
@@ -30,10 +33,15 @@ def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
         "memory": f"{summary['memory_gib']:.2f} GiB per process, peak",
         "optimizer state": f"{summary['optimizer_bytes'] / 2**20:,.1f} MiB, over all processes",
     }
-    if summary["eval_perplexity"] is not None:
+    if summary.get("eval_perplexity") is not None:
         rows["eval perplexity"] = f"{summary['eval_perplexity']:.2f} (loss {summary['eval_loss']:.4f})"
     if summary["tokens_per_second"] is not None:
         rows["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
-    if summary["effective_rank"] is not None:
+    if summary.get("effective_rank") is not None:
         rows["effective rank"] = f"{summary['effective_rank']:.1f} (mean over matrices)"
+    for share in sorted(key.rpartition("_")[2] for key in summary if key.startswith(LOSS_AT_SHARE)):
+        loss, parameters = summary[LOSS_AT_SHARE + share], summary[f"parameters_at_rank_share_{share}"]
+        rows[f"at {float(share):.4g} of its rank"] = (
+            f"{parameters:,} parameters, loss {loss:.4f}, perplexity {perplexity(loss):.2f}"
+        )
     return rows

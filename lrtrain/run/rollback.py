@@ -8,12 +8,12 @@ import statistics
 import sys
 from pathlib import Path
 
-from lrtrain.checkpoint.checkpointer import Checkpointer, last_good, newest_sound, read_meta, remove, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import Checkpointer, last_good, newest_sound, remove, whole_checkpoints
+from lrtrain.checkpoint.meta import Progress, Window, read_meta
 from lrtrain.config.schema import Config, RollbackConfig
 from lrtrain.distributed.collectives import run_on_rank0
 from lrtrain.distributed.world import World
 from lrtrain.errors import RunFailed
-from lrtrain.run.progress import Progress, Window
 
 
 class Diverged(RunFailed):
@@ -102,7 +102,7 @@ def beyond(position: int, batch_size: int, left_out: list[Window]) -> int:
 
 def checkpoint_before(folder: Path, position: int) -> Path | None:
     """The newest whole checkpoint that has seen nothing from `position` on; None if there is none."""
-    found = [c for c in whole_checkpoints(folder) if read_meta(c)["progress"]["position"] <= position]
+    found = [c for c in whole_checkpoints(folder) if read_meta(c).progress.position <= position]
     return found[-1] if found else None
 
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from lrtrain.checkpoint.checkpointer import find_checkpoint, newest_sound, write_durably
+from lrtrain.checkpoint.meta import CheckpointMeta
 from lrtrain.config.compose import from_stored
 from lrtrain.config.naming import differing
 from lrtrain.config.schema import Config, as_dict
@@ -30,7 +31,7 @@ def checkpoint_to_resume(config: Config) -> Path | None:
     return find_checkpoint(Path(config.resume))
 
 
-def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, meta: dict[str, Any]) -> None:
+def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, meta: CheckpointMeta) -> None:
     """A checkpoint fits only the model it was made of, and a run goes on only with its data.
 
     Raises:
@@ -38,14 +39,14 @@ def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, me
     """
     differences = [
         f"{key} is {old} there and {new} here"
-        for key, (old, new) in differing(as_dict(from_stored(meta["config"])), as_dict(config)).items()
+        for key, (old, new) in differing(as_dict(from_stored(meta.config)), as_dict(config)).items()
         if key.startswith(("model.config.", "param.", "train.seed", "model.path"))
         and key != "param.execution"
-        and not (meta.get("ranks") and re.match(r"param\.rank(\.|$)", key))  # its layers have ranks of their own
+        and not (meta.ranks and re.match(r"param\.rank(\.|$)", key))  # its layers have ranks of their own
     ]
     if differences:
         raise ConfigError(f"{checkpoint} is of another model: {'; '.join(differences)}")
-    if config.resume == "auto" and meta["data"]["fingerprint"] != data_fingerprint:
+    if config.resume == "auto" and meta.data.fingerprint != data_fingerprint:
         raise ConfigError(
             f"{checkpoint} was trained on other data than data={config.data.name} gives here; to start on new data "
             f"from its weights use another run.name and resume={checkpoint}"

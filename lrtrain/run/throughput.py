@@ -49,11 +49,14 @@ def _product_seconds(a: torch.Tensor) -> float:
 
 
 class Meter:
-    """Adds up steps since it was last read. Evaluation, spectra and checkpoints are not steps."""
+    """Adds up steps since it was last read.
 
-    def __init__(self, peak: float, flops: Flops, processes: int):
-        self.peak = peak * processes
-        self.flops = flops
+    Args:
+        peak: FLOP/s of all processes together that MFU is a share of.
+    """
+
+    def __init__(self, peak: float):
+        self.peak = peak
         self._clear()
 
     def _clear(self) -> None:
@@ -67,15 +70,15 @@ class Meter:
         self.steps += 1
         self.tokens += tokens
 
-    def read(self) -> dict[str, float]:
-        """The metrics since the last reading; MFU by the layers' own FLOPs and by the dense model's."""
+    def read(self, flops: Flops) -> dict[str, float]:
+        """The metrics since the last reading; MFU by the layers' own `flops` and by the dense model's."""
         rate = self.tokens / self.seconds
         metrics = {
             "perf/tokens_per_second": rate,
             "perf/step_seconds": self.seconds / self.steps,
             "perf/data_wait_pct": 100 * self.waited / self.seconds,
-            "perf/mfu": rate * self.flops.model / self.peak,
-            "perf/mfu_dense_equivalent": rate * self.flops.dense_equivalent / self.peak,
+            "perf/mfu": rate * flops.model / self.peak,
+            "perf/mfu_dense_equivalent": rate * flops.dense_equivalent / self.peak,
         }
         self._clear()
         return metrics

@@ -20,10 +20,10 @@ from lrtrain.checkpoint.checkpointer import (
     damage_of,
     find_checkpoint,
     newest_sound,
-    read_meta,
     remove,
     whole_checkpoints,
 )
+from lrtrain.checkpoint.meta import CheckpointMeta, DataState, Progress, read_meta
 from lrtrain.distributed.world import World
 from lrtrain.errors import ConfigError
 
@@ -32,6 +32,10 @@ from lrtrain.errors import ConfigError
 def world():
     yield distributed.start()
     distributed.stop()
+
+
+def meta(step: int) -> CheckpointMeta:
+    return CheckpointMeta(step, Progress(step), DataState("", None), {}, "", "", {}, 1)
 
 
 def make(folder: Path, step: int, whole: bool = True) -> Path:
@@ -64,13 +68,13 @@ def test_saving_and_loading_gives_the_state_back(tmp_path: Path, world, asynchro
     saver = Checkpointer(tmp_path, world, keep=2, keep_every=None, asynchronous=asynchronous)
     state = {"model": {"w": torch.randn(5, 3)}, "optimizer": {"state.w.step": torch.tensor(3.0)}}
     before = state["model"]["w"].clone()
-    saver.save(state, 3, {"tokens": 7})
+    saver.save(state, 3, meta(3))
     state["model"]["w"].zero_()  # training goes on while it is written
     saver.wait()
     (found,) = whole_checkpoints(tmp_path)
     saver.load(state, found)
     assert torch.equal(state["model"]["w"], before)
-    assert read_meta(found) == {"tokens": 7, "step": 3}
+    assert read_meta(found) == meta(3)
 
 
 def test_the_newest_are_kept_and_the_unfinished_neither_count_nor_stay(tmp_path: Path, world):
@@ -79,7 +83,7 @@ def test_the_newest_are_kept_and_the_unfinished_neither_count_nor_stay(tmp_path:
     (tmp_path / ".of-others").touch()
     saver = Checkpointer(tmp_path, world, keep=2, keep_every=4, asynchronous=True)
     for step in range(3, 9):
-        saver.save({"w": torch.zeros(1)}, step, {})
+        saver.save({"w": torch.zeros(1)}, step, meta(step))
     saver.wait()
     assert [int(p.name[5:]) for p in whole_checkpoints(tmp_path)] == [4, 7, 8]
     assert [p.name for p in tmp_path.glob(".*")] == [".of-others"]
@@ -100,7 +104,7 @@ def test_a_removal_that_is_interrupted_leaves_nothing_that_looks_whole(tmp_path:
 def saved(folder: Path, world: World, *steps: int) -> Checkpointer:
     saver = Checkpointer(folder, world, keep=9, keep_every=None, asynchronous=False)
     for step in steps:
-        saver.save({"w": torch.full((1000,), float(step))}, step, {})
+        saver.save({"w": torch.full((1000,), float(step))}, step, meta(step))
     return saver
 
 
@@ -194,7 +198,7 @@ def test_what_a_checkpoint_pickles_is_not_run(tmp_path: Path, world):
 
 def test_values_that_are_no_tensors_are_refused(tmp_path: Path, world):
     saver = Checkpointer(tmp_path, world, keep=9, keep_every=None, asynchronous=False)
-    saver.save({"w": torch.zeros(3), "harmful": Harmful(tmp_path / "touched")}, 1, {})
+    saver.save({"w": torch.zeros(3), "harmful": Harmful(tmp_path / "touched")}, 1, meta(1))
     (checkpoint,) = whole_checkpoints(tmp_path)
     with pytest.raises(ConfigError, match="harmful is not a tensor"):
         saver.load({"w": torch.zeros(3), "harmful": 1}, checkpoint)
@@ -219,7 +223,7 @@ def save_on_a_full_disk(folder: Path, asynchronous: bool, full: int) -> None:
     for step, disk in enumerate((resource.RLIM_INFINITY, 2**16, resource.RLIM_INFINITY), start=1):
         if world.dist_rank == full:  # no file of this process may grow beyond
             resource.setrlimit(resource.RLIMIT_FSIZE, (disk, resource.RLIM_INFINITY))
-        saver.save(state, step, {})
+        saver.save(state, step, meta(step))
         saver.wait()
         assert saver.saved == (step != 2)
     distributed.stop()

@@ -21,7 +21,8 @@ from runs import gap, logged_steps, losses, wait_for, workers
 from torch import Tensor
 from torch.nn import Embedding
 
-from lrtrain.checkpoint.checkpointer import damage_of, read_meta, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import damage_of, whole_checkpoints
+from lrtrain.checkpoint.meta import read_meta
 
 ENDLESS = ["train.steps=100000", "schedule=constant", "param.execution=factored"]
 
@@ -106,7 +107,7 @@ def test_wandb_on_a_full_disk_costs_a_run_nothing_but_its_charts(tmp_path: Path,
     assert process.wait(60) == 0 and "the checkpoint is saved" in said()
     assert "Traceback" not in said() and said().count("wandb failed with OSError(28") == 1
     kept = whole_checkpoints(run / "checkpoints")[-1]
-    assert damage_of(kept) is None and max(losses(run)) == read_meta(kept)["step"] == len(losses(run)) > len(before)
+    assert damage_of(kept) is None and max(losses(run)) == read_meta(kept).step == len(losses(run)) > len(before)
     (charts,) = segments(run)
     assert [step for step, _ in history(charts, "train/loss")][: len(before) - 1] == [*before][:-1]  # it holds the last
 

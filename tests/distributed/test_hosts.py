@@ -9,7 +9,8 @@ from hosts import PORT, Host, two_hosts
 from launching import ROOT
 from runs import gap, logged_steps, losses, run_jobs, wait_for
 
-from lrtrain.checkpoint.checkpointer import read_meta, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import whole_checkpoints
+from lrtrain.checkpoint.meta import read_meta
 
 
 def torchrun(host: Host, meeting_point: Host, job: list[str], folder: Path) -> subprocess.Popen:
@@ -44,7 +45,7 @@ def test_when_one_of_two_hosts_is_gone_the_other_goes_on_from_the_last_checkpoin
         said = (tmp_path / f"{stays.name}.txt").read_text()
         assert code == 0, said
     assert "going on from" in said
-    sizes = {read_meta(checkpoint)["world_size"] for checkpoint in whole_checkpoints(run / "checkpoints")}
+    sizes = {read_meta(checkpoint).world_size for checkpoint in whole_checkpoints(run / "checkpoints")}
     assert sizes == {1, 2}
     run_jobs([[*base, f"run.dir={tmp_path}/alone"]], 1, tmp_path)
     assert gap(losses(run), losses(tmp_path / "alone")) < 2e-5

@@ -12,7 +12,8 @@ import pytest
 from launching import TINY
 from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, torchrun, wait_for, workers
 
-from lrtrain.checkpoint.checkpointer import read_meta, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import whole_checkpoints
+from lrtrain.checkpoint.meta import read_meta
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_resuming_twice_in_a_row_across_an_epoch_edge_is_exact(resumed: Path, na
     first, last = whole_checkpoints(pieces / "checkpoints")
     assert (first.name, last.name) == ("step-00000008", "step-00000012")
     if name == "shrinking":
-        assert max(read_meta(last)["ranks"].values()) < max(read_meta(first)["ranks"].values()) < 8
+        assert max(read_meta(last).ranks.values()) < max(read_meta(first).ranks.values()) < 8
     if name != "opt-with-dropout":
         found = losses(resumed / name / "alone")
         assert found.keys() == {9, 10, 11, 12}
@@ -94,9 +95,9 @@ def test_an_execution_that_was_measured_elsewhere_or_is_given_is_not_taken_over(
     metas = [
         read_meta(checkpoint) for folder in (run, other) for checkpoint in whole_checkpoints(folder / "checkpoints")
     ]
-    executions = [set(meta["executions"].values()) for meta in metas]
+    executions = [set(meta.executions.values()) for meta in metas]
     assert executions == [{"factored"}, {"factored"}, {"materialize"}, {"materialize"}]
-    assert [meta["executed"] for meta in metas] == ["torch.float32 on cpu"] * 3 + ["torch.bfloat16 on cpu"]
+    assert [meta.executed for meta in metas] == ["torch.float32 on cpu"] * 3 + ["torch.bfloat16 on cpu"]
 
 
 def test_resuming_between_and_at_revisions_is_exact(tmp_path: Path, tiny: list[str]):

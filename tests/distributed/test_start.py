@@ -99,7 +99,7 @@ def test_it_is_the_same_start_on_two_processes(folder: Path, name: str):
     assert gap(losses(one), losses(two)) < 1e-4
     (start, _), (other, _) = eval_losses(one), eval_losses(two)
     assert start == pytest.approx(other, abs=1e-4)
-    assert RunWeights(one).meta["ranks"] == RunWeights(two).meta["ranks"]
+    assert RunWeights(one).meta.ranks == RunWeights(two).meta.ranks
 
 
 @pytest.mark.parametrize("name", ZERO)
@@ -107,7 +107,7 @@ def test_it_is_the_same_start_under_zero(folder: Path, name: str):
     one, zero = folder / f"one-{name}", folder / f"zero-{name}"
     assert gap(losses(one), losses(zero)) < 1e-4
     assert eval_losses(zero)[0] == pytest.approx(eval_losses(one)[0], abs=1e-4)
-    assert RunWeights(one).meta["ranks"] == RunWeights(zero).meta["ranks"]
+    assert RunWeights(one).meta.ranks == RunWeights(zero).meta.ranks
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -21,13 +21,13 @@ PRETRAIN = ROOT / "launch" / "pretrain.py"
 FAULTY = """
 import runpy, sys
 sys.path[:0] = [{launch!r}, {root!r}]
-from lrtrain.run.loop import Trainer
-step = Trainer._step
-def failing(self, rows):
-    if self.config.param["rank"] == 6 and self.world.dist_rank == 1 and self.progress.step == 1:
+import lrtrain.run.loop as loop
+step = loop.take_step
+def failing(run, rows, waited):
+    if run.config.param["rank"] == 6 and run.world.dist_rank == 1 and run.progress.step == 1:
         raise MemoryError("none is left here")
-    step(self, rows)
-Trainer._step = failing
+    return step(run, rows, waited)
+loop.take_step = failing
 sys.argv[0] = {launch!r} + "/pretrain.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

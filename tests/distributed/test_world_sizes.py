@@ -7,7 +7,8 @@ import pytest
 from launching import TINY
 from runs import REVISED, base_of, gap, losses, run_jobs
 
-from lrtrain.checkpoint.checkpointer import read_meta, whole_checkpoints
+from lrtrain.checkpoint.checkpointer import whole_checkpoints
+from lrtrain.checkpoint.meta import read_meta
 from lrtrain.tracking.jsonl import read_metrics, series
 
 VARIANTS = {
@@ -144,4 +145,4 @@ def test_a_shrunken_run_ends_with_fewer_parameters_and_a_loss_for_each_rank(vari
     cut = json.loads((variants / "zero3-nested-shrinking" / "summary.json").read_text())  # releases its parameters
     assert all(cut[key] == value for key, value in shrunken.items() if key.startswith("parameters"))
     (newest,) = whole_checkpoints(variants / "two-nested-shrinking" / "checkpoints")
-    assert set(read_meta(newest)["ranks"].values()) <= set(range(1, 8))
+    assert set(read_meta(newest).ranks.values()) <= set(range(1, 8))

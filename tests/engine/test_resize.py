@@ -8,6 +8,7 @@ import torch
 from launching import SMALL
 
 from lrtrain import distributed
+from lrtrain.checkpoint.meta import CheckpointMeta, DataState, Progress
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.config.schema import as_dict
@@ -129,12 +130,13 @@ def test_a_state_of_another_shape_than_its_parameter_begins_anew_where_it_is_cut
 
 def test_a_resized_checkpoint_fits_any_rank_but_no_other_method(tmp_path):
     here = compose("param=nested", *SMALL, "resume=never")
-    meta = {"config": as_dict(here), "data": {}, "ranks": {}}
-    meta["config"]["param"]["rank"] = {"mlp": 3}
+    data = DataState(fingerprint="", state=None)
+    meta = CheckpointMeta(0, Progress(), data, as_dict(here), "", "", {}, 1)
+    meta.config["param"]["rank"] = {"mlp": 3}
     with pytest.raises(ConfigError, match="param.rank"):
         check_compatible(here, "", tmp_path, meta)
-    meta["ranks"] = {"model.layers.0.mlp.up_proj": 3}
+    meta.ranks = {"model.layers.0.mlp.up_proj": 3}
     check_compatible(here, "", tmp_path, meta)
-    meta["config"]["param"]["ranks"] = [1.0]
+    meta.config["param"]["ranks"] = [1.0]
     with pytest.raises(ConfigError, match="param.ranks"):
         check_compatible(here, "", tmp_path, meta)

@@ -15,7 +15,7 @@ def test_a_run_leaves_a_trace_and_the_dearest_operators_of_the_step_asked_for(ti
         steps.append(folder)
         return profiled(folder)
 
-    monkeypatch.setattr("lrtrain.run.loop.profiled", noted)
+    monkeypatch.setattr("lrtrain.run.callbacks.profile.profiled", noted)
     monkeypatch.setattr("lrtrain.analysis.plots.plot_run", lambda run: run / "no picture")
     pretrain(compose(*tiny, "train.steps=2", "train.profile=2", f"run.dir={tmp_path}/run"))
     folder = tmp_path / "run" / "profile"

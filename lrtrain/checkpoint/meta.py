@@ -1,0 +1,84 @@
+"""What a checkpoint says of itself: `meta.json`."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+META = "meta.json"
+T = TypeVar("T")
+
+Window = list[int]
+"""[first, end): positions of sequences in the order of the data."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that is needed to resume besides model, optimizer and the state of the data source."""
+
+    step: int = 0
+    """Optimizer steps completed, skipped ones included."""
+    position: int = 0
+    """Sequences consumed: the next step takes position … position + batch_size − 1 of the data's order."""
+    tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """Time spent in steps, callbacks and checkpoints aside."""
+    recent: list[float] = field(default_factory=list)
+    """The last losses that were no spikes, for `rollback`."""
+    left_out: list[Window] = field(default_factory=list)
+    """What rollbacks have left out of the data."""
+
+
+@dataclass
+class DataState:
+    """Which data a run reads, and where a stream of it stands."""
+
+    fingerprint: str
+    state: Any
+
+
+@dataclass
+class CheckpointMeta:
+    """Everything a checkpoint holds besides tensors."""
+
+    step: int
+    progress: Progress
+    data: DataState
+    config: dict[str, Any]
+    """The whole configuration, as plain containers."""
+    support_hash: str
+    executed: str
+    """The dtype and device that `executions` were measured with."""
+    versions: dict[str, str]
+    world_size: int
+    executions: dict[str, str] = field(default_factory=dict)
+    """The execution of each layer that was autotuned."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Ranks of the layers whose rank is not the one that `param.rank` gives."""
+    architecture: dict[str, Any] | None = None
+    """The config of the transformers model."""
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The state of each callback, by its name in the configuration."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "CheckpointMeta":
+        plain = json.loads(text)
+        plain["progress"] = _known(Progress, plain["progress"])
+        plain["data"] = _known(DataState, plain["data"])
+        return _known(cls, plain)
+
+
+def read_meta(checkpoint: Path) -> CheckpointMeta:
+    """The meta of a checkpoint."""
+    return CheckpointMeta.from_json((checkpoint / META).read_text())
+
+
+def _known(kind: type[T], values: dict[str, Any]) -> T:
+    """An instance made of the values that the dataclass knows; checkpoints of other versions may have more."""
+    names = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
+    return kind(**{name: value for name, value in values.items() if name in names})

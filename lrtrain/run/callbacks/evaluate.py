@@ -1,0 +1,42 @@
+"""The loss on held-out text, and at the end also at the smaller ranks that the layers offer."""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from lrtrain.measure.evaluate import perplexity
+from lrtrain.measure.truncation import evaluate_truncated
+from lrtrain.run.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from lrtrain.run.state import Run
+
+
+class Evaluate(Callback):
+    """Logs `eval/…`."""
+
+    def on_step(self, run: "Run") -> None:
+        if run.progress.step or run.config.init_from:  # a fresh model has nothing to show
+            self._evaluate(run)
+
+    def on_end(self, run: "Run") -> dict[str, Any]:
+        found = self._evaluate(run)
+        if found is None:
+            return {}
+        truncations = evaluate_truncated(run.engine.model, run.counts["parameters"], run.held_out_loss)
+        if truncations:
+            run.log({key: value for truncation in truncations for key, value in truncation.metrics().items()})
+        return {
+            "eval_loss": found,
+            "eval_perplexity": perplexity(found),
+            **{f"parameters_at_rank_share_{t.share:g}": t.parameters for t in truncations},
+            **{f"eval_loss_at_rank_share_{t.share:g}": t.loss for t in truncations},
+        }
+
+    def _evaluate(self, run: "Run") -> float | None:
+        """The loss; None if nothing is held out or a signal cut the evaluation short."""
+        started = time.perf_counter()
+        found = run.held_out_loss()
+        if found is None:
+            return None
+        run.log(found.metrics(run.config.eval.compat) | {"perf/eval_seconds": time.perf_counter() - started})
+        return found.loss

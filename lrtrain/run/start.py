@@ -1,0 +1,161 @@
+"""Building a run: from the configuration, or from the checkpoint that it resumes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from filelock import FileLock
+from transformers import PreTrainedModel
+
+from lrtrain.checkpoint.meta import CheckpointMeta, Window, read_meta
+from lrtrain.config.choice import choice
+from lrtrain.config.schema import Config, as_dict, compute_dtype
+from lrtrain.data.prepare import prepare_data
+from lrtrain.distributed.collectives import check_equal_on_all_ranks, run_on_all_ranks, run_on_rank0
+from lrtrain.distributed.heartbeat import Heartbeat
+from lrtrain.distributed.world import World
+from lrtrain.errors import ConfigError
+from lrtrain.init_from.start import Start
+from lrtrain.model.autotune import settle
+from lrtrain.model.build import make_model
+from lrtrain.model.supports import support_hash
+from lrtrain.run.batches import Batches, in_background
+from lrtrain.run.report import print_ledger
+from lrtrain.run.rundir import check_compatible, checkpoint_to_resume, claim, hold, known_run
+from lrtrain.run.saver import Saver
+from lrtrain.run.state import Run
+from lrtrain.run.stop import StopRequest
+from lrtrain.tracking import Tracker, open_tracker
+
+
+def start_run(
+    config: Config, world: World, stop: StopRequest, heartbeat: Heartbeat, left_out: Sequence[Window] = ()
+) -> Run:
+    """A run that is ready for its next step. A collective.
+
+    Args:
+        left_out: what a rollback that this run goes on from has left out of the data.
+
+    Raises:
+        ConfigError: on every process, if a value of the configuration is wrong.
+    """
+    run = Run(config, world, stop, heartbeat)
+    if config.train.compile and world.device.type == "cpu":
+        ask_for_vector_instructions()
+    checkpoint = run_on_rank0(lambda: checkpoint_to_resume(config))
+    meta = read_meta(checkpoint) if checkpoint else None
+    run.ranks = meta.ranks if meta else {}
+    architecture = meta.architecture if meta else None
+    model = make_model(config, run.ranks, architecture)
+    choice(config.optim)(model)  # on meta: what the optimizer refuses is said before anything is built
+    read_data(run, model, checkpoint, meta)
+    start = Start(config, model, world) if config.init_from and not checkpoint else None
+    if start and start.ranks:
+        run.ranks = start.ranks
+        model = make_model(config, run.ranks, architecture)
+    run_id = take_directory(run, model, meta)
+    run.take_stock(model)
+    if world.main:
+        print_ledger(model)
+    build_engine(run, model, fresh=not (checkpoint or start))
+    ours = meta is not None and config.resume == "auto"  # else the checkpoint is another run's
+    run.saver = Saver(run, saved=meta.step if meta and ours else -1)
+    run.batches = Batches(run)
+    run.schedule = choice(config.schedule)
+    run.tracker = Tracker()
+    run.callbacks = {name: choice(node)() for name, node in config.callbacks.items()}
+    if checkpoint and meta:
+        run.saver.load(run, checkpoint, meta)
+    elif start:
+        state = run.engine.state_dict()
+        start.fill(state["model"])
+        run.engine.load_state_dict(state)
+    if world.main:
+        run.tracker = open_tracker(config.tracking, run.dir, run_id, as_dict(config), config.train.steps)
+    if left_out:
+        run.progress.left_out = [*left_out]
+        run.log({"train/rollbacks": len(left_out)})
+    return run
+
+
+def read_data(run: Run, model: PreTrainedModel, checkpoint: Path | None, meta: CheckpointMeta | None) -> None:
+    """Tokenize or open the data, and check that it fits the model and the checkpoint."""
+    config = run.config
+    run.data = run_on_all_ranks(lambda: prepare_data(config.data, config.train.seed))
+    check_equal_on_all_ranks(run.data.fingerprint, "the data")
+    faults = run.data.faults
+    if faults.count and run.world.main:
+        print(f"data: {faults.count} unreadable documents are left out, the first: {faults.first}")
+    check_sizes(config, model, len(run.data.tokenizer))
+    if checkpoint and meta:
+        check_compatible(config, run.data.fingerprint, checkpoint, meta)
+
+
+def take_directory(run: Run, model: PreTrainedModel, meta: CheckpointMeta | None) -> str:
+    """Claim the run's directory, autotune its layers, and return the run's id.
+
+    An execution that was measured in this dtype on such a device before is kept: another one rounds differently, and
+    resuming would not be exact.
+    """
+    config, device = run.config, run.world.device
+    dtype = compute_dtype(config, device)
+    run.executed = f"{dtype} on {device.type}"
+    tokens = config.train.micro_batch_size * config.data.seq_len
+
+    def claimed() -> tuple[str, dict[str, str]]:
+        known = known_run(config)
+        executed, executions = (meta.executed, meta.executions) if meta else (None, {})
+        if known and not meta:
+            executed, executions = known.get("executed"), known.get("executions", {})
+        executions = settle(model, tokens, dtype, device, executions if executed == run.executed else {})
+        ours = known or claim(config, {"executions": executions, "executed": run.executed}, run.data.tokenizer)
+        return ours["id"], executions
+
+    run_id, run.executions = run_on_rank0(claimed)
+    run.lock = FileLock(run.dir / "lock")
+    run_on_rank0(lambda: hold(run.lock))
+    return run_id
+
+
+def build_engine(run: Run, model: PreTrainedModel, fresh: bool) -> None:
+    """Shard the model, give it storage, and initial values if it is `fresh`."""
+    config, train = run.config, run.config.train
+    run.engine = choice(config.engine)(
+        world=run.world,
+        dtype=compute_dtype(config, run.world.device),
+        compile=train.compile,
+        recompute_every=train.recompute_every,
+        recompute_keep=train.recompute_keep,
+    )
+    run.engine.prepare(model, train.seed, choice(config.optim), fresh=fresh)
+    run.support_hash = support_hash(run.engine.model)
+
+
+def check_sizes(config: Config, model: PreTrainedModel, pieces: int) -> None:
+    """Check that tokens and positions of the data fit the model.
+
+    Args:
+        pieces: of the tokenizer.
+
+    Raises:
+        ConfigError: naming the key, the value and what would be right.
+    """
+    text = model.config.get_text_config()
+    if pieces > text.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={text.vocab_size} is below the tokenizer's {pieces} pieces; raise it, or lower "
+            f"data.tokenizer.vocab_size"
+        )
+    longest = getattr(text, "max_position_embeddings", None)
+    if longest is not None and config.data.seq_len > longest:
+        raise ConfigError(f"data.seq_len={config.data.seq_len} is above the model's max_position_embeddings={longest}")
+
+
+def ask_for_vector_instructions() -> None:
+    """Let torch.compile find out what this CPU has before its first kernel is due: it asks the C++ compiler, which
+    takes seconds where it was never asked, while the data is prepared."""
+    import torch._inductor.compile_fx  # noqa: F401  whole at first: two threads that import from each other may fail
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    in_background(pick_vec_isa)

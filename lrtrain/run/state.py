@@ -1,0 +1,115 @@
+"""A run on one process among others: everything that its steps and callbacks share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from transformers import PreTrainedModel
+
+from lrtrain.checkpoint.meta import Progress
+from lrtrain.config.choice import choice
+from lrtrain.config.schema import Config
+from lrtrain.data.prepare import Data
+from lrtrain.distributed.collectives import sum_over_ranks
+from lrtrain.distributed.heartbeat import Heartbeat
+from lrtrain.distributed.world import World
+from lrtrain.engine.base import Engine
+from lrtrain.engine.resize import wanted_ranks
+from lrtrain.measure.evaluate import Evaluation, evaluate, evenly_spaced
+from lrtrain.model.build import make_model
+from lrtrain.model.counts import dense_parameter_count, parameter_count, trainable_count, training_flops
+from lrtrain.model.rank import mean_rank
+from lrtrain.model.structure import factorized_layers
+from lrtrain.model.supports import support_hash
+from lrtrain.run.batches import Batches
+from lrtrain.run.callbacks.base import Callback
+from lrtrain.run.saver import Saver
+from lrtrain.run.stop import StopRequest
+from lrtrain.tracking import Tracker
+
+
+class Run:
+    """Filled by `lrtrain.run.start.start_run`, in the order in which the parts depend on each other."""
+
+    data: Data
+    ranks: dict[str, int]
+    """Ranks of the layers whose rank is not the one that `param.rank` gives."""
+    executions: dict[str, str]
+    """The execution of each layer that was autotuned."""
+    executed: str
+    """The dtype and device that `executions` were measured with."""
+    engine: Engine
+    saver: Saver
+    batches: Batches
+    schedule: Callable[[int, int], float]
+    tracker: Tracker
+    callbacks: Mapping[str, Callback]
+    lock: FileLock
+    """Held while the run goes on: nobody else may write into its directory."""
+
+    def __init__(self, config: Config, world: World, stop: StopRequest, heartbeat: Heartbeat):
+        self.config = config
+        self.world = world
+        self.stop = stop
+        self.heartbeat = heartbeat
+        self.dir = Path(config.run.dir)
+        self.progress = Progress()
+
+    def take_stock(self, model: PreTrainedModel) -> None:
+        """Keep the layers, FLOPs and counts of a model (on meta) that is about to be trained."""
+        self.layers = factorized_layers(model)
+        for name, layer in self.layers.items():
+            layer.execution = self.executions.get(name)
+        self.flops = training_flops(model, self.config.data.seq_len)
+        self.counts = {
+            "rank": mean_rank(model),
+            "parameters": parameter_count(model),
+            "parameters_trainable": trainable_count(model),
+            "parameters_dense": dense_parameter_count(model),
+            "optimizer_bytes": choice(self.config.optim)(model).state_bytes(),
+        }
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Record metrics of the present step."""
+        self.tracker.log(self.progress.step, self.progress.tokens, metrics)
+
+    def stop_requested(self) -> bool:
+        """Whether any process got a signal: a collective, so that all stop at the same place."""
+        return sum_over_ranks(self.stop.signal is not None)[0] > 0
+
+    def each(self, call: Callable[[Callback], Any]) -> float:
+        """Call every callback in order; returns the seconds that this took."""
+        started = time.perf_counter()
+        for callback in self.callbacks.values():
+            call(callback)
+        return time.perf_counter() - started
+
+    def held_out_loss(self) -> Evaluation | None:
+        """The loss on the held-out set; None if nothing is held out or a signal cut the evaluation short."""
+        indices = evenly_spaced(len(self.data.validation), self.config.eval.sequences)
+        if not indices:
+            return None
+        rows = self.data.validation.rows(indices)
+        size = self.config.train.micro_batch_size
+        return evaluate(self.engine.model, rows, size, self.world, stop=self.stop_requested)
+
+    def resize_layers(self) -> None:
+        """Go on with smaller tensors where layers want smaller ranks now."""
+        step = self.progress.step
+        ranks = wanted_ranks(factorized_layers(self.engine.shards), step)
+        if all(layer.rank == ranks[name] for name, layer in self.layers.items()):
+            return
+        before = self.counts["parameters"]
+        self.ranks = ranks
+        model = make_model(self.config, ranks, self.engine.model.config.to_dict())
+        self.take_stock(model)
+        self.engine.resize(model, choice(self.config.optim))
+        self.support_hash = support_hash(self.engine.model)
+        now = self.counts["parameters"]
+        self.log({"train/parameters": now})
+        if self.world.main:
+            print(f"step {step}: smaller ranks, {now:,} parameters instead of {before:,}", flush=True)

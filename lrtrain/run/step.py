@@ -1,0 +1,80 @@
+"""One optimizer step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lrtrain.core.seeds import generator_for, integer_seed
+from lrtrain.distributed.collectives import sum_over_ranks
+
+if TYPE_CHECKING:
+    from lrtrain.run.state import Run
+
+
+@dataclass(frozen=True)
+class StepLog:
+    """What one step was."""
+
+    loss: float
+    """What is trained on: mean per target token over all processes (nats), an auxiliary loss included."""
+    cross_entropy: float
+    aux_loss: float | None
+    """Of a mixture of experts whose config asks for it."""
+    grad_norm: float
+    """Global L2 norm of the gradient before clipping."""
+    lr: float
+    skipped: bool
+    """Whether loss or gradient was not finite, so that nothing was updated."""
+    tokens: int
+    """Target tokens of the batch, over all processes."""
+    seconds: float
+    """Time of the step on this process, the wait for its batch included, callbacks aside."""
+    waited: float
+    """Part of `seconds` that was spent waiting for the batch."""
+
+
+def take_step(run: Run, rows: torch.Tensor, waited: float) -> StepLog:
+    """Take one optimizer step and advance `run.progress`. A collective.
+
+    Args:
+        rows: this process's token ids of the global batch (sequences, seq_len + 1).
+        waited: seconds that this process waited for them.
+    """
+    config, progress, engine = run.config, run.progress, run.engine
+    started = time.perf_counter()
+    tokens = config.train.batch_size * config.data.seq_len
+    lr = config.optim["lr"] * run.schedule(progress.step, config.train.steps)
+    seed_step(run)
+    engine.begin_step(progress.step, lr, config.train.clip, config.train.clip_by)
+    micros = rows.split(config.train.micro_batch_size)
+    losses = [engine.forward_backward(micro, tokens, micro is micros[-1]) for micro in micros]
+    loss, *parts = sum_over_ranks(*(torch.stack(losses).double().sum(0) / tokens).reshape(-1).tolist())
+    aside = run.each(lambda callback: callback.after_backward(run))
+    result = engine.clip_and_step(loss)
+
+    progress.step += 1
+    progress.position = run.batches.first() + config.train.batch_size
+    engine.revise(progress.step)
+    run.resize_layers()
+    seconds = time.perf_counter() - started - aside + waited
+    progress.seconds += seconds
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if result.skipped else 0
+    progress.skipped += result.skipped
+    progress.tokens += 0 if result.skipped else tokens
+    cross_entropy, aux_loss = parts or (loss, None)
+    return StepLog(loss, cross_entropy, aux_loss, result.grad_norm, lr, result.skipped, tokens, seconds, waited)
+
+
+def seed_step(run: Run) -> None:
+    """Make every random choice of a step a function of (seed, step), so that there is no generator state to save.
+
+    Dropout differs between processes; the layers' own choices are the same on all.
+    """
+    seed, step = run.config.train.seed, run.progress.step
+    torch.manual_seed(integer_seed(seed, f"step {step} process {run.world.dist_rank}"))
+    for layer in run.layers.values():
+        layer.draw(generator_for(seed, f"draw of step {step}"))
