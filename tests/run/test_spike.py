@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lrtrain.checkpoint.checkpointer import MARKER, META
+from lrtrain.checkpoint.checkpointer import MARKER
+from lrtrain.checkpoint.meta import META, CheckpointMeta, DataState, Progress
 from lrtrain.config.schema import RollbackConfig
 from lrtrain.run.rollback import beyond, checkpoint_before, spike_of, take_back
 
@@ -29,7 +30,8 @@ def test_a_run_goes_back_to_before_what_it_leaves_out_and_forgets_what_came_afte
     for step in (2, 4, 6):
         folder = tmp_path / f"step-{step:08d}"
         folder.mkdir()
-        (folder / META).write_text(f'{{"progress": {{"position": {8 * step}}}}}')
+        progress = Progress(step, position=8 * step)
+        (folder / META).write_text(CheckpointMeta(step, progress, DataState("", None), {}, "", "", {}, 1).to_json())
         (folder / MARKER).write_text("{}")
     assert checkpoint_before(tmp_path, 15) is None
     assert checkpoint_before(tmp_path, 16) == tmp_path / "step-00000002"
