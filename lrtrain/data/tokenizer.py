@@ -3,17 +3,19 @@
 import hashlib
 import heapq
 import io
+import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 from lrtrain.config.schema import TokenizerConfig
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 SAMPLE_CHARACTERS = 20_000_000  # 32,000 pieces are learnt from them in seconds; more change little
 PIECE_CHARACTERS = 1 << 20  # a document is encoded this much at a time: bounded memory, all cores
 FIXED_PIECES = 3 + 256  # <unk>, <s>, </s> and the bytes
+SPACE = "▁"  # U+2581, which SentencePiece and llama.cpp spell a space with
+SENTENCEPIECE = "tokenizer.model"  # the file that llama.cpp's converter reads
 SETTINGS = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -49,12 +53,13 @@ def load_tokenizer(
     if cfg.path is not None:
         return load_saved(cfg.path)
     size = trained_size(cfg)
-    key = fingerprint("tokenizer", source.fingerprint(cache_dir), size, SAMPLE_CHARACTERS, SETTINGS)
+    key = fingerprint("tokenizer", source.fingerprint(cache_dir), size, SAMPLE_CHARACTERS, SETTINGS, SPACE)
 
     def build(folder: Path) -> None:
         log.info("training a tokenizer of %d pieces", size)
         model = train_sentencepiece(sample(source.documents(faults), SAMPLE_CHARACTERS), size)
-        from_sentencepiece(model).save_pretrained(folder)
+        save_tokenizer(from_sentencepiece(model), folder)
+        (folder / SENTENCEPIECE).write_bytes(model)
 
     return AutoTokenizer.from_pretrained(build_once(cache_dir / f"tokenizer-{key}", build))
 
@@ -140,11 +145,10 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 def from_sentencepiece(model: bytes) -> PreTrainedTokenizerFast:
     """A transformers tokenizer that gives the ids of SentencePiece.
 
-    Its pieces are spelt with spaces where SentencePiece has "▁" (U+2581). So a "▁" of the text is encoded as
-    bytes and comes back, where SentencePiece itself gives back a space.
+    As there, "▁" (U+2581) stands for a space, so one in the text comes back as a space.
     """
     trained = sentencepiece.SentencePieceProcessor(model_proto=model)
-    pieces = [trained.id_to_piece(i).replace("▁", " ") for i in range(len(trained))]
+    pieces = [trained.id_to_piece(i) for i in range(len(trained))]
     special = [p for i, p in enumerate(pieces) if trained.is_control(i) or trained.is_unknown(i)]
     text = {p: i for i, p in enumerate(pieces) if p not in special and not trained.is_byte(i)}
     unk, bos, eos = (pieces[i] for i in (trained.unk_id(), trained.bos_id(), trained.eos_id()))
@@ -156,19 +160,36 @@ def from_sentencepiece(model: bytes) -> PreTrainedTokenizerFast:
             unk_token=unk,
         )
     )
+    backend.normalizer = normalizers.Replace(" ", SPACE)
     # No piece of SentencePiece holds a line end, or a space behind another character, so this cut changes no
     # id; it makes encoding several times faster, for words repeat and are cached.
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n| *[^ \n]+| +"), behavior="isolated")
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|▁*[^▁\n]+|▁+"), behavior="isolated")
+    backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         unk_token=unk,
         bos_token=bos,
         eos_token=eos,
+        pad_token=unk,  # no text holds it: what has no piece is spelled in bytes
+        add_prefix_space=False,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer for transformers 4 and 5, and the SentencePiece model that it was made of, if it has one."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    if settings["tokenizer_class"] == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in both
+        settings["add_bos_token"] = len(tokenizer.encode("")) > 0  # llama.cpp puts one there unless it is told
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False))
+    model = Path(tokenizer.name_or_path) / SENTENCEPIECE
+    if model.is_file():
+        shutil.copyfile(model, folder / SENTENCEPIECE)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ from lrtrain.checkpoint.meta import CheckpointMeta
 from lrtrain.config.compose import from_stored
 from lrtrain.config.naming import differing
 from lrtrain.config.schema import Config, as_dict
+from lrtrain.data.tokenizer import save_tokenizer
 from lrtrain.errors import ConfigError
 
 
@@ -73,7 +74,7 @@ def claim(config: Config, settled: dict[str, Any], tokenizer: PreTrainedTokenize
     try:
         folder.mkdir(parents=True, exist_ok=config.resume == "auto")
         write_durably(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
-        tokenizer.save_pretrained(folder / "tokenizer")
+        save_tokenizer(tokenizer, folder / "tokenizer")
         write_durably(folder / "run.json", json.dumps(run))
     except OSError as error:
         raise ConfigError(f"run.dir={folder} cannot be written: {error.strerror}") from error
