@@ -43,8 +43,11 @@ OPTIM = {
     "lr_ratio": 1.0,
     "betas": [0.9, 0.99],
     "eps": 1e-8,
+    "eps_convention": "corrected",
     "weight_decay": 0.0,
+    "decay": "matrices",
     "in_backward": False,
+    "seed": 0,
 }
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lrtrain.distributed.sharding import local
-from lrtrain.optim.adam import adam_direction
 from lrtrain.optim.base import ShardedOptimizer
 from lrtrain.optim.quantized import BLOCK, block_maxima, blocks_of, dequantize, quantize
 from lrtrain.optim.rows import Rows, rows_like
@@ -44,7 +43,7 @@ class AdamW8bit(ShardedOptimizer):
         if p.ndim == 1:
             return self._of_vector(self.rows[p], gradient, state, step)
         first, second = (dequantize(state[m], state[f"{m}_scale"], signed) for m, signed in MOMENTS)
-        update = adam_direction(gradient, first, second, step, self.beta1, self.beta2, self.eps)
+        update = self.adam_step(gradient, first, second, step)
         for (moment, signed), new in zip(MOMENTS, (first, second), strict=True):
             state[f"{moment}_scale"].copy_(block_maxima(new))
             state[moment].copy_(quantize(new, state[f"{moment}_scale"], signed))
@@ -65,7 +64,7 @@ class AdamW8bit(ShardedOptimizer):
             dequantize(placed(state[m]), state[f"{m}_vector_scale"][None, here], signed)[0, before:]
             for m, signed in MOMENTS
         )
-        update = adam_direction(gradient, first, second, step, self.beta1, self.beta2, self.eps)
+        update = self.adam_step(gradient, first, second, step)
         for (moment, signed), new in zip(MOMENTS, (first, second), strict=True):
             scale = torch.zeros_like(state[f"{moment}_vector_scale"])
             scale[here] = block_maxima(placed(new))[0]

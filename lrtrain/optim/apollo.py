@@ -21,9 +21,9 @@ FACTORS = ("channel", "tensor")
 class Apollo(SubspaceAdam):
     """APOLLO: W ← W − lr·√scale·limited(G scaled by how much Adam scales its random projection G P).
 
-    The basis is a function of (n, r, step // gap), so matrices of one shape share one, which is drawn anew every `gap`
-    steps. A channel is a row, whatever the shape: its factor needs no communication, the limiter the sum of one scalar.
-    State: 2mr numbers and a norm.
+    The basis is a function of (seed, n, r, step // gap), so matrices of one shape share one, which is drawn anew every
+    `gap` steps. A channel is a row, whatever the shape: its factor needs no communication, the limiter the sum of one
+    scalar. State: 2mr numbers and a norm.
 
     Args:
         factors: `channel`: one for each row; `tensor`: one for the matrix (APOLLO-Mini's, with rank 1).
@@ -74,7 +74,7 @@ class Apollo(SubspaceAdam):
         n, rank = shape = (p.shape[1], state["first"].shape[1])
         which = (step - 1) // self.gap
         if self.drawn.get(shape) != which:
-            self.bases[shape].copy_(self.draw(n, rank, integer_seed(which, f"basis {n}×{rank}")))
+            self.bases[shape].copy_(self.draw(n, rank, integer_seed(self.seed, f"basis {which} of {n}×{rank}")))
             self.drawn[shape] = which
         return self.bases[shape]
 

@@ -14,8 +14,9 @@ from torch.optim.adamw import adamw as fused_adamw
 
 from lrtrain.core.seeds import integer_seed
 from lrtrain.distributed.sharding import local
-from lrtrain.optim.adam import adam_direction
-from lrtrain.optim.groups import parameter_groups
+from lrtrain.errors import ConfigError
+from lrtrain.optim.adam import EPS_CONVENTIONS, adam_direction
+from lrtrain.optim.groups import DECAYS, parameter_groups
 from lrtrain.optim.rounding import stochastic_round
 from lrtrain.optim.rows import Rows, in_pieces, rows_like
 
@@ -28,8 +29,11 @@ class Common(TypedDict):
     lr_ratio: float
     betas: list[float]
     eps: float
+    eps_convention: str
     weight_decay: float
+    decay: str
     in_backward: bool
+    seed: int
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -37,10 +41,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     All state exists from the start, as tensors by parameter: DTensors (see `rows_like`) that follow the parameter's
     rows, or plain tensors that are the same on all processes, named in `replicated`. All arithmetic is float32;
-    bfloat16 parameters are rounded stochastically, by noise that is a function of (step, name, shard).
+    bfloat16 parameters are rounded stochastically. All that is random is a function of (seed, name, step, entry), so it
+    is the same on any number of processes.
 
     Args:
         model: whose trainable parameters are stepped; may be on meta, to be measured.
+
+    Raises:
+        ConfigError: for an unknown decay or eps_convention.
     """
 
     cut_anywhere: ClassVar[bool] = False
@@ -68,13 +76,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         lr_ratio: float,
         betas: list[float],
         eps: float,
+        eps_convention: str,
         weight_decay: float,
+        decay: str,
         in_backward: bool,
+        seed: int,
     ):
+        for key, value, known in (("eps_convention", eps_convention, EPS_CONVENTIONS), ("decay", decay, DECAYS)):
+            if value not in known:
+                raise ConfigError(f"optim.{key}={value} is not one of {', '.join(known)}")
         self.beta1, self.beta2 = betas
         self.eps = eps
+        self.eps_convention = eps_convention
         self.in_backward = in_backward
-        groups = parameter_groups(model, weight_decay, 1.0 if other_lr is None else other_lr / lr, lr_ratio)
+        self.seed = seed
+        groups = parameter_groups(model, weight_decay, 1.0 if other_lr is None else other_lr / lr, lr_ratio, decay)
         super().__init__(groups, {"lr": lr})
         self.names: dict[Tensor, str] = {}
         self.rows: dict[Tensor, Rows] = {}
@@ -140,10 +156,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for p in ready:
             if p in self.own:
                 self._step_by(p, group, self.direction, self.elementwise and p.ndim == 2)
-            elif p.dtype != torch.float32:
+            elif not self._fused(p):
                 self._step_by(p, group, self.adamw_direction, by_pieces=True)
-        if others := [p for p in ready if p not in self.own and p.dtype == torch.float32]:
+        if others := [p for p in ready if self._fused(p)]:
             self._step_fused(others, group)
+
+    def _fused(self, p: Tensor) -> bool:
+        """Whether torch's fused AdamW steps this parameter: it knows one convention of ε and no rounding."""
+        return p not in self.own and p.dtype == torch.float32 and self.eps_convention == "corrected"
 
     def _step_by(self, p: Tensor, group: dict[str, Any], direction: Callable[..., Tensor], by_pieces: bool) -> None:
         """One step along `direction`, of all rows here or of some at a time."""
@@ -153,7 +173,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         step = int(state["step"])
         parts = {key: local(value) for key, value in state.items() if key != "step"}
         gradient = local(p.grad)
-        if step == 1 and self.begins_by_gradient and self._is_zero(p, gradient):
+        if step == 1 and self.begins_by_gradient and p in self.own and self._is_zero(p, gradient):
             state["step"].zero_()  # so the next step is the first again, and chooses again
         for rows in in_pieces(gradient) if by_pieces else [slice(None)]:
             some = {key: part if key in self.replicated else part[rows] for key, part in parts.items()}
@@ -165,8 +185,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def adamw_direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """`direction` of AdamW, by the moments `exp_avg` and `exp_avg_sq`."""
-        moments = (state["exp_avg"], state["exp_avg_sq"])
-        return adam_direction(gradient, *moments, step, self.beta1, self.beta2, self.eps)
+        return self.adam_step(gradient, state["exp_avg"], state["exp_avg_sq"], step)
+
+    def adam_step(self, gradient: Tensor, first: Tensor, second: Tensor, step: int) -> Tensor:
+        """`adam_direction` with this optimizer's settings; updates the moments in place."""
+        return adam_direction(
+            gradient, first, second, step, self.beta1, self.beta2, self.eps, eps_convention=self.eps_convention
+        )
 
     def _step_fused(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in parameters]
@@ -199,8 +224,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """p ← new (float32), for some of the rows here; rounded stochastically to bfloat16."""
         part = local(p)[rows]
         if part.dtype == torch.bfloat16:
-            seed = integer_seed(step, f"{self.names[p]}/rows {self.rows[p].first + (rows.start or 0)}")
-            new = stochastic_round(new, torch.Generator(part.device).manual_seed(seed))
+            seed = integer_seed(self.seed, f"rounding of {self.names[p]} at {step}")
+            new = stochastic_round(new, seed, first_row=self.rows[p].first + (rows.start or 0))
         part.copy_(new)
 
     # --- state -----------------------------------------------------------------------------------------------------
@@ -212,8 +237,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.state[p] = {"step": torch.zeros(()), **self.new_state(p)}
         else:
             moments = {key: rows_like(p, *p.shape[1:]) for key in ("exp_avg", "exp_avg_sq")}
-            on_device = p.dtype == torch.float32
-            self.state[p] = {"step": torch.zeros((), device=p.device if on_device else "cpu"), **moments}
+            self.state[p] = {"step": torch.zeros((), device=p.device if self._fused(p) else "cpu"), **moments}
 
     def named_state(self) -> dict[str, Tensor]:
         """`<parameter>.<key>` → state, the tensors themselves: to be saved, or to be filled in place."""

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
 from lrtrain.linalg.dct import dct, lift
-from lrtrain.optim.adam import adam_direction
 from lrtrain.optim.dct_columns import DctOptimizer, DctSettings
 from lrtrain.optim.row_codes import decode, encode, pack, unpack
 from lrtrain.optim.rows import rows_like
@@ -68,7 +67,7 @@ class DctAdamW(DctOptimizer):
         part = spectrum[:, columns]  # (rows, r)
         if self.bits is not None:
             store_error(gradient.sub_(lift(part, columns, n)), state, self.bits)
-        update = adam_direction(part, state["first"], state["second"], step, self.beta1, self.beta2, self.eps)
+        update = self.adam_step(part, state["first"], state["second"], step)
         return lift(update, columns, n)
 
 

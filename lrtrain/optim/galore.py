@@ -58,7 +58,7 @@ class GaLore(SubspaceAdam):
         total = self.rows[p].sum
         if self.found_by == "svd":
             return svd_basis(gradient, rank, total)
-        return randomized_basis(gradient, rank, generator_for(step, self.names[p]), total)
+        return randomized_basis(gradient, rank, generator_for(self.seed, f"basis of {self.names[p]} at {step}"), total)
 
     def lifted(self, p: Tensor, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
         return torch.mm(found.adam, found.basis.T, out=gradient).mul_(self.scale)

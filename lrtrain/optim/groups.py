@@ -9,6 +9,7 @@ from lrtrain.model.structure import blocks
 
 FACTORS = frozenset({"factor_left", "factor_right"})
 MATRICES = FACTORS | {"matrix"}
+DECAYS = ("matrices", "all")
 LAYERS = MATRICES | {"sparse_values", "singular_values", "bias"}
 
 
@@ -51,13 +52,14 @@ def paced(model: nn.Module) -> set[str]:
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, other_lr: float = 1.0, lr_ratio: float = 1.0
+    model: nn.Module, weight_decay: float, other_lr: float = 1.0, lr_ratio: float = 1.0, decay: str = "matrices"
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer, every trainable parameter in exactly one, in the model's order.
 
     Args:
         other_lr: learning rate of embeddings, head and norms, as a factor on that of the layers.
         lr_ratio: learning rate of the left factors over that of the right ones (LoRA+, Hayou et al. 2024: η_B/η_A).
+        decay: what weight decay is for: `matrices` (see `decays`) or `all` parameters.
 
     Each has `names`, `role`, `weight_decay`, `lr_factor` (a constant one on the learning rate) and `paced`.
     """
@@ -70,7 +72,7 @@ def parameter_groups(
             "params": [],
             "names": [],
             "role": role,
-            "weight_decay": weight_decay * decays(role),
+            "weight_decay": weight_decay * (decay == "all" or decays(role)),
             "lr_factor": factor,
             "paced": name in slow,
         }

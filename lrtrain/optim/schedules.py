@@ -6,6 +6,8 @@ all steps.
 
 import math
 
+NEARLY_ZERO = 1e-6  # where LORO's code begins a ramp
+
 
 def _warmup(step: int, steps: int, share: float) -> float:
     """Linear from 1/w to 1 over the first w = share·steps steps, then 1."""
@@ -44,3 +46,30 @@ def wsd(step: int, steps: int, warmup: float, decay: float, floor: float) -> flo
     """Warmup, stable at 1, then linearly down to `floor` over the last `decay` share of the steps."""
     left = (steps - 1 - step) / max(1.0, decay * steps)
     return min(_warmup(step, steps, warmup), floor + (1 - floor) * min(1.0, left))
+
+
+def loro(
+    step: int, steps: int, warmup: float, floor: float, restart_every: int, restart_warmup: int, shift: float
+) -> float:
+    """LORO's, as its code computes it: up from `floor`, a cosine that reaches 1 at the step warmup + shift and does not
+    end at `floor`, and a ramp from nearly zero at each restart, during the warmup too.
+
+    Args:
+        restart_every, restart_warmup: numbers of steps; the ramp leads to where the schedule was when it began.
+        shift: share of all steps by which cosine and restarts come later than they would after the warmup.
+    """
+    first, back = round(warmup * steps), round(shift * steps)
+
+    def cosine_at(at: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * (at - first) / (steps - first)))
+
+    def without_restarts(at: int) -> float:
+        if step < first:
+            return floor + (cosine_at(first - back) - floor) * at / first
+        return floor + (1 - floor) * cosine_at(at)
+
+    at = step if step < first else step - back
+    since = at % restart_every
+    if at < restart_every or since >= restart_warmup:
+        return without_restarts(at)
+    return NEARLY_ZERO + since / restart_warmup * (without_restarts(at - since) - NEARLY_ZERO)

@@ -51,7 +51,7 @@ class Spectron(PartnerOptimizer[Tensor]):
         super().__init__(model, **common)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        start = torch.randn(p.shape[1], generator=generator_for(0, f"{self.names[p]}/vector"))
+        start = torch.randn(p.shape[1], generator=generator_for(self.seed, f"{self.names[p]}/vector"))
         return {"momentum": rows_like(p, p.shape[1]), "vector": start.to(p.device)}
 
     def look(self, pair: FactorPair) -> tuple[Tensor, Tensor]:

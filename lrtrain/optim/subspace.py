@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from lrtrain.errors import ConfigError
 from lrtrain.model.rank import matrix_rank
-from lrtrain.optim.adam import EPS_CONVENTIONS, adam_direction
 from lrtrain.optim.base import Common, ShardedOptimizer
 from lrtrain.optim.groups import MATRICES
 from lrtrain.optim.rows import rows_like
@@ -20,8 +19,6 @@ class Subspace(Common):
     """Columns of the basis: as an integer, or as a share of each matrix's min(out, in)."""
     gap: int
     """Steps from one basis to the next."""
-    eps_convention: str
-    """See `adam_direction`."""
 
 
 class Projected(NamedTuple):
@@ -48,14 +45,11 @@ class SubspaceAdam(ShardedOptimizer):
 
     roles = MATRICES
 
-    def __init__(self, model: nn.Module, *, rank: int | float, gap: int, eps_convention: str, **common: Unpack[Common]):
+    def __init__(self, model: nn.Module, *, rank: int | float, gap: int, **common: Unpack[Common]):
         if gap < 1:
             raise ConfigError(f"optim.gap={gap} must be at least 1")
-        if eps_convention not in EPS_CONVENTIONS:
-            raise ConfigError(f"optim.eps_convention={eps_convention} is not one of {', '.join(EPS_CONVENTIONS)}")
         self.rank = rank
         self.gap = gap
-        self.eps_convention = eps_convention
         super().__init__(model, **common)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -70,8 +64,7 @@ class SubspaceAdam(ShardedOptimizer):
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         basis = self.basis(p, gradient, state, step)
         projected = gradient @ basis  # (rows, n) @ (n, r) → (rows, r)
-        moments = (state["first"], state["second"])
-        adam = adam_direction(projected, *moments, step, self.beta1, self.beta2, self.eps, self.eps_convention)
+        adam = self.adam_step(projected, state["first"], state["second"], step)
         return self.lifted(p, gradient, Projected(basis, projected, adam), state, step)
 
     @abstractmethod

@@ -17,15 +17,14 @@ SETTINGS = {
     "basis": "svd",
     "residual": "paper",
     "max_growth": 1.01,
-    "eps_convention": "corrected",
 }
 
 
 @pytest.mark.parametrize("residual, removed", [("paper", 1.0), ("code", 0.25)])
 @pytest.mark.parametrize("eps_convention", ["corrected", "galore"])
 def test_it_is_fira(residual: str, removed: float, eps_convention: str):
-    own = SETTINGS | {"residual": residual, "eps_convention": eps_convention}
-    found = stepped(lambda model: Fira(model, **own, **COMMON), STEPS)
+    own = SETTINGS | {"residual": residual}
+    found = stepped(lambda model: Fira(model, **own, **COMMON | {"eps_convention": eps_convention}), STEPS)
     limited = []
     for place, (m, n) in enumerate(SHAPES):
         w, first, second = found[0][place], torch.zeros(m, RANK).double(), torch.zeros(m, RANK).double()

@@ -19,7 +19,7 @@ from lrtrain.optim.projections import svd_basis
 from lrtrain.optim.trion import Trion
 
 RANK = 2
-GALORE = {"gap": 200, "scale": 0.25, "basis": "randomized", "eps_convention": "corrected"}
+GALORE = {"gap": 200, "scale": 0.25, "basis": "randomized"}
 OPTIMIZERS = {
     "galore": (GaLore, GALORE),
     "fira": (Fira, GALORE | {"residual": "paper", "max_growth": 1.01}),

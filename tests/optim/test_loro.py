@@ -95,6 +95,22 @@ def test_steps_are_those_of_the_formulas(large_step: str, refresh: bool, approx_
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_step_after_a_refresh_is_the_published_one():
+    """ε = 1e-6 on the root before bias correction: 0.1 g √.001/.1 / (√.001 |g| + ε) = 0.240 for g = 1e-5, where the
+    corrected root would give 0.909."""
+    for convention, expected in (("galore", 0.2403), ("corrected", 0.9091)):
+        model = Model()
+        settings = OPTIM | {"betas": [0.9, 0.999], "eps": 1e-6, "eps_convention": convention}
+        optimizer = LORO(model, **{**OWN, "large_step": "plain", "approx_scale": 1.0}, **settings)
+        for step in range(4):  # the third refreshes
+            before = [p.detach().clone() for p in model.parameters()]
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 1e-5 if step == 3 else 0.1)
+            optimizer.step()
+        for p, old in zip(model.parameters(), before, strict=True):
+            torch.testing.assert_close(old - p, torch.full_like(p, 0.01 * expected), rtol=1e-3, atol=1e-6)
+
+
 def test_the_kinds_of_large_steps_differ():
     exact, balance, plain = (reference(kind, True, None, 8)[0] for kind in ("exact", "balanced", "plain"))
     assert (exact - plain).norm() > 0.01 * plain.norm() and (balance - plain).norm() > 1e-3 * plain.norm()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lrtrain.optim.schedules import constant, cosine, cosine_restarts, wsd
+from lrtrain.optim.schedules import constant, cosine, cosine_restarts, loro, wsd
 
 
 def test_all_warm_up_linearly_from_above_zero_to_one():
@@ -38,3 +38,20 @@ def test_wsd_is_stable_and_then_falls_linearly():
     assert wsd(99, 100, 0.1, 0.2, 0.0) == 0.0
     assert wsd(89, 100, 0.1, 0.2, 0.0) == pytest.approx(0.5)
     assert wsd(99, 100, 0.1, 0.2, 0.1) == pytest.approx(0.1)
+
+
+# What the published code gives at (steps of the run, of its warmup), by the step from 0.
+LORO = {
+    (10_000, 1_000, 500): {0: 0.1, 499: 0.534053, 500: 1e-6, 503: 0.320954, 999: 0.968976, 1000: 0.972862, 1500: 1e-6,
+                           5000: 1e-6, 5002: 0.310001, 5005: 0.774319, 9999: 0.127192},
+    (60_000, 2_000, 500): {499: 0.31802, 500: 1e-6, 503: 0.191074, 2000: 0.976444, 5002: 0.99408, 6503: 0.59911,
+                           59_999: 0.123564},
+    (100_000, 10_000, 200): {499: 0.143405, 2002: 0.109588, 6500: 0.6654, 9999: 0.969759, 99_999: 0.127144},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", LORO)
+def test_loros_schedule_is_that_of_its_code(run: tuple[int, int, int]):
+    steps, warmup, every = run
+    found = {step: loro(step, steps, round(warmup / steps, 10), 0.1, every, 5, 0.1) for step in LORO[run]}
+    assert found == pytest.approx(LORO[run], abs=1e-6)
