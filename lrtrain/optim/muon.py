@@ -4,10 +4,9 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from lrtrain.errors import ConfigError
 from lrtrain.optim.base import Common, ShardedOptimizer
 from lrtrain.optim.groups import MATRICES
-from lrtrain.optim.orthogonal import ADJUSTMENTS, orthogonalize, step_scale
+from lrtrain.optim.orthogonal import adjustment, iteration, orthogonalize
 from lrtrain.optim.rows import rows_like
 
 
@@ -19,17 +18,25 @@ class Muon(ShardedOptimizer):
     parameters are bfloat16). State: mn numbers.
 
     Raises:
-        ConfigError: for an unknown scale.
+        ConfigError: for an unknown scale or orthogonalization.
     """
 
     roles = MATRICES
 
-    def __init__(self, model: nn.Module, *, momentum: float, nesterov: bool, adjust: str, **common: Unpack[Common]):
-        if adjust not in ADJUSTMENTS:
-            raise ConfigError(f"optim.adjust={adjust} is not {' or '.join(ADJUSTMENTS)}")
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        momentum: float,
+        nesterov: bool,
+        adjust: str,
+        orthogonalization: str,
+        **common: Unpack[Common],
+    ):
+        self.scale = adjustment(adjust)
+        self.coefficients = iteration(orthogonalization)
         self.momentum = momentum
         self.nesterov = nesterov
-        self.adjust = adjust
         super().__init__(model, **common)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -38,4 +45,4 @@ class Muon(ShardedOptimizer):
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         buffer = state["momentum"].lerp_(gradient, 1 - self.momentum)
         ahead = gradient.lerp_(buffer, self.momentum) if self.nesterov else buffer
-        return orthogonalize(ahead, self.rows[p]).mul_(step_scale(self.adjust, *p.shape))
+        return orthogonalize(ahead, self.rows[p], self.coefficients).mul_(self.scale(*p.shape))

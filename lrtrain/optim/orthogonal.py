@@ -8,31 +8,61 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lrtrain.errors import ConfigError
 from lrtrain.optim.rows import Rows
 
-# (a, b, c) of σ ← aσ + bσ³ + cσ⁵, one triple a step: five steps of the Polar Express (Amsel et al., arXiv 2505.16932)
-# with a margin of 2% for rounding. Singular values that are at least .003 of the Frobenius norm end within [.86, 1.14].
-COEFFICIENTS = (
-    (8.1566, -22.4833, 15.8788),
-    (4.0429, -2.8089, 0.5000),
-    (3.8917, -2.7725, 0.5061),
-    (3.2858, -2.3681, 0.4645),
-    (2.3465, -1.7098, 0.4232),
-)
+Coefficients = tuple[tuple[float, float, float], ...]
+"""(a, b, c) of σ ← aσ + bσ³ + cσ⁵, one triple a step."""
 
-ADJUSTMENTS = ("match_rms_adamw", "spectral")
+ITERATIONS: dict[str, Coefficients] = {
+    # Amsel et al., arXiv 2505.16932, with a margin of 2% for rounding. Singular values that are at least .003 of the
+    # Frobenius norm end within [.86, 1.14].
+    "polar_express": (
+        (8.1566, -22.4833, 15.8788),
+        (4.0429, -2.8089, 0.5000),
+        (3.8917, -2.7725, 0.5061),
+        (3.2858, -2.3681, 0.4645),
+        (2.3465, -1.7098, 0.4232),
+    ),
+    # Jordan's, which torch, Trion and Spectron have too: such singular values end within [.68, 1.14].
+    "quintic": ((3.4445, -4.7750, 2.0315),) * 5,
+}
+
+ADJUSTMENTS = {
+    "match_rms_adamw": lambda m, n: 0.2 * max(m, n) ** 0.5,
+    "jordan": lambda m, n: max(1, m / n) ** 0.5,
+    "spectral": lambda m, n: (m / n) ** 0.5,
+}
+"""The factor on an orthogonalized step (m, n).
+
+`match_rms_adamw`: its root mean square becomes 0.2, as AdamW's is about, whose learning rate and decay carry over (Liu
+et al., arXiv 2502.16982). `jordan`: as in Muon's first code. `spectral`: changes outputs alike at any size (Dion's).
+"""
 
 
-def step_scale(adjust: str, m: int, n: int) -> float:
-    """The factor on an orthogonalized step (m, n).
+def iteration(name: str) -> Coefficients:
+    """The coefficients that `optim.orthogonalization` names.
 
-    `match_rms_adamw`: 0.2·√max(m, n), whose root mean square is 0.2, as AdamW's is about: its learning rate and decay
-    carry over (Liu et al., arXiv 2502.16982). `spectral`: √(m/n), which changes outputs alike at any size.
+    Raises:
+        ConfigError: if there are none.
     """
-    return 0.2 * max(m, n) ** 0.5 if adjust == "match_rms_adamw" else (m / n) ** 0.5
+    if name not in ITERATIONS:
+        raise ConfigError(f"optim.orthogonalization={name} is not one of {', '.join(ITERATIONS)}")
+    return ITERATIONS[name]
 
 
-def orthogonalize(x: Tensor, rows: Rows) -> Tensor:
+def adjustment(name: str) -> Callable[[int, int], float]:
+    """The factor that `optim.adjust` names.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name not in ADJUSTMENTS:
+        raise ConfigError(f"optim.adjust={name} is not one of {', '.join(ADJUSTMENTS)}")
+    return ADJUSTMENTS[name]
+
+
+def orthogonalize(x: Tensor, rows: Rows, coefficients: Coefficients) -> Tensor:
     """About UVᵀ of the whole matrix USVᵀ (m, n) by Newton–Schulz iteration; all singular values come near to one.
 
     In float32 it works on Gram matrices alone, with one collective: the sum of (n, n) if m ≥ n, else a gather of the
@@ -42,19 +72,20 @@ def orthogonalize(x: Tensor, rows: Rows) -> Tensor:
     Args:
         x: the rows here, float32; unchanged.
         rows: those of the parameter; only its number of rows is used, so x may have other columns.
+        coefficients: of the iteration.
 
     Returns:
         The rows here, float32.
     """
     if x.is_cuda:
-        return _orthogonalize_bfloat16(x, rows)
+        return _orthogonalize_bfloat16(x, rows, coefficients)
     if rows.shape[0] >= x.shape[1]:
-        return x @ inverse_root(rows.sum(x.mT @ x))
+        return x @ inverse_root(rows.sum(x.mT @ x), coefficients)
     whole = rows.gather(x)
-    return rows.cut(inverse_root(whole @ whole.mT)) @ whole
+    return rows.cut(inverse_root(whole @ whole.mT, coefficients)) @ whole
 
 
-def inverse_root(gram: Tensor) -> Tensor:
+def inverse_root(gram: Tensor, coefficients: Coefficients) -> Tensor:
     """The matrix Y (k, k) by which Newton–Schulz iteration multiplies X if `gram` is XᵀX (or XXᵀ, from the left).
 
     With A₀ = XᵀX / ‖X‖²_F and Pₖ = aI + bAₖ + cAₖ²: Aₖ₊₁ = Aₖ Pₖ², Y = P₁ ⋯ P₅ / ‖X‖_F. All of these commute. Carrying
@@ -62,10 +93,10 @@ def inverse_root(gram: Tensor) -> Tensor:
     """
     norm_squared = gram.trace().clamp_min(torch.finfo(gram.dtype).tiny)
     a_k = gram / norm_squared
-    y = polynomial = _polynomial(a_k, *COEFFICIENTS[0])
-    for coefficients in COEFFICIENTS[1:]:
+    y = polynomial = _polynomial(a_k, *coefficients[0])
+    for abc in coefficients[1:]:
         a_k = polynomial @ a_k @ polynomial
-        polynomial = _polynomial(a_k, *coefficients)
+        polynomial = _polynomial(a_k, *abc)
         y = y @ polynomial
     return y / norm_squared.sqrt()
 
@@ -102,17 +133,17 @@ def spectral_norm(x: Tensor, rows: Rows, vector: Tensor, iterations: int) -> Ten
     return largest
 
 
-def _orthogonalize_bfloat16(x: Tensor, rows: Rows) -> Tensor:
+def _orthogonalize_bfloat16(x: Tensor, rows: Rows, coefficients: Coefficients) -> Tensor:
     norm = rows.sum(x.square().sum()).clamp_min(torch.finfo(x.dtype).tiny).sqrt()
     part = (x / norm).bfloat16()
     if rows.shape[0] >= x.shape[1]:
-        return _iterate(part, lambda gram: rows.sum(gram.float()).bfloat16()).float()
-    return rows.cut(_iterate(rows.gather(part).mT, lambda gram: gram).mT).float()
+        return _iterate(part, coefficients, lambda gram: rows.sum(gram.float()).bfloat16()).float()
+    return rows.cut(_iterate(rows.gather(part).mT, coefficients, lambda gram: gram).mT).float()
 
 
-def _iterate(x: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+def _iterate(x: Tensor, coefficients: Coefficients, total: Callable[[Tensor], Tensor]) -> Tensor:
     """X ← X (aI + bA + cA²) with A = XᵀX, which `total` sums over the processes."""
-    for a, b, c in COEFFICIENTS:
+    for a, b, c in coefficients:
         gram = total(x.mT @ x)
         x = torch.addmm(x, x, torch.addmm(gram, gram, gram, beta=b, alpha=c), beta=a)
     return x

@@ -8,22 +8,25 @@ from torch import Tensor, nn
 from lrtrain.core.seeds import generator_for
 from lrtrain.distributed.sharding import local
 from lrtrain.optim.base import Common
-from lrtrain.optim.orthogonal import orthogonalize, spectral_norm
+from lrtrain.optim.orthogonal import Coefficients, iteration, orthogonalize, spectral_norm
 from lrtrain.optim.pairs import FactorPair, PartnerOptimizer
 from lrtrain.optim.rows import Rows, rows_like
 
 FIRST = 20
 
 
-def spectron_direction(gradient: Tensor, momentum: Tensor, rows: Rows, beta: float, norms: Tensor) -> Tensor:
+def spectron_direction(
+    gradient: Tensor, momentum: Tensor, rows: Rows, beta: float, norms: Tensor, coefficients: Coefficients
+) -> Tensor:
     """O/(σ_B + σ_A + 1) with the orthogonal factor O of the momentum, an average of gradients that is updated in place.
 
     Args:
         gradient, momentum: the rows here of a factor.
         norms: σ_B + σ_A.
+        coefficients: of the orthogonalization.
     """
     momentum.lerp_(gradient, 1 - beta)
-    return orthogonalize(momentum, rows).div_(norms + 1)
+    return orthogonalize(momentum, rows, coefficients).div_(norms + 1)
 
 
 class Spectron(PartnerOptimizer[Tensor]):
@@ -40,12 +43,18 @@ class Spectron(PartnerOptimizer[Tensor]):
     Args:
         momentum: the decay of the averages.
         iterations: of the power iteration, per step.
+
+    Raises:
+        ConfigError: for an unknown orthogonalization.
     """
 
     optim = "spectron"
     replicated = frozenset({"vector"})
 
-    def __init__(self, model: nn.Module, momentum: float, iterations: int, **common: Unpack[Common]):
+    def __init__(
+        self, model: nn.Module, momentum: float, iterations: int, orthogonalization: str, **common: Unpack[Common]
+    ):
+        self.coefficients = iteration(orthogonalization)
         self.momentum = momentum
         self.iterations = iterations
         super().__init__(model, **common)
@@ -64,4 +73,5 @@ class Spectron(PartnerOptimizer[Tensor]):
         return spectral_norm(local(p).float(), self.rows[p], self.state[p]["vector"], iterations)
 
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        return spectron_direction(gradient, state["momentum"], self.rows[p], self.momentum, self.known(p))
+        settings = (self.rows[p], self.momentum, self.known(p), self.coefficients)
+        return spectron_direction(gradient, state["momentum"], *settings)

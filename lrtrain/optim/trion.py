@@ -4,10 +4,9 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from lrtrain.errors import ConfigError
 from lrtrain.linalg.dct import dct, lift
 from lrtrain.optim.dct_columns import DctOptimizer, DctSettings
-from lrtrain.optim.orthogonal import ADJUSTMENTS, orthogonalize, step_scale
+from lrtrain.optim.orthogonal import adjustment, iteration, orthogonalize
 from lrtrain.optim.rows import rows_like
 
 
@@ -20,14 +19,15 @@ class Trion(DctOptimizer):
     that is stepped along moves as far.
 
     Raises:
-        ConfigError: for an unknown scale.
+        ConfigError: for an unknown scale or orthogonalization.
     """
 
-    def __init__(self, model: nn.Module, *, momentum: float, adjust: str, **dct: Unpack[DctSettings]):
-        if adjust not in ADJUSTMENTS:
-            raise ConfigError(f"optim.adjust={adjust} is not {' or '.join(ADJUSTMENTS)}")
+    def __init__(
+        self, model: nn.Module, *, momentum: float, adjust: str, orthogonalization: str, **dct: Unpack[DctSettings]
+    ):
+        self.scale = adjustment(adjust)
+        self.coefficients = iteration(orthogonalization)
         self.momentum = momentum
-        self.adjust = adjust
         super().__init__(model, **dct)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
@@ -41,5 +41,5 @@ class Trion(DctOptimizer):
         columns = self.choose(p, spectrum)
         part = spectrum[:, columns]  # (rows, r)
         momentum.sub_(lift(part, columns, n), alpha=1 - self.momentum)
-        update = orthogonalize(part, self.rows[p]).mul_(step_scale(self.adjust, *p.shape))
+        update = orthogonalize(part, self.rows[p], self.coefficients).mul_(self.scale(*p.shape))
         return lift(update, columns, n)

@@ -24,7 +24,7 @@ OPTIMIZERS = {
     "galore": (GaLore, GALORE),
     "fira": (Fira, GALORE | {"residual": "paper", "max_growth": 1.01}),
     "dct_adamw": (DctAdamW, {"gap": 200, "norm": "l1", "rotate": True, "error_feedback": "full"}),
-    "trion": (Trion, {"norm": "l1", "momentum": 0.95, "adjust": "spectral"}),
+    "trion": (Trion, {"norm": "l1", "momentum": 0.95, "adjust": "spectral", "orthogonalization": "quintic"}),
 }
 KEPT_FOR_LONG = [name for name, (_, own) in OPTIMIZERS.items() if "gap" in own]
 

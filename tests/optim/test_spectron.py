@@ -6,34 +6,35 @@ from factored import Model, gradient, lowrank, set_gradients
 from launching import OPTIM
 from torch import Tensor, nn
 
-from lrtrain.optim.orthogonal import COEFFICIENTS
+from lrtrain.optim.orthogonal import ITERATIONS
 from lrtrain.optim.pairs import FactorPair
 from lrtrain.optim.spectron import Spectron
 
-OWN = {"momentum": 0.95, "iterations": 2}
+OWN = {"momentum": 0.95, "iterations": 2, "orthogonalization": "polar_express"}
 
 
-def nearly_orthogonal(x: Tensor) -> Tensor:
+def nearly_orthogonal(x: Tensor, name: str) -> Tensor:
     """U f(S) Vᵀ with the polynomials that Newton-Schulz iteration applies to the singular values."""
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     s = s / s.norm()
-    for a, b, c in COEFFICIENTS:
+    for a, b, c in ((3.4445, -4.7750, 2.0315),) * 5 if name == "quintic" else ITERATIONS[name]:
         s = a * s + b * s**3 + c * s**5
     return (u * s) @ vt
 
 
-def test_steps_are_those_of_the_formulas():
+@pytest.mark.parametrize("name", ITERATIONS)
+def test_steps_are_those_of_the_formulas(name: str):
     """The norms of the factors by as many iterations as make them exact, in float64."""
     model = Model()
     pairs = [[p.detach().double() for p in factors] for factors in model.factors()]
     averages = [[torch.zeros_like(p) for p in pair] for pair in pairs]
-    optimizer = Spectron(model, momentum=0.9, iterations=60, **OPTIM)
+    optimizer = Spectron(model, momentum=0.9, iterations=60, orthogonalization=name, **OPTIM)
     for _ in set_gradients(model, 6):
         for factors, pair, average in zip(model.factors(), pairs, averages, strict=True):
             rate = 0.01 / (1 + sum(torch.linalg.matrix_norm(p, 2) for p in pair))
             for i, p in enumerate(factors):
                 average[i] = 0.9 * average[i] + 0.1 * gradient(p)
-            pair[:] = [p - rate * nearly_orthogonal(m) for p, m in zip(pair, average, strict=True)]
+            pair[:] = [p - rate * nearly_orthogonal(m, name) for p, m in zip(pair, average, strict=True)]
         optimizer.step()
     for factors, pair in zip(model.factors(), pairs, strict=True):
         for found, expected in zip(factors, pair, strict=True):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from test_dct import dct_matrix
-from test_muon import iterated
+from test_muon import SCALES, iterated
 from toy import COMMON, SHAPES, Matrices, decayed, gradients, stepped
 
 from lrtrain.errors import ConfigError
@@ -13,13 +13,15 @@ from lrtrain.optim.muon import Muon
 from lrtrain.optim.trion import Trion
 
 SETTINGS: dict[str, Any] = {"rank": 5, "norm": "l1", "momentum": 0.95, "adjust": "match_rms_adamw"}
+SETTINGS["orthogonalization"] = "polar_express"
 STEPS = 6
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
-@pytest.mark.parametrize("adjust", ["match_rms_adamw", "spectral"])
-def test_it_is_trion(norm: str, adjust: str):
-    own = SETTINGS | {"norm": norm, "adjust": adjust}
+@pytest.mark.parametrize("adjust", SCALES)
+@pytest.mark.parametrize("name", ["polar_express", "quintic"])
+def test_it_is_trion(norm: str, adjust: str, name: str):
+    own = SETTINGS | {"norm": norm, "adjust": adjust, "orthogonalization": name}
     found = stepped(lambda model: Trion(model, **own, **COMMON), STEPS)
     for place, (m, n) in enumerate(SHAPES):
         w, momentum, basis = found[0][place], torch.zeros(m, n, dtype=torch.float64), dct_matrix(n)
@@ -29,14 +31,13 @@ def test_it_is_trion(norm: str, adjust: str):
             d = basis[:, scores.argsort(descending=True)[:5]]
             part = momentum @ d
             momentum = momentum - 0.05 * part @ d.T
-            scale = 0.2 * max(m, n) ** 0.5 if adjust == "match_rms_adamw" else (m / n) ** 0.5
-            w = decayed(w, scale * iterated(part) @ d.T)
+            w = decayed(w, SCALES[adjust](m, n) * iterated(part, name) @ d.T)
         assert (found[-1][place] - w).norm() < 1e-3 * (w - found[0][place]).norm()
 
 
 def test_with_all_columns_it_is_muon_without_nesterov():
     whole = stepped(lambda model: Trion(model, **SETTINGS | {"rank": 1.0}, **COMMON), STEPS)
-    own = {"momentum": 0.95, "nesterov": False, "adjust": "match_rms_adamw"}
+    own = {"momentum": 0.95, "nesterov": False, "adjust": "match_rms_adamw", "orthogonalization": "polar_express"}
     muon = stepped(lambda model: Muon(model, **own, **COMMON), STEPS)
     for place, (m, n) in enumerate(SHAPES):
         way = (muon[-1][place] - muon[0][place]).norm()
@@ -64,7 +65,7 @@ def test_state_is_the_momentum_and_a_rank_above_the_smaller_side_is_refused():
     for wrong, sentence in (
         ({"rank": 19}, r"optim.rank=19 is not between 1 and min\(in, out\)=18 of layers.2.weight"),
         ({"norm": "l3"}, "optim.norm=l3 is not l1 or l2"),
-        ({"adjust": "dion"}, "optim.adjust=dion is not match_rms_adamw or spectral"),
+        ({"adjust": "dion"}, "optim.adjust=dion is not one of match_rms_adamw, jordan, spectral"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             Trion(Matrices(), **SETTINGS | wrong, **COMMON)
