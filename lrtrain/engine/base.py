@@ -187,7 +187,7 @@ class Engine(ABC):
 
     def _gradients(self) -> list[Tensor]:
         """This process's part of each gradient."""
-        return [local(p.grad) for p in self.optimizer.names if p.grad is not None]
+        return [local(p.grad) for p in self.optimizer.parameters if p.grad is not None]
 
     @torch.no_grad()
     def _gradient_norm(self) -> Tensor:
@@ -205,13 +205,13 @@ class Engine(ABC):
             if factor < 1:  # else all gradients would be read and written for nothing
                 torch._foreach_mul_(self._gradients(), factor)
             return
-        for p, rows in self.optimizer.rows.items():
+        for p in self.optimizer.parameters:
             if p.grad is not None:
-                clip_one(p, rows, self._clip_of_one())
+                clip_one(p, self.optimizer.rows[p], self._clip_of_one())
 
     def _clip_of_one(self) -> float | None:
         """The largest norm of one parameter's gradient, so that all together have `clip` at the most."""
-        return None if self.clip is None else self.clip / math.sqrt(len(self.optimizer.names))
+        return None if self.clip is None else self.clip / math.sqrt(len(self.optimizer.parameters))
 
     # --- between steps -----------------------------------------------------------------------------------------------
 

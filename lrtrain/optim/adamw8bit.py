@@ -27,7 +27,7 @@ class AdamW8bit(ShardedOptimizer):
     replicated = frozenset({"exp_avg_vector_scale", "exp_avg_sq_vector_scale"})
 
     def takes(self, name: str, p: Tensor, role: str) -> bool:
-        return math.prod(p.shape) >= SMALL
+        return math.prod(p.shape[-2:]) >= SMALL
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         state = {}

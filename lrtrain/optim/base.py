@@ -16,6 +16,7 @@ from lrtrain.core.seeds import integer_seed
 from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
 from lrtrain.optim.adam import EPS_CONVENTIONS, adam_direction
+from lrtrain.optim.batches import Batch
 from lrtrain.optim.groups import DECAYS, parameter_groups
 from lrtrain.optim.rounding import stochastic_round
 from lrtrain.optim.rows import Rows, in_pieces, rows_like
@@ -42,7 +43,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     All state exists from the start, as tensors by parameter: DTensors (see `rows_like`) that follow the parameter's
     rows, or plain tensors that are the same on all processes, named in `replicated`. All arithmetic is float32;
     bfloat16 parameters are rounded stochastically. All that is random is a function of (seed, name, step, entry), so it
-    is the same on any number of processes.
+    is the same on any number of processes. What a method says of a matrix it says of each in a `Batch`: there `p` is one
+    of its matrices, and no rows of it lie elsewhere.
 
     Args:
         model: whose trainable parameters are stepped; may be on meta, to be measured.
@@ -92,17 +94,37 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.seed = seed
         groups = parameter_groups(model, weight_decay, 1.0 if other_lr is None else other_lr / lr, lr_ratio, decay)
         super().__init__(groups, {"lr": lr})
+        self.parameters = [p for group in self.param_groups for p in group["params"]]
         self.names: dict[Tensor, str] = {}
         self.rows: dict[Tensor, Rows] = {}
+        """Of parameters, and of the matrices of batches."""
+        self.transposed: set[Tensor] = set()
+        """The parameters whose matrices are kept as (in, out)."""
         self.own: set[Tensor] = set()
         """The parameters that the method takes."""
+        self.batches: dict[Tensor, Batch] = {}
+        """Those of them that are batches of matrices."""
+        self.place_in_batch: dict[Tensor, tuple[Tensor, int]] = {}
+        """Each of these matrices → its parameter, and which one it is of those here."""
         for group in self.param_groups:
             group["lr"] = lr * group["lr_factor"]
             for name, p in zip(group["names"], group["params"], strict=True):
                 self.names[p], self.rows[p] = name, Rows(p)
+                if group["transposed"]:
+                    self.transposed.add(p)
                 if self.takes(name, p, group["role"]):
                     self.own.add(p)
+                    if p.ndim == 3:
+                        self._add_batch(name, p)
                 self.begin_anew(p)
+
+    def _add_batch(self, name: str, p: Tensor) -> None:
+        batch = self.batches[p] = Batch(name, p, p in self.transposed)
+        self.own.update(batch.matrices)
+        self.names[batch.example], self.rows[batch.example] = f"{name}[0]", Rows(batch.example)
+        for i, (matrix, its_name) in enumerate(zip(batch.matrices, batch.names, strict=True)):
+            self.names[matrix], self.rows[matrix] = its_name, Rows(matrix)
+            self.place_in_batch[matrix] = (p, i)
 
     # --- what a method says ----------------------------------------------------------------------------------------
 
@@ -154,7 +176,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _step_all(self, ready: list[Tensor], group: dict[str, Any]) -> None:
         for p in ready:
-            if p in self.own:
+            if p in self.batches:
+                self._step_batch(p, group)
+            elif p in self.own:
                 self._step_by(p, group, self.direction, self.elementwise and p.ndim == 2)
             elif not self._fused(p):
                 self._step_by(p, group, self.adamw_direction, by_pieces=True)
@@ -167,17 +191,40 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _step_by(self, p: Tensor, group: dict[str, Any], direction: Callable[..., Tensor], by_pieces: bool) -> None:
         """One step along `direction`, of all rows here or of some at a time."""
-        assert p.grad is not None
-        state = self.state[p]
+        state, gradient = self.local_state(p), self.local_gradient(p)
         state["step"] += 1
         step = int(state["step"])
-        parts = {key: local(value) for key, value in state.items() if key != "step"}
-        gradient = local(p.grad)
+        parts = {key: value for key, value in state.items() if key != "step"}
         if step == 1 and self.begins_by_gradient and p in self.own and self._is_zero(p, gradient):
             state["step"].zero_()  # so the next step is the first again, and chooses again
         for rows in in_pieces(gradient) if by_pieces else [slice(None)]:
             some = {key: part if key in self.replicated else part[rows] for key, part in parts.items()}
             self._write(p, direction(p, gradient[rows].float(), some, step), group, step, rows)
+
+    def _step_batch(self, p: Tensor, group: dict[str, Any]) -> None:
+        """One step on each matrix of a batch."""
+        self.batches[p].refresh()
+        for matrix in self.batches[p].matrices:
+            self._step_by(matrix, group, self.direction, self.elementwise)
+
+    def local_state(self, p: Tensor) -> dict[str, Tensor]:
+        """This process's part of a parameter's state; or the state of a matrix of a batch."""
+        if p not in self.place_in_batch:
+            return {key: local(value) for key, value in self.state[p].items()}
+        parameter, i = self.place_in_batch[p]
+        return {key: local(value)[i] for key, value in self.state[parameter].items()}
+
+    def local_gradient(self, p: Tensor) -> Tensor:
+        """The same of its gradient."""
+        if p not in self.place_in_batch:
+            assert p.grad is not None
+            return local(p.grad)
+        parameter, i = self.place_in_batch[p]
+        return self.batches[parameter].gradient(i)
+
+    def shape(self, p: Tensor) -> torch.Size:
+        """(out, in) of a matrix."""
+        return p.shape[::-1] if p in self.transposed else p.shape
 
     def _is_zero(self, p: Tensor, gradient: Tensor) -> bool:
         """Whether the gradient is zero in the rows here and in those of all other processes."""
@@ -232,7 +279,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def begin_anew(self, p: Tensor) -> None:
         """Give a parameter the state that it has before its first step."""
-        if p in self.own:
+        if p in self.batches:
+            self.state[p] = self.batches[p].new_state(self.new_state)
+        elif p in self.own:
             # On the CPU, where it can be read without waiting for a GPU; fused AdamW wants its own on the device.
             self.state[p] = {"step": torch.zeros(()), **self.new_state(p)}
         else:
@@ -246,10 +295,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def state_bytes(self, shards: int = 1) -> int:
         """Bytes of all state, scalars aside, on one of `shards` processes that share the rows evenly."""
         found = 0
-        for state in self.state.values():
+        for p, state in self.state.items():
             for key, value in state.items():
                 if value.ndim:
-                    found += value.nbytes // (1 if key in self.replicated else shards)
+                    found += value.nbytes // (1 if key in self.replicated and p not in self.batches else shards)
         return found + sum(t.nbytes for t in self.shared())
 
     def shared(self) -> list[Tensor]:

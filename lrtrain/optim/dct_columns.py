@@ -53,7 +53,8 @@ class DctOptimizer(ShardedOptimizer):
         """
         sums = self.rows[p].sum(torch.stack([spectrum.abs().sum(0), spectrum.square().sum(0)]))  # (2, n)
         columns = top_columns(sums[NORMS.index(self.norm)], self.rank_for(p))
-        self._captured[self.names[p]] = sums[1, columns].sum(), sums[1].sum()
+        if p not in self.place_in_batch:  # which lies on one process, and metrics are the same on all
+            self._captured[self.names[p]] = sums[1, columns].sum(), sums[1].sum()
         return columns
 
     def captured_energy(self) -> dict[str, float]:

@@ -41,7 +41,9 @@ class GaLore(SubspaceAdam):
         self.scale = scale
         self.found_by = basis
         super().__init__(model, **subspace)
-        self.turn = {p: place % self.gap for place, p in enumerate(self.names)}
+        self.turn = {p: place % self.gap for place, p in enumerate(self.parameters)}
+        for matrix, (p, i) in self.place_in_batch.items():
+            self.turn[matrix] = (self.turn[p] + self.batches[p].first + i) % self.gap
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         moments = super().new_state(p)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.structure import blocks
@@ -16,8 +18,9 @@ LAYERS = MATRICES | {"sparse_values", "singular_values", "bias"}
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """What each trainable parameter is, by its qualified name (tied ones by their first).
 
-    The roles of factorized layers (`FactorizedLinear.roles`); `matrix`: a plain linear's weight in a block; `head`: one
-    elsewhere; `embedding`; `bias`; `norm`: the rest.
+    The roles of factorized layers (`FactorizedLinear.roles`); `matrix`: a weight in a block that multiplies
+    activations, or a batch of such (see `is_matrix`); `head`: a plain linear's elsewhere;
+    `embedding`; `bias`; `norm`: the rest.
     """
     inner = {id(module) for block in blocks(model) for module in block.modules()}
     roles: dict[int, str] = {}
@@ -29,14 +32,33 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
         for key, p in module.named_parameters(recurse=False):
             if isinstance(module, nn.Embedding):
                 role = "embedding"
-            elif key == "bias":
+            elif key.endswith("bias"):
                 role = "bias"
-            elif isinstance(module, nn.Linear):
-                role = "matrix" if id(module) in inner else "head"
+            elif id(module) in inner:
+                role = "matrix" if is_matrix(module, key, p) else "norm"
             else:
-                role = "norm"
+                role = "head" if isinstance(module, nn.Linear) else "norm"
             roles.setdefault(id(p), role)
     return {name: roles[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def is_matrix(module: nn.Module, key: str, p: Tensor) -> bool:
+    """Whether a dense module's own parameter multiplies activations: the `weight` of a linear, of transformers'
+    Conv1D or of a router; or a batch of matrices, as the experts of a layer are kept (experts, …)."""
+    if isinstance(module, _ConvNd):
+        return False
+    return p.ndim == 2 and key == "weight" or p.ndim == 3 and min(p.shape[1:]) > 1
+
+
+def transposed(model: nn.Module) -> set[str]:
+    """Names of the matrices, or batches of them, that are kept as (in, out): those of Conv1D and of some experts."""
+    return {
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+        for key, p in module.named_parameters(recurse=False)
+        if is_matrix(module, key, p)
+    }
 
 
 def decays(role: str) -> bool:
@@ -61,11 +83,12 @@ def parameter_groups(
         lr_ratio: learning rate of the left factors over that of the right ones (LoRA+, Hayou et al. 2024: η_B/η_A).
         decay: what weight decay is for: `matrices` (see `decays`) or `all` parameters.
 
-    Each has `names`, `role`, `weight_decay`, `lr_factor` (a constant one on the learning rate) and `paced`.
+    Each has `names`, `role`, `weight_decay`, `lr_factor` (a constant one on the learning rate), `paced`, and
+    `transposed`: whether its matrices are kept as (in, out).
     """
-    slow = paced(model)
+    slow, turned = paced(model), transposed(model)
     parameters = dict(model.named_parameters())
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool, bool], dict[str, Any]] = {}
     for name, role in parameter_roles(model).items():
         factor = lr_ratio if role == "factor_left" else 1.0 if role in LAYERS else other_lr
         new = {
@@ -75,8 +98,9 @@ def parameter_groups(
             "weight_decay": weight_decay * (decay == "all" or decays(role)),
             "lr_factor": factor,
             "paced": name in slow,
+            "transposed": name in turned,
         }
-        group = groups.setdefault((role, name in slow), new)
+        group = groups.setdefault((role, name in slow, name in turned), new)
         group["params"].append(parameters[name])
         group["names"].append(name)
     return [*groups.values()]

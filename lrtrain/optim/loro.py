@@ -101,6 +101,11 @@ class LORO(PairOptimizer):
         self.refresh = refresh
         self.approx_scale = approx_scale
         super().__init__(model, **common)
+        if batched := [pair.name for pair in self.pairs if pair.left.ndim == 3]:
+            raise ConfigError(
+                f"optim=loro steps on pairs of matrices, and {batched[0]} holds batches; set param.pattern so that "
+                "it leaves the experts out, or use optim=spectron, preconditioned_adamw or adamw"
+            )
 
     def _scale(self, p: Tensor) -> float:
         """The factor on a plain step."""

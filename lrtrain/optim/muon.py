@@ -45,4 +45,4 @@ class Muon(ShardedOptimizer):
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         buffer = state["momentum"].lerp_(gradient, 1 - self.momentum)
         ahead = gradient.lerp_(buffer, self.momentum) if self.nesterov else buffer
-        return orthogonalize(ahead, self.rows[p], self.coefficients).mul_(self.scale(*p.shape))
+        return orthogonalize(ahead, self.rows[p], self.coefficients).mul_(self.scale(*self.shape(p)))

@@ -59,10 +59,26 @@ class PairOptimizer(ShardedOptimizer):
         self.pairs = factor_pairs(model, self.optim)
         self.pair_of = {p: pair for pair in self.pairs for p in (pair.left, pair.right)}
         super().__init__(model, **common)
+        for pair in self.pairs:
+            for name, *of_one in self._pairs_in_batch(pair):
+                self.pair_of |= dict.fromkeys(of_one, FactorPair(name, *of_one))
         self.group_of: dict[Tensor, dict[str, Any]] = {p: g for g in self.param_groups for p in g["params"]}
 
     def takes(self, name: str, p: Tensor, role: str) -> bool:
         return p in self.pair_of
+
+    def _pairs_in_batch(self, pair: FactorPair) -> list[FactorPair]:
+        """The pairs of single matrices that are here, of a pair of batches."""
+        if pair.left not in self.batches:
+            return []
+        left, right = self.batches[pair.left], self.batches[pair.right]
+        names = (f"{pair.name}[{left.first + i}]" for i in range(len(left.matrices)))
+        return [FactorPair(*found) for found in zip(names, left.matrices, right.matrices, strict=True)]
+
+    def _step_batch(self, p: Tensor, group: dict[str, Any]) -> None:
+        for one in (self.pair_of[p].left, self.pair_of[p].right):
+            self.batches[one].refresh()
+        super()._step_batch(p, group)
 
 
 class PartnerOptimizer(PairOptimizer, Generic[T]):

@@ -65,12 +65,12 @@ class Spectron(PartnerOptimizer[Tensor]):
 
     def look(self, pair: FactorPair) -> tuple[Tensor, Tensor]:
         both = (pair.left, pair.right)
-        first = max(int(self.state[p]["step"]) for p in both) == 1  # whichever of them was counted already
+        first = max(int(self.local_state(p)["step"]) for p in both) == 1  # whichever of them was counted already
         left, right = (self._norm(p, FIRST if first else self.iterations) for p in both)
         return left + right, left + right
 
     def _norm(self, p: Tensor, iterations: int) -> Tensor:
-        return spectral_norm(local(p).float(), self.rows[p], self.state[p]["vector"], iterations)
+        return spectral_norm(local(p).float(), self.rows[p], self.local_state(p)["vector"], iterations)
 
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         settings = (self.rows[p], self.momentum, self.known(p), self.coefficients)

@@ -41,5 +41,5 @@ class Trion(DctOptimizer):
         columns = self.choose(p, spectrum)
         part = spectrum[:, columns]  # (rows, r)
         momentum.sub_(lift(part, columns, n), alpha=1 - self.momentum)
-        update = orthogonalize(part, self.rows[p], self.coefficients).mul_(self.scale(*p.shape))
+        update = orthogonalize(part, self.rows[p], self.coefficients).mul_(self.scale(*self.shape(p)))
         return lift(update, columns, n)
