@@ -43,7 +43,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     All state exists from the start, as tensors by parameter: DTensors (see `rows_like`) that follow the parameter's
     rows, or plain tensors that are the same on all processes, named in `replicated`. All arithmetic is float32;
     bfloat16 parameters are rounded stochastically. All that is random is a function of (seed, name, step, entry), so it
-    is the same on any number of processes. What a method says of a matrix it says of each in a `Batch`: there `p` is one
+    is the same on any number of processes. What a method says of a matrix goes for each of a `Batch`: there `p` is one
     of its matrices, and no rows of it lie elsewhere.
 
     Args:
