@@ -115,7 +115,7 @@ class DataConfig:
     on_error: str  # skip or refuse: what to do about a document that cannot be read
     seq_len: int  # tokens the model sees; a stored row has one more
     validation_fraction: float  # of the documents, chosen by a hash of their text; 0 holds none out
-    cache_dir: str
+    cache_dir: str | None  # null: lrtrain.core.cache.cache_folder
     tokenizer: TokenizerConfig
 
 

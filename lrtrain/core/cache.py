@@ -2,35 +2,91 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
 
+from lrtrain.core.files import sync_file, sync_folder
+from lrtrain.core.memo import read_memo, share, write_memo
+from lrtrain.core.retry import retried
+from lrtrain.core.seal import damage, seal
+from lrtrain.errors import ConfigError, RunFailed
+
+log = logging.getLogger(__name__)
+
 
 def cache_folder() -> Path:
-    """Where lrtrain keeps what it computes once: $LRTRAIN_CACHE, or ~/.cache/lrtrain (as data.cache_dir does)."""
-    return Path(os.environ.get("LRTRAIN_CACHE") or Path.home() / ".cache" / "lrtrain")
+    """Where lrtrain keeps what it computes once: $LRTRAIN_CACHE, or ~/.cache/lrtrain.
+
+    Without a home that can be written to, it is a folder of this user's among the system's temporary ones, said once.
+
+    Raises:
+        ConfigError: if $LRTRAIN_CACHE cannot be written to.
+    """
+    return _cache_folder(os.environ.get("LRTRAIN_CACHE"), os.path.expanduser("~"))
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why `folder`, made where it is missing, cannot be written to; None if it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"cannot be made ({error.strerror})"
+    return None if os.access(folder, os.W_OK) else "is not writable"
+
+
+def make_shared(folder: Path) -> None:
+    """Make a folder inside the cache, open to all to whom the cache is."""
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        share(folder)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of `path`, which all who can write to its folder share.
+
+    Where the lock of another user does not open (a sticky folder, an older version's), it is the user's own: what is
+    written under it is renamed into place whole, so two users at once only do the work twice.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mode = path.parent.stat().st_mode & 0o666
+    lock = FileLock(f"{path}.lock", mode=mode)
+    try:
+        lock.acquire()
+    except PermissionError:
+        lock = FileLock(f"{path}.{os.getuid()}.lock", mode=mode)
+        lock.acquire()
+    try:
+        share(Path(lock.lock_file))  # the umask took its share of the mode
+        yield
+    finally:
+        lock.release()
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return `folder`, filled by `build(temporary folder)` unless it is there already.
+    """Return `folder`, filled by `build(temporary folder)` unless it is there already and whole.
 
-    Every process may call this at once: the first builds, the others wait for its lock. The folder appears
-    by a rename when it is complete; what an interrupted build left is removed by the next one.
+    Every process may call this at once: the first builds, the others wait for its lock. The folder appears by a rename
+    when it is complete and on the disk; what an interrupted build left is removed by the next one. One that is damaged
+    is built anew, which is said.
     """
-    if folder.exists():
+    if folder.exists() and damage(folder) is None:
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locked(folder):
+        if folder.exists() and (fault := damage(folder)):
+            log.warning("%s; it is built anew", fault)
+            _remove(folder)
         if not folder.exists():
-            unfinished = folder.with_name(f"{folder.name}.building")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-            build(unfinished)
-            unfinished.rename(folder)
+            _build(folder, build)
     return folder
 
 
@@ -42,29 +98,71 @@ def fingerprint(*parts: object) -> str:
 def content_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
     """Digest of each file's bytes; a file whose path, size and mtime are known is not read again."""
     memo = cache_dir / "file-digests.json"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{memo}.lock"):  # so that the first process reads a large corpus and the others do not
-        known = json.loads(memo.read_text()) if memo.exists() else {}
-        fresh = dict(_digest_entries(files, known))
-        if any(known.get(key) != digest for key, digest in fresh.items()):
-            replace_text(memo, json.dumps(known | fresh))
-    return list(fresh.values())
+    keys = [_key(file) for file in files]
+    known = read_memo(memo)
+    if not known.keys() >= set(keys):
+        with locked(memo):  # so that the first process reads a large corpus and the others do not
+            known = read_memo(memo)
+            known |= {key: _digest(file) for key, file in zip(keys, files, strict=True) if key not in known}
+            write_memo(memo, known)
+    return [known[key] for key in keys]
 
 
-def _digest_entries(files: Iterable[Path], known: dict[str, str]) -> Iterable[tuple[str, str]]:
-    for path in files:
-        stat = path.stat()
-        key = f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
-        yield key, known.get(key) or _digest(path)
+@cache
+def _cache_folder(named: str | None, home: str) -> Path:
+    folder = Path(named).expanduser() if named else Path(home, ".cache", "lrtrain")
+    if (reason := why_not_writable(folder) if named or home != "~" else "has no home") is None:
+        return folder
+    if named:
+        raise ConfigError(f"LRTRAIN_CACHE={folder} {reason}; give a folder that can be written to")
+    instead = Path(tempfile.gettempdir(), f"lrtrain-{os.getuid()}")
+    instead.mkdir(mode=0o700, exist_ok=True)
+    if instead.stat().st_uid != os.getuid():
+        raise ConfigError(f"{folder} {reason}, and {instead} is another user's: name a folder by LRTRAIN_CACHE")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        log.warning("%s %s: the cache is %s; LRTRAIN_CACHE names another", folder, reason, instead)
+    return instead
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    for leftover in folder.parent.glob(f"{folder.name}.building*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # another user's may have to stay
+    unfinished = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
+    unfinished.mkdir()
+    build(unfinished)
+    seal(unfinished)
+    share(unfinished)
+    for file in unfinished.rglob("*"):
+        share(file)
+        (sync_folder if file.is_dir() else sync_file)(file)
+    sync_folder(unfinished)
+    try:
+        unfinished.rename(folder)
+    except OSError:
+        if damage(folder) is not None:  # else a user with another lock has built it
+            raise
+        shutil.rmtree(unfinished)
+    sync_folder(folder.parent)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a crash, sees the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+def _remove(folder: Path) -> None:
+    """Take a damaged folder away, at once, as others may look for it."""
+    away = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
+    try:
+        folder.rename(away)
+    except OSError as error:
+        raise RunFailed(f"{folder} is damaged and cannot be replaced ({error.strerror}); remove it") from error
+    shutil.rmtree(away, ignore_errors=True)
+
+
+def _key(file: Path) -> str:
+    stat = file.stat()
+    return f"{file.absolute()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def _digest(file: Path) -> str:
+    def read(_: int) -> Iterator[str]:
+        with file.open("rb") as opened:
+            yield hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+    return next(retried(read, file))

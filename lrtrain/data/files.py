@@ -7,30 +7,45 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lrtrain.data.faults import Faults
+from lrtrain.core.retry import retried
+from lrtrain.data.faults import Faults, FileFaults, printable
+from lrtrain.errors import RunFailed
 
 Reader = Callable[[Path, str], Iterator[tuple[int, Any]]]  # (file, text field) → (line, text or not a text)
 
-READ_ERRORS = (OSError, EOFError, ValueError, KeyError, zlib.error, lzma.LZMAError, pa.ArrowException)
+DAMAGE = (EOFError, ValueError, KeyError, zlib.error, lzma.LZMAError, pa.ArrowException)  # see also `is_damage`
 
 
 def read_documents(files: Iterable[Path], text_field: str, faults: Faults) -> Iterator[str]:
     """The texts of `files` in order, without the empty ones.
 
-    What cannot be read is added to `faults`, a row or the rest of a file at a time.
+    What cannot be read is added to `faults`: a row, the rest of a file, or a file that gives no document at all.
+
+    Raises:
+        RunFailed: naming the file that the disk does not give, whatever its content.
     """
     for path in files:
+        of_file = FileFaults(faults, path)
         for row, text, fault in _checked(path, text_field):
             if fault:
-                faults.add(path, row, fault)
+                of_file.add(row, fault)
             elif text and not text.isspace():
+                of_file.document()
                 yield text
+        if not of_file.found:
+            of_file.lost("it is an array; give one JSON object a line" if _is_array(path) else None)
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether it says that the content is damaged, and not that the system could not read it, which has an errno."""
+    return error.errno is None if isinstance(error, OSError) else isinstance(error, DAMAGE)
 
 
 def reader_of(path: Path) -> Reader:
@@ -68,11 +83,23 @@ def json_lines(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
 def parquet_rows(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
     """`text_field` of each row, counted from 1."""
     number = 0
-    with pq.ParquetFile(path) as file:
+    with path.open("rb") as opened, pq.ParquetFile(opened) as file:  # pyarrow opens no name that is no UTF-8
+        if reason := no_text_column(file.schema_arrow, text_field):
+            raise ValueError(reason)
         for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
             for text in batch.column(text_field).to_pylist():
                 number += 1
                 yield number, text
+
+
+def no_text_column(schema: pa.Schema, name: str) -> str | None:
+    """Why the column is not one of texts; None if it is."""
+    if name not in schema.names:
+        return f"it has no column {name!r}"
+    kind = schema.field(name).type
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    texts = pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)
+    return None if texts or pa.types.is_null(values) else f"its column {name!r} is of type {kind}, not of texts"
 
 
 def field_names(path: Path) -> list[str] | None:
@@ -80,13 +107,19 @@ def field_names(path: Path) -> list[str] | None:
     reader = reader_of(path)
     try:
         if reader is parquet_rows:
-            return pq.read_schema(path).names
+            return read_schema(path).names
         if reader is json_lines:
             with open_binary(path) as file:
                 return list(json.loads(file.readline()).keys())
-    except (*READ_ERRORS, AttributeError):  # reading the corpus counts such a line and goes on
+    except (*DAMAGE, OSError, RecursionError, AttributeError):  # reading the corpus says what is wrong
         return None
     return None
+
+
+def read_schema(path: Path) -> pa.Schema:
+    """The columns of a parquet file."""
+    with path.open("rb") as opened:
+        return pq.read_schema(opened)
 
 
 def open_binary(path: Path) -> IO[bytes]:
@@ -95,7 +128,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 def _open_zstd(path: Path, mode: str) -> IO[bytes]:
-    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))  # pyright: ignore
+    return io.BufferedReader(pa.input_stream(path.open("rb"), compression="zstd"))  # pyright: ignore
 
 
 READERS: dict[str, Reader] = {
@@ -116,18 +149,37 @@ def field_of(line: bytes | str, text_field: str) -> Any:
     """A field of a JSON object; None for a line that is none with this field."""
     try:
         return json.loads(line)[text_field]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a file that should have a JSON object a line begins as an array."""
+    if reader_of(path) is not json_lines:
+        return False
+    try:
+        with open_binary(path) as file:
+            return file.readline().lstrip().startswith(b"[")
+    except (*DAMAGE, OSError):
+        return False
 
 
 def _checked(path: Path, text_field: str) -> Iterator[tuple[int, str, str]]:
     """(line, text, "") of each document, or (line, "", what is wrong with it)."""
     line = 0
+
+    def read_from(had: int) -> Iterator[tuple[int, Any]]:
+        return islice(reader_of(path)(path, text_field), had, None)
+
     try:
-        for line, text in reader_of(path)(path, text_field):
+        for line, text in retried(read_from, printable(path)):
             readable = is_text(text)
             yield line, text if readable else "", "" if readable else no_text(text_field)
-    except READ_ERRORS as error:
+    except FileNotFoundError as error:
+        raise RunFailed(f"{printable(path)} was removed while it was to be read; start again") from error
+    except (*DAMAGE, OSError) as error:
+        if not is_damage(error):
+            raise
         yield line + 1, "", str(error)
 
 

@@ -18,7 +18,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from lrtrain.data.tokenizer import encode_documents
+from lrtrain.data.encoding import encode_documents
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,6 @@
 """The data of a run: checked before anything is built, then prepared."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +9,16 @@ from hydra.utils import instantiate
 from transformers import PreTrainedTokenizerFast
 
 from lrtrain.config.schema import DataConfig
-from lrtrain.core.cache import build_once, fingerprint
+from lrtrain.core.cache import build_once, cache_folder, fingerprint, why_not_writable
 from lrtrain.data.faults import ON_ERROR, Faults, known
 from lrtrain.data.loader import PackedTrain, StreamedTrain, TrainData
 from lrtrain.data.packing import PackedRows, pack_first, pack_split
-from lrtrain.data.sources import JsonStream, TextSource
+from lrtrain.data.sources import JsonStream, TextSource, nonempty
 from lrtrain.data.tokenizer import load_saved, load_tokenizer, tokenizer_fingerprint, trained_size
 from lrtrain.errors import ConfigError
 
 FAULTS = "faults.json"
-PACKING_VERSION = 1  # raised when the same text gives other rows
+PACKING_VERSION = 2  # raised when the same text gives other rows
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,31 @@ def check_data(cfg: DataConfig) -> None:
         raise ConfigError(f"data.validation_fraction={cfg.validation_fraction} must be in [0, 1)")
     if cfg.on_error not in ON_ERROR:
         raise ConfigError(f"data.on_error={cfg.on_error} is not one of {', '.join(ON_ERROR)}")
-    _check_writable(_cache_dir(cfg))
+    if reason := why_not_writable(_cache_dir(cfg)):
+        raise ConfigError(f"data.cache_dir={_cache_dir(cfg)} {reason}; give one that can be written to")
     if cfg.tokenizer.path is not None:
         load_saved(cfg.tokenizer.path)
     else:
         trained_size(cfg.tokenizer)
     _source(cfg).check()
+
+
+def check_fits(cfg: DataConfig, vocab_size: int, longest: int | None) -> None:
+    """Raise ConfigError for a tokenizer or sequences that are too large for the model, before text is tokenized.
+
+    Args:
+        vocab_size: rows of the model's embedding.
+        longest: its max_position_embeddings; None if it has no limit.
+    """
+    path, trained = cfg.tokenizer.path, cfg.tokenizer.vocab_size
+    pieces = len(load_saved(path)) if path is not None else trained_size(cfg.tokenizer)
+    if pieces > vocab_size:
+        key = f"data.tokenizer.path={path}" if path is not None else f"data.tokenizer.vocab_size={trained}"
+        raise ConfigError(
+            f"{key} has {pieces} pieces, more than model.vocab_size={vocab_size}; raise that, or give less"
+        )
+    if longest is not None and cfg.seq_len > longest:
+        raise ConfigError(f"data.seq_len={cfg.seq_len} is above the model's max_position_embeddings={longest}")
 
 
 def prepare_data(cfg: DataConfig, seed: int) -> Data:
@@ -73,7 +91,7 @@ def prepare_data(cfg: DataConfig, seed: int) -> Data:
 def _packed(cfg: DataConfig, source: TextSource, tokenizer: PreTrainedTokenizerFast, identity: str, seed: int) -> Data:
     def build(folder: Path) -> None:
         faults = _faults(cfg)
-        pack_split(source.documents(faults), tokenizer, cfg.seq_len, cfg.validation_fraction, folder)
+        pack_split(nonempty(source.documents(faults), faults), tokenizer, cfg.seq_len, cfg.validation_fraction, folder)
         (folder / FAULTS).write_text(json.dumps(faults.as_dict()))
 
     folder = build_once(_cache_dir(cfg) / f"packed-{identity}", build)
@@ -108,8 +126,7 @@ def _faults(cfg: DataConfig) -> Faults:
 
 def _known_faults(folder: Path, cfg: DataConfig) -> Faults:
     """What was left out when the rows in `folder` were packed, perhaps by an earlier run."""
-    path = folder / FAULTS
-    return known(json.loads(path.read_text()), cfg.on_error == "refuse") if path.exists() else _faults(cfg)
+    return known(json.loads((folder / FAULTS).read_text()), cfg.on_error == "refuse")
 
 
 def _source(cfg: DataConfig) -> TextSource:
@@ -121,13 +138,4 @@ def _source(cfg: DataConfig) -> TextSource:
 
 
 def _cache_dir(cfg: DataConfig) -> Path:
-    return Path(cfg.cache_dir).expanduser()
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"data.cache_dir={folder} cannot be made ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"data.cache_dir={folder} is not writable; give one that is")
+    return cache_folder() if cfg.cache_dir is None else Path(cfg.cache_dir).expanduser()

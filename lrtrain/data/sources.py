@@ -6,13 +6,11 @@ check of what the user asked for.
 
 import glob
 import json
-import lzma
+import logging
 import os
 import sysconfig
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from gzip import BadGzipFile
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,13 +20,29 @@ from datasets.data_files import resolve_pattern
 from datasets.utils.file_utils import xopen
 
 from lrtrain.core.cache import content_digests, fingerprint
-from lrtrain.data.faults import Faults
-from lrtrain.data.files import field_names, field_of, is_supported, is_text, no_text, read_documents
+from lrtrain.core.retry import retried
+from lrtrain.data.faults import Faults, FileFaults, printable
+from lrtrain.data.files import (
+    DAMAGE,
+    field_names,
+    field_of,
+    is_damage,
+    is_supported,
+    is_text,
+    no_text,
+    no_text_column,
+    parquet_rows,
+    read_documents,
+    read_schema,
+    reader_of,
+)
+from lrtrain.data.folders import files_below
 from lrtrain.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 FORMATS = "give files, folders or globs of .txt, .md, .jsonl or .parquet"
 SAMPLE_DOCUMENTS = 20_000  # of a stream, for its tokenizer: some 40 MB of C4
-DAMAGE = (EOFError, BadGzipFile, zlib.error, lzma.LZMAError)  # of a compressed file; other errors may pass
 BATCH = 64  # documents of a stream that are tokenized at a time
 CHUNK = 1 << 20  # bytes of a stream that are read at a time
 INSTALLED = {"site-packages", "dist-packages"}  # folders in the standard library that are not of it
@@ -90,15 +104,18 @@ class LocalFiles:
     text_field: str
 
     def check(self) -> None:
-        for file in self.files():
+        files = self.files(tell=True)
+        for file in files:
             if not _is_readable(file):
                 raise ConfigError(f"data.path={self.path} matches {file}, which must be readable")
-        for file in self.files():
+        for file in files:
             if (names := field_names(file)) is not None:
                 if self.text_field not in names:
                     raise ConfigError(
                         f"data.text_field={self.text_field} is not a field of {file}; give one of {names}"
                     )
+                if reader_of(file) is parquet_rows and (why := no_text_column(read_schema(file), self.text_field)):
+                    raise ConfigError(f"data.text_field={self.text_field} does not suit {file}: {why}")
                 return
 
     def fingerprint(self, cache_dir: Path) -> str:
@@ -109,17 +126,26 @@ class LocalFiles:
     def documents(self, faults: Faults) -> Iterator[str]:
         return read_documents(self.files(), self.text_field, faults)
 
-    def files(self) -> list[Path]:
-        """The files, sorted by path, each once. Raises ConfigError when a pattern matches none."""
-        files = {file.absolute() for pattern in _patterns(self.path) for file in self._matches(pattern)}
+    def files(self, tell: bool = False) -> list[Path]:
+        """The files, sorted by path, each once, whatever names and links lead to it.
+
+        Hidden files are read where they are named, not where their folder is; `tell` says how many were left out.
+
+        Raises:
+            ConfigError: when a pattern matches none.
+        """
+        files = sorted({file.absolute() for pattern in _patterns(self.path) for file in self._matches(pattern, tell)})
         if not files:
             raise ConfigError(f"data.path={self.path} names no file; {FORMATS}")
-        return sorted(files)
+        once = {os.path.realpath(file): file for file in reversed(files)}
+        return sorted(once.values())
 
-    def _matches(self, pattern: str) -> list[Path]:
+    def _matches(self, pattern: str, tell: bool) -> list[Path]:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            found = [file for file in path.rglob("*") if file.is_file()]
+            found, hidden = files_below(path)
+            if hidden and tell:
+                log.warning("data.path=%s: %d hidden files and folders are left out", pattern, hidden)
         elif path.is_file():
             found = [path]
         else:
@@ -172,7 +198,10 @@ class JsonStream:
         """Sorted. Raises ConfigError when there are fewer files than streams."""
         files = _resolve("data.path", self.train)
         if len(files) < self.streams:
-            raise ConfigError(f"data.streams={self.streams} must be at most {len(files)}, the number of files")
+            raise ConfigError(
+                f"data.streams={self.streams} must be at most {len(files)}, the number of files: set "
+                f"data.streams={len(files)}, or a smaller multiple of the number of processes"
+            )
         return files
 
     def validation_files(self) -> list[str]:
@@ -184,30 +213,45 @@ class JsonStream:
                 yield from (text for _, text in rows)
 
 
+def nonempty(documents: Iterator[str], faults: Faults) -> Iterator[str]:
+    """The documents. Raises ConfigError if there is none, as nothing can be learned from white space."""
+    found = False
+    for text in documents:
+        found = True
+        yield text
+    if not found:
+        raise ConfigError(f"data.path has no text{f'; {faults}' if faults.count else ''}; give files with documents")
+
+
 def json_batches(file: str, text_field: str, start: int, faults: Faults) -> Iterator[list[tuple[int, str]]]:
     """(row, text) of a file of JSON lines from row `start` on, some at a time, without those that have no text.
 
-    The rows that cannot be read, and the rest of a file that is damaged, are added to `faults`. Raises ConfigError when
-    the first row is an object without `text_field`.
+    The rows that cannot be read, the rest of a file that is damaged, and a file that is not there any more are added to
+    `faults`. Raises ConfigError when the first row is an object without `text_field`.
     """
     batch: list[tuple[int, str]] = []
-    row = start
+    row, of_file = start, FileFaults(faults, file, found=start > 0)
     try:
-        for row, line in enumerate(_lines(file, start), start):
+        for row, line in enumerate(retried(lambda had: _lines(file, start + had), printable(file)), start):
             text = field_of(line, text_field)
             if row == 0:
                 _check_field(file, line, text_field)
             if not is_text(text) and line and not line.isspace():
-                faults.add(file, row + 1, no_text(text_field))
+                of_file.add(row + 1, no_text(text_field))
             elif text:
+                of_file.document()
                 batch.append((row, text))
             if len(batch) == BATCH:
                 yield batch
                 batch = []
-    except DAMAGE as error:
-        faults.add(file, row + 1, str(error))
+    except (*DAMAGE, OSError) as error:
+        if not (is_damage(error) or isinstance(error, FileNotFoundError)):
+            raise
+        of_file.add(row + 1, str(error))
     if batch:
         yield batch
+    if not of_file.found:
+        of_file.lost()
 
 
 def _lines(file: str, start: int) -> Iterator[bytes]:
@@ -225,7 +269,7 @@ def _lines(file: str, start: int) -> Iterator[bytes]:
 def _check_field(file: str, line: bytes, text_field: str) -> None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if isinstance(row, dict) and text_field not in row:
         raise ConfigError(f"data.text_field={text_field} is not a field of {file}; give one of {list(row)}")

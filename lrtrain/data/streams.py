@@ -12,9 +12,9 @@ from itertools import count
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from lrtrain.data.encoding import encode_documents
 from lrtrain.data.faults import Faults
 from lrtrain.data.sources import json_batches
-from lrtrain.data.tokenizer import encode_documents
 from lrtrain.errors import ConfigError
 
 

@@ -8,11 +8,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -21,13 +19,13 @@ from transformers.convert_slow_tokenizer import generate_merges
 from lrtrain.config.schema import TokenizerConfig
 from lrtrain.core.cache import build_once, fingerprint
 from lrtrain.data.faults import Faults
-from lrtrain.data.sources import TextSource
+from lrtrain.data.sources import TextSource, nonempty
 from lrtrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 SAMPLE_CHARACTERS = 20_000_000  # 32,000 pieces are learnt from them in seconds; more change little
-PIECE_CHARACTERS = 1 << 20  # a document is encoded this much at a time: bounded memory, all cores
+MOST_PIECES = 1 << 20  # four times those of the largest in use
 FIXED_PIECES = 3 + 256  # <unk>, <s>, </s> and the bytes
 SPACE = "▁"  # U+2581, which SentencePiece and llama.cpp spell a space with
 SENTENCEPIECE = "tokenizer.model"  # the file that llama.cpp's converter reads
@@ -57,7 +55,7 @@ def load_tokenizer(
 
     def build(folder: Path) -> None:
         log.info("training a tokenizer of %d pieces", size)
-        model = train_sentencepiece(sample(source.documents(faults), SAMPLE_CHARACTERS), size)
+        model = train_sentencepiece(sample(nonempty(source.documents(faults), faults), SAMPLE_CHARACTERS), size)
         save_tokenizer(from_sentencepiece(model), folder)
         (folder / SENTENCEPIECE).write_bytes(model)
 
@@ -86,22 +84,14 @@ def trained_size(cfg: TokenizerConfig) -> int:
         raise ConfigError(
             f"data.tokenizer.vocab_size={cfg.vocab_size} must be above {FIXED_PIECES}, the bytes and special tokens"
         )
+    if cfg.vocab_size > MOST_PIECES:
+        raise ConfigError(f"data.tokenizer.vocab_size={cfg.vocab_size} must be at most {MOST_PIECES}")
     return cfg.vocab_size
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """A digest of everything that the ids of a text depend on."""
     return fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
-
-
-def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
-    """The ids of each text and EOS, int32. "</s>" in a text is text and not the special token."""
-    pieces = [list(_pieces(text)) for text in texts]
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
-    encodings = iter(backend.encode_batch_fast(list(chain(*pieces)), add_special_tokens=False))
-    ids = [[i for _ in parts for i in next(encodings).ids] for parts in pieces]
-    return [np.array([*document, tokenizer.eos_token_id], dtype=np.int32) for document in ids]
 
 
 def sample(documents: Iterable[str], characters: int) -> list[str]:
@@ -190,17 +180,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     model = Path(tokenizer.name_or_path) / SENTENCEPIECE
     if model.is_file():
         shutil.copyfile(model, folder / SENTENCEPIECE)
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of at most PIECE_CHARACTERS, cut after a line end where there is one."""
-    start = 0
-    while start < len(text):
-        end = start + PIECE_CHARACTERS
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end
 
 
 def _what_would_do(message: str) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from lrtrain.core.cache import cache_folder, replace_text
+from lrtrain.core.cache import cache_folder, locked
+from lrtrain.core.memo import read_memo, write_memo
 
 ROUNDS, SECONDS = 5, 0.5  # measuring ends when both are reached: small things are repeated more often
 
@@ -24,13 +24,12 @@ def fastest(what: list[int | str], device: torch.device, candidates: Mapping[str
     """
     key = json.dumps([*what, device_name(device), torch.get_num_threads(), torch.__version__], ensure_ascii=False)
     path = memory_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        known = _read(path)
+    with locked(path):
+        known = read_memo(path)
         if known.get(key) not in candidates:
             times = best_seconds(candidates, device)
             known[key] = min(times, key=lambda name: times[name])
-            replace_text(path, json.dumps(known, indent=1, ensure_ascii=False))
+            write_memo(path, known)
     return known[key]
 
 
@@ -73,12 +72,3 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _read(path: Path) -> dict[str, str]:
-    """What is remembered; nothing if the file is not there or not whole, for it can be measured again."""
-    try:
-        known = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}

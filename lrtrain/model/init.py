@@ -6,6 +6,7 @@ import copy
 import inspect
 import os
 import uuid
+import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrtrain.core.cache import cache_folder, fingerprint
+from lrtrain.core.cache import cache_folder, fingerprint, make_shared
+from lrtrain.core.files import sync_file, sync_folder
 from lrtrain.core.seeds import generator_for, integer_seed
 from lrtrain.distributed.per_layer import compute_across_ranks
 from lrtrain.distributed.sharding import take_over
@@ -106,14 +108,17 @@ def kept_on_disk(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[s
 
     Any number of processes may do so at once: the file appears whole, by a rename. Without room for it there is none.
     """
-    with suppress(Exception):  # what torch.load raises on a damaged file is not specified
-        return torch.load(path, weights_only=True)
+    with suppress(Exception), zipfile.ZipFile(path) as file:  # what torch.load raises on a damaged one is not specified
+        if file.testzip() is None:  # torch does not look at the checksums
+            return torch.load(path, weights_only=True)
     values = compute()
     unfinished = path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex}")
     with suppress(OSError, RuntimeError):  # torch's writer raises the second on a full disk
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_shared(path.parent)
         torch.save({key: value.contiguous() for key, value in values.items()}, unfinished)
+        sync_file(unfinished)
         unfinished.rename(path)
+        sync_folder(path.parent)
     with suppress(OSError):
         unfinished.unlink()
     return values

@@ -3,9 +3,9 @@ import pytest
 import torch
 from corpora import make_documents
 
+from lrtrain.data.encoding import encode_documents
 from lrtrain.data.packing import PackedRows, RowWriter, is_validation, pack_first, pack_split
 from lrtrain.data.prepare import prepare_data
-from lrtrain.data.tokenizer import encode_documents
 from lrtrain.errors import ConfigError
 
 

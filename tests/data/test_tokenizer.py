@@ -4,11 +4,11 @@ import sentencepiece
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lrtrain.data.encoding import encode_documents
 from lrtrain.data.faults import Faults
 from lrtrain.data.prepare import check_data
 from lrtrain.data.sources import PythonStdlib
 from lrtrain.data.tokenizer import (
-    encode_documents,
     from_sentencepiece,
     load_saved,
     sample,
@@ -67,7 +67,7 @@ def test_autotokenizer_loads_what_was_saved(tokenizer, tmp_path):
 def test_a_long_document_is_encoded_in_pieces_without_a_seam(tokenizer, monkeypatch):
     text = "\n".join(TEXTS * 5)
     whole = encode_documents(tokenizer, [text, "next"])
-    monkeypatch.setattr("lrtrain.data.tokenizer.PIECE_CHARACTERS", 50)
+    monkeypatch.setattr("lrtrain.data.encoding.PIECE_CHARACTERS", 50)
     for ids, expected in zip(encode_documents(tokenizer, [text, "next"]), whole, strict=True):
         assert np.array_equal(ids, expected)
 
