@@ -57,9 +57,9 @@ class Faults:
         return asdict(self)
 
     def __str__(self) -> str:
-        parts = [f"{self.rows} unreadable documents"] if self.rows or not self.files else []
-        parts += [f"{self.files} whole files"] if self.files else []
-        return f"{' and '.join(parts)} are left out, the first: {self.first}"
+        parts = [(self.rows, "unreadable document"), (self.files, "whole file")]
+        told = " and ".join(f"{count} {what}{'s' * (count > 1)}" for count, what in parts if count)
+        return f"{told} {'is' if self.count == 1 else 'are'} left out, the first: {self.first}"
 
     def _note(self, where: str, before: int) -> None:
         where = printable(" ".join(where.split()))

@@ -57,12 +57,12 @@ def check_fits(cfg: DataConfig, vocab_size: int, longest: int | None) -> None:
         vocab_size: rows of the model's embedding.
         longest: its max_position_embeddings; None if it has no limit.
     """
-    path, trained = cfg.tokenizer.path, cfg.tokenizer.vocab_size
+    path = cfg.tokenizer.path
     pieces = len(load_saved(path)) if path is not None else trained_size(cfg.tokenizer)
     if pieces > vocab_size:
-        key = f"data.tokenizer.path={path}" if path is not None else f"data.tokenizer.vocab_size={trained}"
+        lower = f"give a smaller one than data.tokenizer.path={path}" if path else "lower data.tokenizer.vocab_size"
         raise ConfigError(
-            f"{key} has {pieces} pieces, more than model.vocab_size={vocab_size}; raise that, or give less"
+            f"model.vocab_size={vocab_size} is below the tokenizer's {pieces} pieces; raise it, or {lower}"
         )
     if longest is not None and cfg.seq_len > longest:
         raise ConfigError(f"data.seq_len={cfg.seq_len} is above the model's max_position_embeddings={longest}")

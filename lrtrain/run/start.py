@@ -11,11 +11,10 @@ from transformers import PreTrainedModel
 from lrtrain.checkpoint.meta import CheckpointMeta, Window, read_meta
 from lrtrain.config.choice import choice
 from lrtrain.config.schema import Config, as_dict, compute_dtype
-from lrtrain.data.prepare import prepare_data
+from lrtrain.data.prepare import check_fits, prepare_data
 from lrtrain.distributed.collectives import check_equal_on_all_ranks, run_on_all_ranks, run_on_rank0
 from lrtrain.distributed.heartbeat import Heartbeat
 from lrtrain.distributed.world import World
-from lrtrain.errors import ConfigError
 from lrtrain.init_from.start import Start
 from lrtrain.model.autotune import settle
 from lrtrain.model.build import make_model
@@ -80,14 +79,15 @@ def start_run(
 
 
 def read_data(run: Run, model: PreTrainedModel, checkpoint: Path | None, meta: CheckpointMeta | None) -> None:
-    """Tokenize or open the data, and check that it fits the model and the checkpoint."""
-    config = run.config
+    """Check that the data fit the model, tokenize or open them, and check that they are the checkpoint's."""
+    config, text = run.config, model.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    run_on_all_ranks(lambda: check_fits(config.data, text.vocab_size, longest))
     run.data = run_on_all_ranks(lambda: prepare_data(config.data, config.train.seed))
     check_equal_on_all_ranks(run.data.fingerprint, "the data")
     faults = run.data.faults
     if faults.count and run.world.main:
-        print(f"data: {faults.count} unreadable documents are left out, the first: {faults.first}")
-    check_sizes(config, model, len(run.data.tokenizer))
+        print(f"data: {faults}")
     if checkpoint and meta:
         check_compatible(config, run.data.fingerprint, checkpoint, meta)
 
@@ -130,26 +130,6 @@ def build_engine(run: Run, model: PreTrainedModel, fresh: bool) -> None:
     )
     run.engine.prepare(model, train.seed, choice(config.optim), fresh=fresh)
     run.support_hash = support_hash(run.engine.model)
-
-
-def check_sizes(config: Config, model: PreTrainedModel, pieces: int) -> None:
-    """Check that tokens and positions of the data fit the model.
-
-    Args:
-        pieces: of the tokenizer.
-
-    Raises:
-        ConfigError: naming the key, the value and what would be right.
-    """
-    text = model.config.get_text_config()
-    if pieces > text.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={text.vocab_size} is below the tokenizer's {pieces} pieces; raise it, or lower "
-            f"data.tokenizer.vocab_size"
-        )
-    longest = getattr(text, "max_position_embeddings", None)
-    if longest is not None and config.data.seq_len > longest:
-        raise ConfigError(f"data.seq_len={config.data.seq_len} is above the model's max_position_embeddings={longest}")
 
 
 def ask_for_vector_instructions() -> None:

@@ -1,22 +1,26 @@
 import bz2
+import errno
 import gzip
 import json
 import lzma
 import os
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from corpora import c4_config, compose_data, write_jsonl
+from corpora import c4_config, compose_data, local_config, write_jsonl
 from omegaconf.errors import OmegaConfBaseException
 
 from lrtrain.core.cache import content_digests
 from lrtrain.data.faults import Faults
+from lrtrain.data.files import read_documents
 from lrtrain.data.prepare import check_data, prepare_data
-from lrtrain.data.sources import LocalFiles, PythonStdlib
-from lrtrain.errors import ConfigError
+from lrtrain.data.sources import LocalFiles, PythonStdlib, json_batches
+from lrtrain.errors import ConfigError, RunFailed
 
 TEXTS = ["first\r\n\ttext ", "zwei ▁ Straße\n"]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -176,3 +180,157 @@ def test_a_local_corpus_has_no_default_path(tmp_path):
 def test_a_right_configuration_passes(local, c4):
     check_data(local())
     check_data(c4())
+
+
+def documents(folder: Path, faults: Faults | None = None) -> list[str]:
+    return list(LocalFiles(str(folder), "text").documents(faults or Faults(refuse=True)))
+
+
+def test_linked_folders_are_followed_once_and_circles_end(tmp_path):
+    for name in ("corpus", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+    (tmp_path / "corpus" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "corpus" / "twice").symlink_to("../elsewhere")
+    (tmp_path / "corpus" / "circle").symlink_to(".")
+    (tmp_path / "corpus" / "b.txt").symlink_to("a.txt")
+    assert documents(tmp_path / "corpus") == ["corpus", "elsewhere"]
+
+
+def test_hidden_files_and_folders_are_left_out_and_counted_unless_they_are_named(tmp_path, caplog):
+    (tmp_path / ".git").mkdir()
+    for name in ("a.txt", ".b.txt", ".git/c.txt"):
+        (tmp_path / name).write_text(name)
+    source = LocalFiles(str(tmp_path), "text")
+    source.check()
+    assert list(source.documents(Faults(refuse=True))) == ["a.txt"]
+    assert caplog.text.count("2 hidden files and folders are left out") == 1
+    assert documents(tmp_path / ".git") == [".git/c.txt"] and documents(tmp_path / ".b.txt") == [".b.txt"]
+
+
+def lost_files(folder: Path) -> None:
+    rows = [{"text": f"row {i}"} for i in range(200)]
+    write_jsonl(folder / "good.jsonl", ["good"])
+    (folder / "array.json").write_text(json.dumps(rows, indent=1))
+    (folder / "empty.txt").touch()
+    pq.write_table(pa.table({"body": ["x"] * 50}), folder / "other.parquet")
+    pq.write_table(pa.table({"text": [b"x"] * 50}), folder / "binary.parquet")
+
+
+def test_a_file_without_a_document_counts_as_a_file(tmp_path, caplog):
+    lost_files(tmp_path)
+    faults = Faults(refuse=False)
+    assert documents(tmp_path, faults) == ["good"]
+    assert (faults.rows, faults.files) == (0, 4)
+    for name, reason in [
+        ("array.json", "it is an array; give one JSON object a line"),
+        ("binary.parquet", "its column 'text' is of type binary, not of texts"),
+        ("empty.txt", "it holds no text"),
+        ("other.parquet", "it has no column 'text'"),
+    ]:
+        assert f"left out: {tmp_path}/{name}, the whole file: {reason}" in caplog.text
+    assert str(faults).startswith(f"4 whole files are left out, the first: {tmp_path}/array.json, the whole file: ")
+
+
+@pytest.mark.parametrize("name", ["array.json", "empty.txt", "other.parquet", "binary.parquet"])
+def test_a_file_without_a_document_is_refused_by_name_where_that_is_asked_for(tmp_path, name):
+    lost_files(tmp_path)
+    with pytest.raises(ConfigError, match=f"data.on_error=refuse: {tmp_path}/{name}"):
+        documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [pa.array([b"x"]), pa.array([{"a": "x"}]), pa.array([["x"]]), pa.array([1])],
+    ids=["binary", "struct", "list", "int64"],
+)
+def test_a_parquet_column_that_is_not_of_texts_is_named_with_its_type(local, tmp_path, column):
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    kind = str(column.type).split("<")[0]
+    said = f"data.text_field=text does not suit {tmp_path}/a.parquet: its column 'text' is of type {kind}"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_data(local(f"data.path={tmp_path}/a.parquet"))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_every_kind_of_text_column_is_read(tmp_path, kind):
+    column = pa.array(["x"]).cast(kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert documents(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("text", ["", " \n\t ", '{"text": " "}\n'])
+def test_a_corpus_of_white_space_is_named(local, tmp_path, text):
+    name = "a.jsonl" if text.startswith("{") else "a.txt"
+    (tmp_path / name).write_text(text)
+    said = f"data.path has no text; 1 whole file is left out, the first: {tmp_path}/{name}"
+    with pytest.raises(ConfigError, match=said):
+        prepare_data(local(f"data.path={tmp_path}/{name}"), seed=0)
+
+
+def test_deep_nesting_is_an_unreadable_row_and_not_the_end(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + "[" * 200_000 + '\n{"text": "two"}\n')
+    faults = Faults(refuse=False)
+    assert documents(tmp_path, faults) == ["one", "two"] and faults.rows == 1
+    assert list(json_batches(str(tmp_path / "a.jsonl"), "text", 0, faults)) == [[(0, "one"), (2, "two")]]
+
+
+def test_names_that_are_no_utf8_are_read_and_told_in_ascii(tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
+    pq.write_table(pa.table({"text": ["p"]}), tmp_path / "p.parquet")
+    os.rename(tmp_path / "p.parquet", odd + "p.parquet")
+    Path(odd + "j.jsonl").write_text('{"text": "j"}\n{broken\n')
+    Path(odd + "z.txt.zst").write_bytes(zstd(b"z"))
+    faults = Faults(refuse=False)
+    assert documents(tmp_path, faults) == ["j", "p", "z"]
+    assert "\\udcffj.jsonl:2" in faults.first and faults.first.isascii()
+    assert LocalFiles(str(tmp_path), "text").fingerprint(tmp_path / "cache")
+
+
+class FailingReads:
+    """`Path.open` of files that fail so many times once they were read from."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path, failures: int, code: int):
+        self.path, self.failures, self.code, self.open = path, failures, code, open
+        monkeypatch.setattr("lrtrain.data.files.open", self, raising=False)
+        monkeypatch.setattr("lrtrain.core.retry.PAUSES", (0.0, 0.0))
+
+    def __call__(self, path, mode="r"):
+        file = self.open(path, mode)
+        return self.lines(file) if path == self.path and self.failures else file
+
+    @contextmanager
+    def lines(self, file):
+        def two_and_no_more():
+            yield file.readline()
+            yield file.readline()
+            self.failures -= 1
+            raise OSError(self.code, os.strerror(self.code))
+
+        yield two_and_no_more()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_passing_fault_of_the_disk_loses_nothing_of_a_packed_corpus(tmp_path, monkeypatch, code):
+    whole = prepare_data(local_config(tmp_path, f"data.cache_dir={tmp_path}/first"), seed=0)
+    FailingReads(monkeypatch, tmp_path / "corpus.jsonl", 2, code)
+    again = prepare_data(local_config(tmp_path, f"data.cache_dir={tmp_path}/second"), seed=0)
+    assert again.fingerprint == whole.fingerprint and again.faults.count == 0
+    assert torch.equal(again.train.batch(0, 60, 0, 1), whole.train.batch(0, 60, 0, 1))
+
+
+def test_a_lasting_fault_of_the_disk_ends_with_the_name_and_leaves_no_cache(tmp_path, monkeypatch):
+    config = local_config(tmp_path)
+    FailingReads(monkeypatch, tmp_path / "corpus.jsonl", 100, errno.EIO)
+    with pytest.raises(RunFailed, match=f"{tmp_path}/corpus.jsonl cannot be read"):
+        prepare_data(config, seed=0)
+    left = [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert all(".building-" in name for name in left)
+
+
+def test_a_file_that_is_removed_before_it_is_read_ends_a_packed_corpus_and_is_left_out_of_a_stream(tmp_path):
+    gone = tmp_path / "gone.jsonl"
+    with pytest.raises(RunFailed, match=f"{gone} was removed"):
+        list(read_documents([gone], "text", Faults(refuse=False)))
+    faults = Faults(refuse=False)
+    assert list(json_batches(str(gone), "text", 0, faults)) == [] and faults.files == 1
