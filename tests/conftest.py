@@ -35,6 +35,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=4, help="how many processes test_kills.py kills")
+    parser.addoption("--record-golden", action="store_true", help="record the losses that test_golden.py compares with")
 
 
 @pytest.fixture

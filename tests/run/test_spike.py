@@ -1,10 +1,11 @@
 """What a spike is, and what is read after one."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from lrtrain.checkpoint.checkpointer import MARKER
+from lrtrain.checkpoint.checkpointer import MARKER, checksums
 from lrtrain.checkpoint.meta import META, CheckpointMeta, DataState, Progress
 from lrtrain.config.schema import RollbackConfig
 from lrtrain.run.rollback import beyond, checkpoint_before, spike_of, take_back
@@ -32,7 +33,7 @@ def test_a_run_goes_back_to_before_what_it_leaves_out_and_forgets_what_came_afte
         folder.mkdir()
         progress = Progress(step, position=8 * step)
         (folder / META).write_text(CheckpointMeta(step, progress, DataState("", None), {}, "", "", {}, 1).to_json())
-        (folder / MARKER).write_text("{}")
+        (folder / MARKER).write_text(json.dumps(checksums([folder / META])))
     assert checkpoint_before(tmp_path, 15) is None
     assert checkpoint_before(tmp_path, 16) == tmp_path / "step-00000002"
     found = checkpoint_before(tmp_path, 47)
