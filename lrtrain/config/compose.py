@@ -8,6 +8,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+import lrtrain
 from lrtrain.config.choice import check_choice, unknown_key
 from lrtrain.config.naming import run_name
 from lrtrain.config.schema import Config
@@ -68,7 +69,7 @@ def default_composition(*overrides: str) -> DictConfig:
     instance = GlobalHydra.instance()
     job = instance.hydra  # of the Hydra job within which this may be called
     instance.clear()
-    conf = Path(__file__).resolve().parents[2] / "conf"
+    conf = Path(lrtrain.__file__).resolve().parent / "conf"  # in a clone a link to conf/
     try:
         with hydra.initialize_config_dir(str(conf), version_base="1.3"):
             return hydra.compose("pretrain", overrides=list(overrides))
