@@ -14,7 +14,7 @@ COMPOSE = """
 import lrtrain, pathlib
 from lrtrain.config.compose import compose
 assert pathlib.Path(lrtrain.__file__).is_relative_to({site!r}), lrtrain.__file__
-config = compose("model=llama_60m", "param=sltrain", "experiment=cola_60m")
+config = compose("experiment=cola_60m")
 print(lrtrain.__version__, config.model.config["hidden_size"])
 """
 
@@ -37,12 +37,8 @@ def test_what_is_built_composes_in_an_environment_of_its_own(form: str, tmp_path
     made = run(sys.executable, "-c", f"{build}print(b.build_{form}({str(tmp_path)!r}))", folder=source).split()[-1]
     site = tmp_path / "site"
     run(*pip, "install", "--no-deps", "--target", site, tmp_path / made, folder=tmp_path)
-    said = run(
-        sys.executable,
-        "-c",
-        f"import sys; sys.path.insert(0, {str(site)!r})\n" + COMPOSE.format(site=str(site)),
-        folder=tmp_path,
-    )
+    script = f"import sys; sys.path.insert(0, {str(site)!r})\n" + COMPOSE.format(site=str(site))
+    said = run(sys.executable, "-c", script, folder=tmp_path)
     assert said.split() == [lrtrain.__version__, "512"]
 
 

@@ -1,4 +1,4 @@
-"""The packages of lrtrain are rooms: each imports only from rooms below it, and modules import each other in no circle."""
+"""The packages of lrtrain are rooms: each imports only from rooms below it, and modules import in no circle."""
 
 import ast
 import graphlib
