@@ -37,4 +37,4 @@ def test_the_examples_train_together_and_resume(corpus: Path, cache: Path, tmp_p
         assert done.returncode == 0, done.stdout + done.stderr
     metrics = tmp_path / "run" / "metrics.jsonl"
     assert series(metrics, "train/loss")[0].tolist() == [1, 2, 3, 4]
-    assert series(metrics, "conditioning/largest")[0].tolist() == [0, 2]
+    assert series(metrics, "conditioning/largest")[0].tolist() == [0, 2, 4]

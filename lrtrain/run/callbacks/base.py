@@ -41,7 +41,10 @@ class Callback:
         0, and a resumed one makes up for what was due at its checkpoint's step but may not have been done."""
 
     def on_end(self, run: "Run") -> dict[str, Any]:
-        """After the last step, when its checkpoint is being written; returns values for summary.json."""
+        """After the last step, when its checkpoint is being written; returns values for summary.json. By default
+        `on_step`, if it is due."""
+        if self.due(run.progress.step):
+            self.on_step(run)
         return {}
 
     def state(self) -> dict[str, Any]:
