@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import distributed
 from lrtrain.checkpoint.loading import Loaded, load
 from lrtrain.checkpoint.weights import RunWeights
-from lrtrain.config.compose import compose
+from lrtrain.config.compose import compose, default_composition
 from lrtrain.config.naming import flat
 from lrtrain.config.schema import DTYPES, Config, as_dict
 from lrtrain.data.prepare import Data, check_data, prepare_data
@@ -98,7 +99,8 @@ def settings(run: RunWeights | None, overrides: list[str]) -> Config:
         return compose(*common, f"data.seq_len={run.config.data.seq_len}", *overrides)
     text = {key: value for key, value in own["data"].items() if key not in ("name", "source")}
     base = [*common, f"data={run.config.data.name}", *said("data", text)]
-    follows = compose(*base).data.source  # as `source` refers to the other keys, which an override may change
+    # As `source` refers to the other keys, which an override may change; what it leaves open (???) the run gave.
+    follows: Any = OmegaConf.to_container(default_composition(*base).data.source, resolve=True)
     source = {key: value for key, value in own["data"]["source"].items() if value != follows.get(key)}
     return compose(*base, *said("data.source", source), *overrides)
 

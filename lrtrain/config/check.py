@@ -8,6 +8,8 @@ import hydra
 from lrtrain.config.schema import DTYPES, Config
 from lrtrain.errors import ConfigError
 
+MOST_TOKENS = 1 << 24  # of a model: sixty times those of the largest in use
+
 
 def check(config: Config, world_size: int) -> None:
     """Everything about the values that can be told before a process group, model or data exist.
@@ -27,6 +29,8 @@ def check(config: Config, world_size: int) -> None:
         value = getattr(getattr(config, section), key)
         if value < least:
             raise ConfigError(f"{section}.{key}={value} must be at least {least}")
+    if not 1 <= config.model.vocab_size <= MOST_TOKENS:
+        raise ConfigError(f"model.vocab_size={config.model.vocab_size} must be from 1 to {MOST_TOKENS}")
     if config.rollback.spike is not None and not config.rollback.spike > 0:
         raise ConfigError(f"rollback.spike={config.rollback.spike} must be above 0, or null")
     if not train.timeout_minutes > 0:

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -6,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lrtrain.data.encoding import encode_documents
 from lrtrain.data.faults import Faults
-from lrtrain.data.prepare import check_data
+from lrtrain.data.prepare import check_data, check_fits
 from lrtrain.data.sources import PythonStdlib
 from lrtrain.data.tokenizer import (
     from_sentencepiece,
@@ -86,8 +88,40 @@ def test_a_vocabulary_too_large_for_the_corpus_is_named():
 
 
 def test_a_vocabulary_too_small_for_the_characters_is_named():
-    with pytest.raises(ConfigError, match=r"data.tokenizer.vocab_size=262 is less .* give more than \d+"):
+    with pytest.raises(ConfigError, match=r"data.tokenizer.vocab_size=262 is less .* give at least \d+"):
         train_sentencepiece(["hello world, all of you"], 262)
+
+
+@pytest.mark.parametrize("text", ["ab", "abcdefghijkl", "aaaa bbbb aaaa"])
+def test_the_sizes_that_are_offered_can_be_trained(text):
+    """What is "at least" for a size too small is never above what is "at most" for one too large."""
+    offered = []
+    for size in (260, 5000):
+        with pytest.raises(ConfigError) as raised:
+            train_sentencepiece([text], size)
+        offered += [int(number) for number in re.findall(r"give at (?:least|most) (\d+)", str(raised.value))]
+    assert len(offered) == 2 and offered[0] <= offered[1]
+    for size in offered:
+        assert len(from_sentencepiece(train_sentencepiece([text], size))) == size
+
+
+@pytest.mark.parametrize("size", [500_000_000, 10**20])
+def test_a_vocabulary_that_no_corpus_supports_is_found_before_building(local, size):
+    with pytest.raises(ConfigError, match=f"data.tokenizer.vocab_size={size} must be at most 1048576"):
+        check_data(local(f"data.tokenizer.vocab_size={size}"))
+
+
+def test_what_does_not_fit_the_model_is_found_before_text_is_read(local, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = local(f"data.tokenizer.path={tmp_path}/saved")
+    check_fits(local(), vocab_size=320, longest=16)
+    check_fits(saved, vocab_size=340, longest=None)
+    with pytest.raises(ConfigError, match="model.vocab_size=319 is below the tokenizer's 320 pieces"):
+        check_fits(local(), vocab_size=319, longest=None)
+    with pytest.raises(ConfigError, match="model.vocab_size=339 is below the tokenizer's 340 pieces; .*saved"):
+        check_fits(saved, vocab_size=339, longest=None)
+    with pytest.raises(ConfigError, match="data.seq_len=16 is above the model's max_position_embeddings=15"):
+        check_fits(local(), vocab_size=320, longest=15)
 
 
 def test_an_empty_corpus_is_named():

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launching import ROOT
+from omegaconf import OmegaConf
 
 from lrtrain import distributed
 from lrtrain.config.compose import compose
@@ -116,3 +117,11 @@ def test_what_a_run_said_of_its_source_alone_is_kept():
 
 def test_a_model_of_others_has_the_defaults():
     assert settings(None, ["data.seq_len=64"]) == compose("data.seq_len=64")
+
+
+def test_what_a_source_leaves_open_in_its_yaml_is_what_the_run_gave(monkeypatch):
+    open_path = {"_target_": "lrtrain.data.sources.LocalFiles", "path": "???", "text_field": "text"}
+    composed = OmegaConf.create({"data": {"source": open_path}})
+    monkeypatch.setattr("evaluate.default_composition", lambda *overrides: composed)
+    own, found = of_a_run()
+    assert found.data.source == own.data.source and found.data.source["path"] == ["a b.txt", "c"]
