@@ -43,6 +43,11 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(f"spectra.hidden_by={config.spectra.hidden_by} is not moments or top")
     if train.dtype not in (*DTYPES, "bf16_sr", "auto"):
         raise ConfigError(f"train.dtype={train.dtype} is not one of {', '.join(DTYPES)}, bf16_sr, auto")
+    if train.deterministic and config.param.get("execution") == "auto":
+        raise ConfigError(
+            "param.execution=auto is chosen by a measurement, which may turn out otherwise the next time; with "
+            "train.deterministic=true set param.execution=materialize or factored"
+        )
     if train.profile is not None and not 1 <= train.profile <= train.steps:
         raise ConfigError(f"train.profile={train.profile} is not one of the steps 1 to train.steps={train.steps}")
     if train.clip_by not in ("global", "parameter"):

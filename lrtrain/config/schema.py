@@ -47,6 +47,7 @@ class TrainConfig:
     batch_size: int
     micro_batch_size: int
     seed: int
+    deterministic: bool
     dtype: str
     compile: bool
     clip: float | None

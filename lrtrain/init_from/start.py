@@ -142,6 +142,8 @@ def check_layers(layers: Mapping[str, FactorizedLinear], affine: bool) -> None:
     """Raises ConfigError where a layer (on meta) has no start from a weight, or no bias for an affine fit."""
     for name, layer in layers.items():
         try:
+            if type(layer).start_from is FactorizedLinear.start_from:
+                raise NotImplementedError(f"{type(layer).__name__} has no start_from, which would take over a weight")
             layer.check_start()
         except NotImplementedError as error:
             raise ConfigError(f"init_from cannot start {name}: {error}") from error

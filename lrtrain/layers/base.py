@@ -44,8 +44,9 @@ class FactorizedLinear(nn.Module, ABC):
     paced: ClassVar[frozenset[str]] = frozenset()
     """The parameters whose learning rate is multiplied by `lr_factor`."""
 
-    costly_init: ClassVar[bool] = False
-    """Whether `init_parameters` takes so long (an SVD) that its results are kept on disk."""
+    init_version: ClassVar[int | None] = None
+    """Where `init_parameters` takes so long (an SVD) that its results are kept on disk: a number to raise whenever it
+    gives other values. None: they are not kept."""
 
     penalized: bool = False
     """Whether `add_penalty` does something."""

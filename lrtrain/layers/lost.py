@@ -38,7 +38,7 @@ class LOSTLinear(FactorizedLinear):
     """
 
     roles = {"B.weight": "factor_left", "A.weight": "factor_right", "sparse": "sparse_values", "B.bias": "bias"}
-    costly_init = True
+    init_version = 1
 
     def __init__(
         self,

@@ -26,7 +26,8 @@ class LowRankLinear(RebalancedLinear):
             `spectral`: BA is the best rank-r part of a dense N(0, init_std²) draw, split evenly (as LOST and Spectron).
             `lora`: A from U(±1/√in), B = 0 (Hu et al. 2021; the baseline row of the GaLore and SLTrain tables).
             `xavier`: normal with variances 2/(in + r) and 2/(r + out) (LORO, Mo et al., ICLR 2025).
-            `cola`: both normal with the std r^-¼ (out + in)^-¼, which makes BA's (out + in)^-½ (CoLA's code).
+            `cola`: both normal with the std r^-¼ (out + in)^-¼, which makes BA's (out + in)^-½, and a bias from
+            U(±1/√out) (CoLA's code). Else a bias is zero.
         init_std: standard deviation of the dense initialization that `spectral` imitates.
         residual: add DLR's residual (residual_alpha/√K)·Expand_K(A x); see `with_residual`.
         rebalance_at: the number of steps after which the factors become βU and ΣVᵀ/β; None: never. See
@@ -97,8 +98,10 @@ class LowRankLinear(RebalancedLinear):
         else:
             std = (r * (m + n)) ** -0.25
             left, right = normal((m, r), std, generator), normal((r, n), std, generator)
-        bias = {} if self.B.bias is None else {"B.bias": torch.zeros(m)}
-        return {"A.weight": right, "B.weight": left, **bias}
+        if self.B.bias is None:
+            return {"A.weight": right, "B.weight": left}
+        bias = uniform((m,), 1 / math.sqrt(m), generator) if self.init == "cola" else torch.zeros(m)
+        return {"A.weight": right, "B.weight": left, "B.bias": bias}
 
     def start_from(self, weight: Tensor, fit: Fit, generator: torch.Generator) -> dict[str, Tensor]:
         left, right = balanced(*fit.low_rank(weight, self.rank))

@@ -40,7 +40,10 @@ class NestedLinear(FactorizedLinear):
     Args:
         init_std: standard deviation of the dense initialization that the start imitates.
         ranks: the shares of the rank that are trained, each in (0, 1].
-        full_share: probability that a step trains the whole rank; else it is one of the smaller `ranks`, uniformly.
+        sampling: what a step trains. `shares`: the whole rank with probability `full_share`, else one of the smaller
+            `ranks`, uniformly. `uniform`: any rank from 1 to the whole one (DyLoRA's, which trains its last row and
+            column alone; here the whole prefix is trained).
+        full_share: see sampling.
         scale: c_b. `none`: 1, `sqrt`: √(r/b), `linear`: r/b (DyLoRA's).
         lasso: λ of the hierarchical group lasso λ·Σ_b (‖B[:, b:]‖_F + ‖A[b:]‖_F), 0 ≤ b < r.
         shrink_every: steps between two looks at whether a smaller rank will do; 0: never.
@@ -60,6 +63,7 @@ class NestedLinear(FactorizedLinear):
         rank: int,
         init_std: float,
         ranks: list[float],
+        sampling: str,
         full_share: float,
         scale: str,
         lasso: float,
@@ -70,6 +74,8 @@ class NestedLinear(FactorizedLinear):
         super().__init__(in_features, out_features, rank)
         if not ranks or not all(0 < share <= 1 for share in ranks):
             raise ConfigError(f"param.ranks={ranks} must be shares of the rank, each above 0 and at most 1")
+        if sampling not in ("shares", "uniform"):
+            raise ConfigError(f"param.sampling={sampling} is not shares or uniform")
         if not 0 <= full_share <= 1:
             raise ConfigError(f"param.full_share={full_share} is not a probability")
         if scale not in SCALES:
@@ -81,6 +87,7 @@ class NestedLinear(FactorizedLinear):
                 raise ConfigError(f"param.{key}={value} must not be below 0")
         self.init_std = init_std
         self.ranks = sorted({*ranks, 1.0})
+        self.sampling = sampling
         self.full_share = full_share if self.smaller else 1.0
         self.exponent = SCALES[scale]
         self.lasso = lasso
@@ -140,16 +147,21 @@ class NestedLinear(FactorizedLinear):
 
     def training_flops(self, tokens: int) -> int:
         """By the expected b."""
+        return round(6 * tokens * self._expected_rank() * (self.in_features + self.out_features))
+
+    def _expected_rank(self) -> float:
+        if self.sampling == "uniform":
+            return (1 + self.rank) / 2
         smaller = [self.rank_at(share) for share in self.smaller]
-        expected = self.full_share * self.rank
-        if smaller:
-            expected += (1 - self.full_share) * sum(smaller) / len(smaller)
-        return round(6 * tokens * expected * (self.in_features + self.out_features))
+        others = sum(smaller) / len(smaller) if smaller else 0.0
+        return self.full_share * self.rank + (1 - self.full_share) * others
 
     # --- between steps ---------------------------------------------------------------------------------------------
 
     def draw(self, generator: torch.Generator) -> None:
-        if torch.rand((), generator=generator) < self.full_share:
+        if self.sampling == "uniform":  # one draw for layers of all ranks, so that they are cut alike
+            self.drawn = 1 + int(torch.rand((), generator=generator) * self.rank)
+        elif torch.rand((), generator=generator) < self.full_share:
             self.drawn = self.rank
         else:
             index = torch.randint(len(self.smaller), (), generator=generator)
@@ -182,8 +194,8 @@ class NestedLinear(FactorizedLinear):
         """The layer whose W_b is c_b times the best rank-b approximation of weight (out, in), for every b ≤ rank."""
         best = LowRankLinear.from_dense(weight, rank, bias)
         layer = cls(
-            best.in_features, best.out_features, bias is not None, rank, init_std=0.02, ranks=[1.0], full_share=1.0,
-            scale=scale, lasso=0.0, shrink_every=0, shrink_threshold=0.0,
+            best.in_features, best.out_features, bias is not None, rank, init_std=0.02, ranks=[1.0], sampling="shares",
+            full_share=1.0, scale=scale, lasso=0.0, shrink_every=0, shrink_threshold=0.0,
         ).to(weight)  # fmt: skip
         layer.load_state_dict(best.state_dict())
         return layer

@@ -3,7 +3,6 @@
 So a model is the same at every world size and under every engine."""
 
 import copy
-import inspect
 import os
 import uuid
 import zipfile
@@ -20,8 +19,8 @@ from lrtrain.core.files import sync_file, sync_folder
 from lrtrain.core.seeds import generator_for, integer_seed
 from lrtrain.distributed.per_layer import compute_across_ranks
 from lrtrain.distributed.sharding import take_over
+from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
-from lrtrain.linalg import initial
 from lrtrain.model.structure import factorized_layers
 
 
@@ -48,8 +47,10 @@ def fill(model: PreTrainedModel, seed: int, fresh: bool = True) -> None:
     layers = factorized_layers(model)
 
     def values_of(name: str) -> dict[str, Tensor]:
-        buffers = layers[name].init_buffers(generator_for(seed, f"{name}/buffers"))
-        return initial_state(layers[name], seed, name) | buffers if fresh else buffers
+        layer = layers[name]
+        return (
+            initial_values(layer, seed, name) if fresh else layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+        )
 
     for name, values in compute_across_ranks([*layers], values_of):
         take_over(layers[name], values)
@@ -66,7 +67,7 @@ def initial_layer(model: PreTrainedModel, name: str, seed: int) -> nn.Module:
     """A linear layer of the model, which is on meta, as `materialize` starts it: whole, on the CPU."""
     layer = model.get_submodule(name)
     if isinstance(layer, FactorizedLinear):
-        values = initial_state(layer, seed, name) | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+        values = initial_values(layer, seed, name)
     else:
         values = dense_values(model, layer, seed, name)
     twin = copy.deepcopy(layer).to_empty(device="cpu")
@@ -75,13 +76,27 @@ def initial_layer(model: PreTrainedModel, name: str, seed: int) -> nn.Module:
     return twin
 
 
+def initial_values(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
+    """All parameters and buffers of a factorized layer: a function of (seed, name) alone.
+
+    Raises:
+        ConfigError: if the layer's own code leaves one out, which would stay as it was allocated.
+    """
+    values = initial_state(layer, seed, name) | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+    wanted = {key for key, _ in (*layer.named_parameters(), *layer.named_buffers())}
+    if missing := sorted(wanted - {*values}):
+        raise ConfigError(f"{type(layer).__name__} gives no initial value to {', '.join(missing)} of {name}")
+    return values
+
+
 def initial_state(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
     """Parameters and persistent buffers of a factorized layer: a function of (seed, name) alone."""
 
     def compute() -> dict[str, Tensor]:
         return layer.init_parameters(generator_for(seed, name))
 
-    values = kept_on_disk(initial_state_path(layer, seed, name), compute) if layer.costly_init else compute()
+    kept = layer.init_version is not None
+    values = kept_on_disk(initial_state_path(layer, seed, name), compute) if kept else compute()
     if hasattr(layer, "starts_at_zero"):
         values = zero_start(values, {key for key, role in layer.roles.items() if role == "factor_left"})
     return values
@@ -94,12 +109,12 @@ def zero_start(values: dict[str, Tensor], zero: set[str]) -> dict[str, Tensor]:
 
 
 def initial_state_path(layer: FactorizedLinear, seed: int, name: str) -> Path:
-    """Where a layer's costly values are kept: named by all that they depend on, the code that computes them too."""
-    code = [inspect.getsource(inspect.getmodule(type(layer)) or type(layer)), inspect.getsource(initial)]
+    """Where a layer's costly values are kept: named by all that they depend on; `init_version` stands for the code."""
     shapes = {key: [*value.shape] for key, value in layer.state_dict().items()}
     other = {key for key in vars(layer) if key[0] == "_"} | {"training", "execution"}
     settings = {key: value for key, value in vars(layer).items() if key not in other}
-    key = fingerprint(type(layer).__qualname__, settings, shapes, integer_seed(seed, name), code, torch.__version__)
+    code = (type(layer).__module__, type(layer).__qualname__, layer.init_version, torch.__version__)
+    key = fingerprint(code, settings, shapes, integer_seed(seed, name))
     return cache_folder() / "init" / f"{key}.pt"
 
 

@@ -16,6 +16,7 @@ from lrtrain.distributed.collectives import check_equal_on_all_ranks
 from lrtrain.distributed.heartbeat import Heartbeat
 from lrtrain.distributed.world import World
 from lrtrain.errors import RunFailed
+from lrtrain.run.determinism import deterministic_algorithms
 from lrtrain.run.profiling import snapshot_when_out_of_memory
 from lrtrain.run.rollback import Spike, watch
 from lrtrain.run.start import start_run
@@ -27,13 +28,14 @@ from lrtrain.run.summary import summarize
 
 def pretrain(config: Config) -> None:
     """Join the process group, `train` until a signal or the end, and leave the group."""
-    world = distributed.start(config.optim["in_backward"], config.train.timeout_minutes)
-    stop = StopRequest()
-    try:
-        train(config, world, stop)
-    finally:
-        stop.restore()
-        distributed.stop()
+    with deterministic_algorithms(config.train.deterministic):
+        world = distributed.start(config.optim["in_backward"], config.train.timeout_minutes)
+        stop = StopRequest()
+        try:
+            train(config, world, stop)
+        finally:
+            stop.restore()
+            distributed.stop()
 
 
 def train(config: Config, world: World, stop: StopRequest) -> dict[str, Any]:

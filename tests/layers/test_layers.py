@@ -40,6 +40,7 @@ NESTED = partial(
     NestedLinear,
     init_std=0.02,
     ranks=[0.3, 0.7, 1.0],
+    sampling="shares",
     full_share=0.5,
     lasso=0.0,
     shrink_every=0,
@@ -249,6 +250,14 @@ def lost(in_features: int, out_features: int, rank: int, **change) -> LOSTLinear
     layer = LOSTLinear(in_features, out_features, False, rank, **given | {"init_std": 0.02} | change)
     layer.load_state_dict(layer.init_parameters(torch.Generator().manual_seed(0)))
     return layer
+
+
+def test_colas_bias_starts_as_in_its_code():
+    """U(±1/√out), whose standard deviation is 1/√(3·out); of the other starts it is zero."""
+    for init, std in (("cola", 1 / math.sqrt(3 * 4000)), ("xavier", 0.0)):
+        layer = CoLALinear(12, 4000, True, 3, init, 0.02, "silu", False, 1.0)
+        bias = layer.init_parameters(torch.Generator().manual_seed(0))["B.bias"]
+        assert bias.std().item() == pytest.approx(std, rel=0.03) and bias.abs().max() <= 1 / math.sqrt(4000)
 
 
 @pytest.mark.parametrize("m,n,silu_std", [(512, 512, 0.21), (1376, 512, 0.19), (512, 1376, 0.31)])

@@ -13,6 +13,7 @@ from lrtrain.layers.nested import NestedLinear, dropped_energies
 DEFAULTS = {
     "init_std": 0.02,
     "ranks": [0.125, 0.25, 0.5, 0.75, 1.0],
+    "sampling": "shares",
     "full_share": 0.5,
     "scale": "none",
     "lasso": 0.0,
@@ -249,3 +250,15 @@ def test_it_looks_every_so_many_steps_or_never():
 def test_it_names_what_is_wrong(change: dict, key: str):
     with pytest.raises(ConfigError, match=key):
         NestedLinear(8, 8, False, 2, **{**DEFAULTS, **change})
+
+
+def test_uniform_sampling_draws_every_rank_equally_often_as_dylora():
+    layer, counts = make(12, 10, rank=8, sampling="uniform"), [0] * 9
+    for step in range(4000):
+        layer.draw(generator(step))
+        counts[layer.drawn] += 1
+    assert counts[0] == 0
+    assert all(abs(count - 500) < 5 * (500 * 7 / 8) ** 0.5 for count in counts[1:])
+    assert layer.training_flops(10) == 6 * 10 * 4.5 * (12 + 10)
+    with pytest.raises(ConfigError, match="param.sampling=all is not shares or uniform"):
+        make(sampling="all")

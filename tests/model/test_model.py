@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lrtrain.config.compose import compose
 from lrtrain.errors import ConfigError
+from lrtrain.init_from.start import check_layers
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
@@ -217,6 +218,42 @@ def test_costly_initial_values_are_computed_once(init_files, monkeypatch):
         patch.setattr(LOSTLinear, "init_parameters", None)  # cannot be called
         again = small("param=lost", "train.compile=true").state_dict()
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_kept_values_are_those_of_their_version(init_files):
+    """LOST's, for one seed. Where they have to change, `LOSTLinear.init_version` has to be raised: else runs go on
+    with the values that are kept from before."""
+    values = small("param=lost").state_dict()
+    layer = "model.layers.0.mlp.up_proj"
+    product = values[f"{layer}.B.weight"] @ values[f"{layer}.A.weight"]  # the factors' signs are LAPACK's
+    assert LOSTLinear.init_version == 1
+    found = [product.norm().item(), product[0, 0].item(), values[f"{layer}.sparse"].sum().item()]
+    assert found == pytest.approx([0.45164, -0.0115344, -0.156361], rel=1e-4)
+    key = init_files()[0].name
+    LOSTLinear.init_version = 2
+    try:
+        small("param=lost")
+        assert len(init_files()) == 2 * 4 * 7 and key in [file.name for file in init_files()]
+    finally:
+        LOSTLinear.init_version = 1
+
+
+def test_a_layer_that_forgets_an_initial_value_is_refused(monkeypatch):
+    """Not left with what the memory held."""
+    whole = LowRankLinear.init_parameters
+    monkeypatch.setattr(LowRankLinear, "init_parameters", lambda *a: {"A.weight": whole(*a)["A.weight"]})
+    with pytest.raises(
+        ConfigError, match="LowRankLinear gives no initial value to B.weight of model.layers.0.self_attn.q"
+    ):
+        small("param=lowrank")
+
+
+def test_init_from_names_a_layer_that_has_no_start_from(monkeypatch):
+    layers = factorized_layers(make_model(compose(*SMALL, "param=lowrank")))
+    check_layers(layers, affine=False)
+    monkeypatch.delattr(LowRankLinear, "start_from")
+    with pytest.raises(ConfigError, match="init_from cannot start model.layers.0.*: LowRankLinear has no start_from"):
+        check_layers(layers, affine=False)
 
 
 @pytest.mark.parametrize("param", ["sst", "sltrain"])

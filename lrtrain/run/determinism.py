@@ -1,0 +1,48 @@
+"""`train.deterministic`: the same command twice gives the same bits, or the run is refused."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lrtrain.errors import ConfigError
+
+# What torch says of an operation (with its name) and of cuBLAS.
+WITHOUT = re.compile(r"^(?:(\S+) does not have a deterministic implementation|Deterministic behavior was enabled)")
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Hold torch to algorithms that give the same bits each time, where that is wanted.
+
+    Attention's backward pass then adds in a fixed order too (flash and memory-efficient kernels heed the switch). To be
+    entered before CUDA is first used: cuBLAS reads its workspace setting once.
+
+    Raises:
+        ConfigError: where the run meets an operation that has no deterministic algorithm on its device, naming it.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    flags, cudnn = torch.utils.deterministic, torch.backends.cudnn
+    before = (torch.are_deterministic_algorithms_enabled(), flags.fill_uninitialized_memory, cudnn.benchmark)
+    torch.use_deterministic_algorithms(True)
+    # Buffers of collectives would be filled each time, though all that is read was written.
+    flags.fill_uninitialized_memory = False
+    cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if (found := WITHOUT.match(str(error))) is None:
+            raise
+        what = found[1] or f"cuBLAS with CUBLAS_WORKSPACE_CONFIG={os.environ['CUBLAS_WORKSPACE_CONFIG']}"
+        raise ConfigError(
+            f"train.deterministic=true: {what} has no deterministic form on this device; set it to false, "
+            f"or a method that does without it"
+        ) from error
+    finally:
+        enabled, flags.fill_uninitialized_memory, cudnn.benchmark = before
+        torch.use_deterministic_algorithms(enabled)

@@ -1,0 +1,41 @@
+"""`train.deterministic` with every method."""
+
+from pathlib import Path
+
+import pytest
+from launching import ROOT, TINY
+from runs import losses, run_jobs
+
+pytestmark = pytest.mark.full
+
+PARAMS = sorted(path.stem for path in (ROOT / "conf" / "param").glob("*.yaml"))
+OPTIMS = {"adamw": [], "muon": [], "galore": ["optim.gap=2"]}
+EXECUTION = {"sltrain": ["param.execution=materialize"]}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_method_gives_the_same_bits_twice(tmp_path: Path, corpus: Path, processes: int):
+    """With three optimizers, and compiled."""
+    base = [
+        *TINY,
+        "model.config.num_hidden_layers=1",
+        f"data.path={corpus}",
+        "train.steps=3",
+        "train.deterministic=true",
+    ]
+    optims = OPTIMS if processes == 1 else ["galore"]
+    jobs = {
+        f"{param}-{optim}": [f"param={param}", f"optim={optim}", *OPTIMS[optim], *EXECUTION.get(param, [])]
+        for param in PARAMS
+        for optim in optims
+    }
+    compiled = ("lowrank", "sltrain", "cola") if processes == 1 else ()
+    jobs |= {f"{param}-compiled": [*jobs[f"{param}-muon"], "train.compile=true"] for param in compiled}
+    run_jobs(
+        [[*base, *job, f"run.dir={tmp_path}/{name}-{time}"] for name, job in jobs.items() for time in (1, 2)],
+        processes,
+        tmp_path,
+    )
+    for name in jobs:
+        first, second = (losses(tmp_path / f"{name}-{time}") for time in (1, 2))
+        assert len(first) == 3 and first == second, name
