@@ -24,7 +24,8 @@ from lrtrain.checkpoint.checkpointer import Checkpointer, damage_of, whole_check
 from lrtrain.checkpoint.meta import CheckpointMeta, DataState, Progress
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
-from lrtrain.config.schema import Config, compute_dtype
+from lrtrain.config.dtypes import compute_dtype
+from lrtrain.config.schema import Config
 from lrtrain.distributed.collectives import broadcast_from_rank0, run_on_rank0
 from lrtrain.distributed.sharding import local
 from lrtrain.distributed.world import World

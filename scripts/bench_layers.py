@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.config.compose import compose
-from lrtrain.config.schema import DTYPES
+from lrtrain.config.dtypes import DTYPES
 from lrtrain.distributed.sharding import take_over
 from lrtrain.errors import ConfigError
 from lrtrain.layers.autotune import device_name, seconds

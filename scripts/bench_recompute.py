@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain import distributed
 from lrtrain.config.compose import compose
-from lrtrain.config.schema import compute_dtype
+from lrtrain.config.dtypes import compute_dtype
 from lrtrain.model.loss import next_token_loss
 from lrtrain.model.structure import factorized_layers
 from lrtrain.planning.plan import kept_bytes

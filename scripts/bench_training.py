@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain import distributed
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
-from lrtrain.config.schema import compute_dtype
+from lrtrain.config.dtypes import compute_dtype
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.model.autotune import settle

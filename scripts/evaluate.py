@@ -26,8 +26,9 @@ from lrtrain import distributed
 from lrtrain.checkpoint.loading import Loaded, load
 from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.config.compose import compose, default_composition
+from lrtrain.config.dtypes import DTYPES
 from lrtrain.config.naming import flat
-from lrtrain.config.schema import DTYPES, Config, as_dict
+from lrtrain.config.schema import Config, as_dict
 from lrtrain.data.prepare import Data, check_data, prepare_data
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.errors import ConfigError

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.checkpoint.export import export_dense, export_factorized
 from lrtrain.checkpoint.weights import RunWeights
-from lrtrain.config.schema import DTYPES
+from lrtrain.config.dtypes import DTYPES
 from lrtrain.errors import ConfigError
 
 FORMS = {"hf-dense": export_dense, "hf-factorized": export_factorized}

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.config.check import check
 from lrtrain.config.compose import compose
-from lrtrain.config.schema import DTYPES
+from lrtrain.config.dtypes import DTYPES
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
 from lrtrain.planning.plan import memory_per_process

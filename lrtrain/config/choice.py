@@ -1,38 +1,26 @@
-"""Choices: configuration nodes that name a callable by `_target_` and are checked against its signature."""
+"""Choices: configuration nodes that name a callable by `_target_` and are held against its signature."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import make_dataclass
+from collections.abc import Callable
+from dataclasses import asdict, make_dataclass
 from functools import partial
+from inspect import Parameter
 from typing import Any, get_args, get_type_hints
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from lrtrain.config.values import STRICT, UnknownKey, validated
 from lrtrain.errors import ConfigError
 
-
-def unknown_key(key: str, composed: DictConfig) -> str:
-    """`train.stps is not a key; did you mean train.steps?`"""
-    near = difflib.get_close_matches(key, [k for k in keys(composed) if k != key], n=1, cutoff=0.5)
-    return f"{key} is not a key of the configuration" + (f"; did you mean {near[0]}?" if near else "")
-
-
-def keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """All dotted keys below a node."""
-    for key in node:
-        yield f"{prefix}{key}"
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-            yield from keys(child, f"{prefix}{key}.")
-
-
 OF_THE_CHOICE = {"name", "_target_", "_partial_"}
-
-
 OF_THE_MODEL = {"pattern", "rank", "zero_init"}  # of `param`: which layers, and what each is given
+CALLED_WITH = {
+    "param": {"in_features", "out_features", "bias", "rank", "device"},
+    "optim": {"model"},
+    "schedule": {"step", "steps"},
+    "engine": {"world", "dtype", "compile", "recompute_every", "recompute_keep"},
+}
+"""What the callables of a section are given by the code; all else has to be in the choice's yaml."""
 
 
 def own_arguments(node: dict[str, Any]) -> dict[str, Any]:
@@ -41,37 +29,67 @@ def own_arguments(node: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in node.items() if key not in others}
 
 
-def check_choice(section: str, node: dict[str, Any], composed: DictConfig) -> None:
-    """Check a `_target_` node against the signature of what it names.
+def checked_choice(section: str, node: dict[str, Any]) -> dict[str, Any]:
+    """A `_target_` node with its values converted to the types in the signature of what it names.
+
+    A parameter without annotation takes any value, and a callable with `**more` any key.
 
     Raises:
-        ConfigError: for a key that is no parameter of it, or a value that is not of the annotated type.
+        UnknownKey: for a key that is no parameter.
+        ConfigError: for a callable that cannot be imported, a value that is missing or not of the annotated type.
     """
     if node.get("_target_") is None:
-        return
-    parameters = arguments(hydra.utils.get_object(node["_target_"]))
+        return node
+    target = find(section, node["_target_"])
+    parameters, any_key = arguments(target)
     given = own_arguments(node)
     for key in given:
-        if key not in parameters:
-            raise ConfigError(unknown_key(f"{section}.{key}", composed) + f" of {section}={node['name']}")
-    schema = make_dataclass(section, [(key, parameters[key]) for key in given])
+        if key not in parameters and not any_key:
+            raise UnknownKey(f"{section}.{key}")
+    for key, parameter in inspect.signature(target).parameters.items():
+        required = parameter.default is Parameter.empty and parameter.kind not in (
+            Parameter.VAR_KEYWORD,
+            Parameter.VAR_POSITIONAL,
+        )
+        if required and key not in given and key not in CALLED_WITH.get(section, {key}):
+            raise ConfigError(
+                f"{section}.{key} has no value: {node['_target_']} needs one, and the yaml of "
+                f"{section}={node.get('name')} has none"
+            )
+    schema = make_dataclass(
+        "Choice", [(key, parameters.get(key, Any)) for key in given], namespace={"__pydantic_config__": STRICT}
+    )
+    return node | asdict(validated(schema, given, section))
+
+
+def find(section: str, path: str) -> Any:
+    """What a dotted path names.
+
+    Raises:
+        ConfigError: if it cannot be imported.
+    """
     try:
-        OmegaConf.merge(OmegaConf.structured(schema), given)
-    except OmegaConfBaseException as error:
-        reason = str(error.msg).splitlines()[0]
-        raise ConfigError(f"{section}.{error.full_key}={given.get(str(error.full_key))}: {reason}") from error
+        return hydra.utils.get_object(path)
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ConfigError(f"{section}._target_={path} cannot be imported: {reason}") from error
 
 
-def arguments(target: Callable[..., Any]) -> dict[str, Any]:
-    """What can be passed to a callable by name, with its annotation; `**settings: Unpack[SomeTypedDict]` is seen
-    through."""
-    found: dict[str, Any] = {}
+def arguments(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+    """What can be passed to a callable by name, with its annotation, and whether any other key can be.
+
+    `**settings: Unpack[SomeTypedDict]` is seen through.
+    """
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    found, any_key = {}, False
     for name, parameter in inspect.signature(target).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            found |= get_type_hints(get_args(parameter.annotation)[0])
+        if parameter.kind is not Parameter.VAR_KEYWORD:
+            found[name] = hints.get(name, Any)
+        elif unpacked := get_args(hints.get(name)):
+            found |= get_type_hints(unpacked[0], include_extras=True)
         else:
-            found[name] = parameter.annotation
-    return found
+            any_key = True
+    return found, any_key
 
 
 def choice(node: dict[str, Any]) -> Callable[..., Any]:

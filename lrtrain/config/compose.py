@@ -5,32 +5,35 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-import lrtrain
-from lrtrain.config.choice import check_choice, unknown_key
+from lrtrain.config.choice import CALLED_WITH, checked_choice
 from lrtrain.config.naming import run_name
 from lrtrain.config.schema import Config
+from lrtrain.config.suggest import CONF, unknown_choice, unknown_key
+from lrtrain.config.values import UnknownKey, validated
 from lrtrain.errors import ConfigError
 
 
 def typed(composed: DictConfig) -> Config:
-    """The composed configuration with every interpolation resolved and every type checked.
+    """The composed configuration with every interpolation resolved and every value held against its type.
 
     Raises:
-        ConfigError: for an unknown or missing key, or a value of the wrong type.
+        ConfigError: for an unknown or missing key, or a value that is not right.
     """
     try:
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
-        config = cast(Config, OmegaConf.to_object(merged))
+        plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+        config = validated(Config, plain)
+        for section in CALLED_WITH:
+            setattr(config, section, checked_choice(section, getattr(config, section)))
+        for name, node in config.callbacks.items():
+            config.callbacks[name] = checked_choice(f"callbacks.{name}", node)
     except OmegaConfBaseException as error:
-        raise ConfigError(sentence(error, composed)) from error
-    for section in ("param", "optim", "schedule", "engine"):
-        check_choice(section, getattr(config, section), composed)
-    for name, node in config.callbacks.items():
-        check_choice(f"callbacks.{name}", node, composed)
+        raise ConfigError(sentence(error)) from error
+    except UnknownKey as error:
+        raise ConfigError(unknown_key(error.key, composed)) from error
     if config.init_from is not None and config.data.tokenizer.path is None:
         config.data.tokenizer.path = tokenizer_of(config.init_from, Path(config.run.dir))
     return config
@@ -44,21 +47,20 @@ def tokenizer_of(init_from: str, run_dir: Path) -> str:
     return next((str(copy) for copy in copies if copy.is_dir()), init_from)
 
 
-def sentence(error: OmegaConfBaseException, composed: DictConfig) -> str:
-    """What a user reads of an OmegaConf error: the key, its value and what would be right, on one line."""
-    key = error.full_key or ""
+def sentence(error: OmegaConfBaseException) -> str:
+    """What a user reads of an OmegaConf error: the key and what is wrong with it, on one line."""
     if isinstance(error, MissingMandatoryValue):
-        return f"{key} has no value; give one, as in {key}=…"
-    if "not in struct" in str(error.msg) or "not in 'Config'" in str(error.msg) or "Key '" in str(error.msg):
-        return unknown_key(key, composed)
-    value = OmegaConf.select(composed, key, throw_on_missing=False) if key else None
+        return f"{error.full_key} has no value; give one, as in {error.full_key}=…"
     reason = str(error.msg).splitlines()[0].strip()
-    return f"{key}={value}: {reason[0].lower()}{reason[1:]}"
+    return f"{error.full_key}: {reason[0].lower()}{reason[1:]}"
 
 
 def composition_sentence(error: Exception) -> str:
     """What a user reads of an error that Hydra met while composing: one line."""
     cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return unknown_choice(group, name, error.options)
     if isinstance(cause, OmegaConfBaseException) and cause.full_key and "not in struct" in str(cause.msg):
         return unknown_key(cause.full_key, default_composition())
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
@@ -69,9 +71,8 @@ def default_composition(*overrides: str) -> DictConfig:
     instance = GlobalHydra.instance()
     job = instance.hydra  # of the Hydra job within which this may be called
     instance.clear()
-    conf = Path(lrtrain.__file__).resolve().parent / "conf"  # in a clone a link to conf/
     try:
-        with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose("pretrain", overrides=list(overrides))
     finally:
         instance.hydra = job

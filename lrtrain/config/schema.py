@@ -1,15 +1,16 @@
-"""The schema of the configuration: a dataclass per section. Every default is in conf/.
+"""The schema of the configuration: a dataclass per section, whose types say what values are right. Every default is in
+conf/.
 
 `param`, `optim`, `schedule` and `engine` are choices of a `_target_`: see `lrtrain.config.choice`.
 """
 
 from dataclasses import asdict, dataclass
-from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from lrtrain.config.ranges import PositiveShare, Regex, ShareBelowOne
+from lrtrain.config.values import STRICT
 
 
 @dataclass
@@ -22,20 +23,20 @@ class RunConfig:
 class RecipeConfig:
     """Sizes that suit the model: other sections refer to them."""
 
-    steps: int
-    batch_size: int
-    micro_batch_size: int
-    lr: float
+    steps: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    lr: PositiveFloat
     rank: Any
-    eval_every: int
-    checkpoint_every: int
+    eval_every: NonNegativeInt
+    checkpoint_every: NonNegativeInt
 
 
 @dataclass
 class ModelConfig:
     name: str
     path: str | None
-    vocab_size: int
+    vocab_size: PositiveInt
     trust_remote_code: bool
     config: dict[str, Any]
     recipe: RecipeConfig
@@ -43,56 +44,56 @@ class ModelConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int
-    batch_size: int
-    micro_batch_size: int
+    steps: NonNegativeInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt
     seed: int
     deterministic: bool
-    dtype: str
+    dtype: Literal["fp32", "bf16", "bf16_sr", "auto"]
     compile: bool
-    clip: float | None
-    clip_by: str
-    recompute_every: int
-    recompute_keep: str
-    max_skipped: int
-    timeout_minutes: float
-    log_every: int
-    flops: float | None
-    profile: int | None
+    clip: PositiveFloat | None
+    clip_by: Literal["global", "parameter"]
+    recompute_every: NonNegativeInt
+    recompute_keep: Literal["inputs", "bottleneck"]
+    max_skipped: PositiveInt
+    timeout_minutes: PositiveFloat
+    log_every: PositiveInt
+    flops: PositiveFloat | None
+    profile: PositiveInt | None
 
 
 @dataclass
 class CompressConfig:
     """How `init_from` gives layers their values."""
 
-    by: str
+    by: Literal["weights", "outputs"]
     affine: bool
-    sequences: int
-    budget: float | None
-    ranks: str
+    sequences: PositiveInt
+    budget: PositiveShare | None
+    ranks: Literal["uniform", "energy", "tail"]
 
 
 @dataclass
 class RollbackConfig:
-    spike: float | None
-    window: int
-    skip: int
-    most: int
+    spike: PositiveFloat | None
+    window: Annotated[int, Field(ge=2)]
+    skip: PositiveInt
+    most: NonNegativeInt
 
 
 @dataclass
 class EvalConfig:
-    every: int
-    sequences: int
-    compat: str | None
+    every: NonNegativeInt
+    sequences: PositiveInt
+    compat: Literal["galore"] | None
 
 
 @dataclass
 class CheckpointConfig:
-    every: int
-    minutes: float
-    keep: int
-    keep_every: int | None
+    every: NonNegativeInt
+    minutes: PositiveFloat
+    keep: PositiveInt
+    keep_every: PositiveInt | None
     asynchronous: bool
 
 
@@ -101,7 +102,7 @@ class TokenizerConfig:
     """Where the tokenizer comes from: a saved one, or one trained on the corpus."""
 
     path: str | None  # a folder or hub name that AutoTokenizer loads; null trains one
-    vocab_size: int | None  # pieces of the trained tokenizer; not read when `path` is given
+    vocab_size: PositiveInt | None  # pieces of the trained tokenizer; not read when `path` is given
 
 
 @dataclass
@@ -112,35 +113,29 @@ class DataConfig:
     source: dict[str, Any]
     path: Any  # files, folders or globs: a string or a list of strings; null where the source has its own
     text_field: str  # of the .jsonl, .json and .parquet rows
-    streams: int | None  # canonical streams of a streamed source
-    on_error: str  # skip or refuse: what to do about a document that cannot be read
-    seq_len: int  # tokens the model sees; a stored row has one more
-    validation_fraction: float  # of the documents, chosen by a hash of their text; 0 holds none out
+    streams: PositiveInt | None  # canonical streams of a streamed source
+    on_error: Literal["skip", "refuse"]  # what to do about a document that cannot be read
+    seq_len: PositiveInt  # tokens the model sees; a stored row has one more
+    validation_fraction: ShareBelowOne  # of the documents, chosen by a hash of their text; 0 holds none out
     cache_dir: str | None  # null: lrtrain.core.cache.cache_folder
     tokenizer: TokenizerConfig
 
 
 @dataclass
 class SpectraConfig:
-    every: int  # optimizer updates between two measurements; 0 switches them off
-    exact_up_to: int | None  # larger eigenproblems are not solved but estimated; None: all are solved
-    hidden: int  # validation sequences on which hidden states are measured; 0: none
-    hidden_by: str  # moments: the whole spectrum of their second moment; top: its leading direction alone, cheap
-    parts: str | None  # regular expression: the layers of which head and tail are told apart; None: of none
-    tails: str | None  # regular expression: the layers whose spectra are held against noise and a power law; None: none
-    gradients: str | None  # regular expression: the layers whose gradients are measured; None: of none
-    updates: str | None  # regular expression: the layers whose updates are measured; None: of none
-
-
-class WandbMode(StrEnum):
-    offline = "offline"
-    online = "online"
-    disabled = "disabled"
+    every: NonNegativeInt  # optimizer updates between two measurements; 0 switches them off
+    exact_up_to: PositiveInt | None  # larger eigenproblems are not solved but estimated; None: all are solved
+    hidden: NonNegativeInt  # validation sequences on which hidden states are measured; 0: none
+    hidden_by: Literal["moments", "top"]  # moments: their whole second moment; top: its leading direction, cheap
+    parts: Regex | None  # regular expression: the layers of which head and tail are told apart; None: of none
+    tails: Regex | None  # regular expression: the layers held against noise and a power law; None: none
+    gradients: Regex | None  # regular expression: the layers whose gradients are measured; None: of none
+    updates: Regex | None  # regular expression: the layers whose updates are measured; None: of none
 
 
 @dataclass
 class TrackingConfig:
-    wandb: WandbMode
+    wandb: Literal["offline", "online", "disabled"]
     project: str
     entity: str | None
     group: str | None
@@ -149,6 +144,8 @@ class TrackingConfig:
 
 @dataclass
 class Config:
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT  # of all sections
+
     run: RunConfig
     resume: str
     init_from: str | None
@@ -167,19 +164,6 @@ class Config:
     spectra: SpectraConfig
     tracking: TrackingConfig
     callbacks: dict[str, Any]
-
-
-def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of the arithmetic; `auto` and `bf16_sr`: bf16 on CUDA and fp32 on CPU, where bfloat16 has few fast
-    kernels."""
-    if config.train.dtype in DTYPES:
-        return DTYPES[config.train.dtype]
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def parameter_dtype(config: Config) -> torch.dtype:
-    """What parameters and gradients are kept in: bfloat16 with `train.dtype=bf16_sr`, else float32."""
-    return torch.bfloat16 if config.train.dtype == "bf16_sr" else torch.float32
 
 
 def as_dict(config: Config) -> dict[str, Any]:

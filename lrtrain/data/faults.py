@@ -8,7 +8,6 @@ from lrtrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-ON_ERROR = ("skip", "refuse")
 NAMED = 10  # in the log; the others are only counted
 
 

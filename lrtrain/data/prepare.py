@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lrtrain.config.schema import DataConfig
 from lrtrain.core.cache import build_once, cache_folder, fingerprint, why_not_writable
-from lrtrain.data.faults import ON_ERROR, Faults, known
+from lrtrain.data.faults import Faults, known
 from lrtrain.data.loader import PackedTrain, StreamedTrain, TrainData
 from lrtrain.data.packing import PackedRows, pack_first, pack_split
 from lrtrain.data.sources import JsonStream, TextSource, nonempty
@@ -35,12 +35,6 @@ class Data:
 
 def check_data(cfg: DataConfig) -> None:
     """Raise ConfigError for what can be seen to be wrong without building anything."""
-    if cfg.seq_len < 1:
-        raise ConfigError(f"data.seq_len={cfg.seq_len} must be at least 1")
-    if not 0 <= cfg.validation_fraction < 1:
-        raise ConfigError(f"data.validation_fraction={cfg.validation_fraction} must be in [0, 1)")
-    if cfg.on_error not in ON_ERROR:
-        raise ConfigError(f"data.on_error={cfg.on_error} is not one of {', '.join(ON_ERROR)}")
     if reason := why_not_writable(_cache_dir(cfg)):
         raise ConfigError(f"data.cache_dir={_cache_dir(cfg)} {reason}; give one that can be written to")
     if cfg.tokenizer.path is not None:

@@ -10,20 +10,21 @@ import os
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import hydra
 import torch
 import torch.distributed as dist
+from pydantic import NonNegativeInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrtrain.config.schema import Config, compute_dtype
+from lrtrain.config.dtypes import Dtype, compute_dtype
+from lrtrain.config.schema import Config
 from lrtrain.distributed.flat_shard import FlatShard
 from lrtrain.distributed.sharding import local, take_over, twin, whole
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine, Spread
-from lrtrain.engine.fsdp import check_reduce_dtype
 from lrtrain.engine.zero_state import flat_gradients, places, refresh
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
@@ -49,11 +50,11 @@ class DeepSpeedEngine(Engine):
         compile: bool,
         recompute_every: int,
         recompute_keep: str,
-        zero_stage: int,
+        zero_stage: Literal[1, 2, 3],
         offload_optimizer: bool,
         offload_parameters: bool,
-        persist_below: int,
-        reduce_dtype: str,
+        persist_below: NonNegativeInt,
+        reduce_dtype: Dtype,
     ):
         super().__init__(world, dtype, compile, recompute_every, recompute_keep)
         self.stage = zero_stage
@@ -82,10 +83,7 @@ class DeepSpeedEngine(Engine):
 
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
-        check_reduce_dtype(config)
         engine, optim, dtype = config.engine, config.optim, config.train.dtype
-        if engine["zero_stage"] not in (1, 2, 3):
-            raise ConfigError(f"engine.zero_stage={engine['zero_stage']} is not 1, 2 or 3")
         if engine["offload_parameters"] and engine["zero_stage"] != 3:
             raise ConfigError(
                 f"engine.offload_parameters=true is for engine.zero_stage=3, not {engine['zero_stage']}, which keeps "

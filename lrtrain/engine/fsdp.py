@@ -4,12 +4,14 @@ group of them shares one (HSDP), or each has its own (DDP)."""
 import math
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from lrtrain.config.schema import DTYPES, Config
+from lrtrain.config.dtypes import DTYPES, Dtype
+from lrtrain.config.schema import Config
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.engine import gloo
@@ -36,8 +38,8 @@ class FSDPEngine(Engine):
         compile: bool,
         recompute_every: int,
         recompute_keep: str,
-        replicas: int,
-        reduce_dtype: str,
+        replicas: PositiveInt,
+        reduce_dtype: Dtype,
     ):
         super().__init__(world, dtype, compile, recompute_every, recompute_keep)
         self.mesh = device_mesh(world, replicas)
@@ -45,9 +47,8 @@ class FSDPEngine(Engine):
 
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
-        check_reduce_dtype(config)
         replicas = config.engine.get("replicas", 1)
-        if replicas < 1 or world_size % replicas:
+        if world_size % replicas:
             raise ConfigError(f"engine.replicas={replicas} does not divide the {world_size} processes")
 
     @classmethod
@@ -95,19 +96,13 @@ class DDPEngine(FSDPEngine):
         compile: bool,
         recompute_every: int,
         recompute_keep: str,
-        reduce_dtype: str,
+        reduce_dtype: Dtype,
     ):
         super().__init__(world, dtype, compile, recompute_every, recompute_keep, world.size, reduce_dtype)
 
     @classmethod
     def spread(cls, config: Config, world_size: int) -> Spread:
         return Spread(1, 1, 1)
-
-
-def check_reduce_dtype(config: Config) -> None:
-    """Refuse an `engine.reduce_dtype` that is none."""
-    if (name := config.engine["reduce_dtype"]) not in DTYPES:
-        raise ConfigError(f"engine.reduce_dtype={name} is not one of {', '.join(DTYPES)}")
 
 
 def sharded_units(model: PreTrainedModel) -> list[nn.Module]:

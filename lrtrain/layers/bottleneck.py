@@ -2,20 +2,14 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrtrain.errors import ConfigError
-
+Activation = Literal["silu", "none"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "none": lambda z: z}
-
-
-def check_activation(name: str) -> None:
-    """Raises ConfigError where `param.activation` is none of those there are."""
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"param.activation={name} is not one of {', '.join(ACTIVATIONS)}")
 
 
 def check_mergeable(activation: str) -> None:

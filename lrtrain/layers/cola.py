@@ -5,10 +5,11 @@ Liu et al., "CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activatio
 """
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from lrtrain.layers.bottleneck import ACTIVATIONS, check_activation, check_mergeable
-from lrtrain.layers.lowrank import LowRankLinear
+from lrtrain.layers.bottleneck import ACTIVATIONS, Activation, check_mergeable
+from lrtrain.layers.lowrank import Init, LowRankLinear
 
 
 class CoLALinear(LowRankLinear):
@@ -26,15 +27,14 @@ class CoLALinear(LowRankLinear):
         out_features: int,
         bias: bool,
         rank: int,
-        init: str,
-        init_std: float,
-        activation: str,
+        init: Init,
+        init_std: PositiveFloat,
+        activation: Activation,
         residual: bool,
-        residual_alpha: float,
+        residual_alpha: NonNegativeFloat,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, bias, rank, init, init_std, residual, residual_alpha, None, device)
-        check_activation(activation)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:

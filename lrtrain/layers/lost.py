@@ -6,19 +6,19 @@ largest norms are kept, with W's own values in them. I is fixed from then on.
 """
 
 import math
+from typing import Literal
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lrtrain.errors import ConfigError
+from lrtrain.config.ranges import Share
 from lrtrain.layers.base import FactorizedLinear
-from lrtrain.layers.bottleneck import ACTIVATIONS, check_activation, check_mergeable
+from lrtrain.layers.bottleneck import ACTIVATIONS, Activation, check_mergeable
 from lrtrain.linalg.factors import dense_singular_values, product_singular_values
 from lrtrain.linalg.initial import best_factors, normal, one_thread
 from lrtrain.linalg.nearest import Fit, low_rank_plus_sparse
-
-SELECTIONS = ("svd_l2", "svd_l1", "weight_l2", "random")
 
 
 class LOSTLinear(FactorizedLinear):
@@ -32,9 +32,6 @@ class LOSTLinear(FactorizedLinear):
             W (`weight_l2`), or `random` ones.
         complement_rank: how many singular values after the first `rank` make the complement; None takes all.
         init_std: standard deviation of the dense draw.
-
-    Raises:
-        ConfigError: for a share that is none, or an unknown activation or selection.
     """
 
     roles = {"B.weight": "factor_left", "A.weight": "factor_right", "sparse": "sparse_values", "B.bias": "bias"}
@@ -46,23 +43,15 @@ class LOSTLinear(FactorizedLinear):
         out_features: int,
         bias: bool,
         rank: int,
-        density: float,
-        gamma: float,
-        activation: str,
-        select: str,
-        complement_rank: int | None,
-        init_std: float,
+        density: Share,
+        gamma: Share,
+        activation: Activation,
+        select: Literal["svd_l2", "svd_l1", "weight_l2", "random"],
+        complement_rank: PositiveInt | None,
+        init_std: PositiveFloat,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank)
-        check_activation(activation)
-        for key, share in (("density", density), ("gamma", gamma)):
-            if not 0 <= share <= 1:
-                raise ConfigError(f"param.{key}={share} is not a share between 0 and 1")
-        if select not in SELECTIONS:
-            raise ConfigError(f"param.select={select} is not one of {', '.join(SELECTIONS)}")
-        if complement_rank is not None and complement_rank < 1:
-            raise ConfigError(f"param.complement_rank={complement_rank} must be at least 1, or null for all")
         self.count = max(1, math.floor(density * in_features))
         self.gamma = gamma
         self.activation = activation

@@ -2,9 +2,10 @@
 
 import copy
 import math
-from typing import Self
+from typing import Literal, Self
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +16,7 @@ from lrtrain.linalg.factors import product_singular_values
 from lrtrain.linalg.initial import best_factors, normal, spectral_factors, uniform
 from lrtrain.linalg.nearest import Fit
 
-INITS = ("spectral", "lora", "xavier", "cola")
+Init = Literal["spectral", "lora", "xavier", "cola"]
 
 
 class LowRankLinear(RebalancedLinear):
@@ -34,7 +35,7 @@ class LowRankLinear(RebalancedLinear):
             `left_orthonormal`.
 
     Raises:
-        ConfigError: if `init` is none of these, or rebalance_at is below 1 or given with a residual.
+        ConfigError: if rebalance_at is given with a residual.
     """
 
     roles = {"B.weight": "factor_left", "A.weight": "factor_right", "B.bias": "bias"}
@@ -45,16 +46,14 @@ class LowRankLinear(RebalancedLinear):
         out_features: int,
         bias: bool,
         rank: int,
-        init: str,
-        init_std: float,
+        init: Init,
+        init_std: PositiveFloat,
         residual: bool,
-        residual_alpha: float,
-        rebalance_at: int | None,
+        residual_alpha: NonNegativeFloat,
+        rebalance_at: PositiveInt | None,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank, rebalance_at)
-        if init not in INITS:
-            raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
         if residual and rebalance_at is not None:
             raise ConfigError(
                 f"param.rebalance_at={rebalance_at} would change BA, to whose B the residual is added; set it to "

@@ -6,15 +6,16 @@ keeping: ordered dropout on a linear map recovers its singular vectors in their 
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Annotated, Literal, cast
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.functional import linear
 
+from lrtrain.config.ranges import PositiveShare, Share, ShareBelowOne
 from lrtrain.distributed.sharding import whole
-from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.linalg.factors import product_singular_values
@@ -48,9 +49,6 @@ class NestedLinear(FactorizedLinear):
         lasso: λ of the hierarchical group lasso λ·Σ_b (‖B[:, b:]‖_F + ‖A[b:]‖_F), 0 ≤ b < r.
         shrink_every: steps between two looks at whether a smaller rank will do; 0: never.
         shrink_threshold: share of ‖BA‖_F² that a smaller rank may drop.
-
-    Raises:
-        ConfigError: for a value out of its range.
     """
 
     roles = {"B.weight": "factor_left", "A.weight": "factor_right", "B.bias": "bias"}
@@ -61,30 +59,17 @@ class NestedLinear(FactorizedLinear):
         out_features: int,
         bias: bool,
         rank: int,
-        init_std: float,
-        ranks: list[float],
-        sampling: str,
-        full_share: float,
-        scale: str,
-        lasso: float,
-        shrink_every: int,
-        shrink_threshold: float,
+        init_std: PositiveFloat,
+        ranks: Annotated[list[PositiveShare], Field(min_length=1)],
+        sampling: Literal["shares", "uniform"],
+        full_share: Share,
+        scale: Literal["none", "sqrt", "linear"],
+        lasso: NonNegativeFloat,
+        shrink_every: NonNegativeInt,
+        shrink_threshold: ShareBelowOne,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank)
-        if not ranks or not all(0 < share <= 1 for share in ranks):
-            raise ConfigError(f"param.ranks={ranks} must be shares of the rank, each above 0 and at most 1")
-        if sampling not in ("shares", "uniform"):
-            raise ConfigError(f"param.sampling={sampling} is not shares or uniform")
-        if not 0 <= full_share <= 1:
-            raise ConfigError(f"param.full_share={full_share} is not a probability")
-        if scale not in SCALES:
-            raise ConfigError(f"param.scale={scale} is not one of {', '.join(SCALES)}")
-        if not 0 <= shrink_threshold < 1:
-            raise ConfigError(f"param.shrink_threshold={shrink_threshold} is not a share of the energy below 1")
-        for key, value in {"lasso": lasso, "shrink_every": shrink_every}.items():
-            if value < 0:
-                raise ConfigError(f"param.{key}={value} must not be below 0")
         self.init_std = init_std
         self.ranks = sorted({*ranks, 1.0})
         self.sampling = sampling

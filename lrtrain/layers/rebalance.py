@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear, Reset
 
 
@@ -46,15 +45,10 @@ class RebalancedLinear(FactorizedLinear):
 
     Args:
         rebalance_at: the number of steps after which; None: never.
-
-    Raises:
-        ConfigError: if that is below 1.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, rebalance_at: int | None):
         super().__init__(in_features, out_features, rank)
-        if rebalance_at is not None and rebalance_at < 1:
-            raise ConfigError(f"param.rebalance_at={rebalance_at} must be at least 1, or null for never")
         self.rebalance_at = rebalance_at
 
     def revision_due(self, step: int) -> bool:

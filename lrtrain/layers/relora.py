@@ -12,14 +12,15 @@ first moment that is left without its second would move A by lr·m/eps.
 """
 
 import math
-from typing import Literal, cast
+from typing import Literal
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from lrtrain.errors import ConfigError
+from lrtrain.config.ranges import Share
 from lrtrain.layers.base import FactorizedLinear, Reset
-from lrtrain.layers.sltrain import low_rank_scale
+from lrtrain.layers.sltrain import ScaleRule, low_rank_scale
 from lrtrain.linalg.factors import dense_singular_values
 from lrtrain.linalg.initial import normal, uniform
 from lrtrain.linalg.nearest import Fit
@@ -37,9 +38,6 @@ class ReLoRALinear(FactorizedLinear):
         prune_by: which entries: `magnitude` (the smallest) or `random`.
         restart_counter: whether a merge also sets the optimizer's step counter of A and B to zero.
         init_std: standard deviation of W₀.
-
-    Raises:
-        ConfigError: for a merge_every below 1, a share outside [0, 1], or an unknown prune_by or scale.
     """
 
     roles = {"weight": "frozen", "A.weight": "factor_right", "B.weight": "factor_left", "bias": "bias"}
@@ -50,25 +48,19 @@ class ReLoRALinear(FactorizedLinear):
         out_features: int,
         bias: bool,
         rank: int,
-        merge_every: int,
-        alpha: float,
-        scale: str,
-        prune: float,
-        prune_by: str,
+        merge_every: PositiveInt,
+        alpha: PositiveFloat,
+        scale: ScaleRule,
+        prune: Share,
+        prune_by: Literal["magnitude", "random"],
         restart_counter: bool,
-        init_std: float,
+        init_std: PositiveFloat,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank)
-        if merge_every < 1:
-            raise ConfigError(f"param.merge_every={merge_every} must be at least 1")
-        if not 0 <= prune <= 1:
-            raise ConfigError(f"param.prune={prune} is not a share between 0 and 1")
-        if prune_by not in ("magnitude", "random"):
-            raise ConfigError(f"param.prune_by={prune_by} is not magnitude or random")
         self.merge_every = merge_every
         self.scale = low_rank_scale(alpha, rank, scale)
-        self.reset = Reset(prune, cast(Literal["magnitude", "random"], prune_by), restart_counter)
+        self.reset = Reset(prune, prune_by, restart_counter)
         self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device), requires_grad=False)
         self.A = nn.Linear(in_features, rank, bias=False, device=device)

@@ -11,11 +11,14 @@ arXiv 2406.02214, equation (1) and algorithm 1. Two executions of the same map:
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lrtrain.config.ranges import Share
 from lrtrain.errors import ConfigError
 from lrtrain.layers.autotune import fastest
 from lrtrain.layers.rebalance import RebalancedLinear
@@ -34,17 +37,13 @@ from lrtrain.linalg.factors import dense_singular_values
 from lrtrain.linalg.initial import spectral_factors, uniform
 from lrtrain.linalg.nearest import Fit, low_rank_plus_sparse
 
-SUPPORTS = ("uniform", "row_balanced", "block")
-EXECUTIONS = ("auto", "materialize", "factored")
-SELECTIONS = ("random", "residual")
-INITS = ("published", "spectral")
+EXECUTIONS = ("materialize", "factored")  # what `auto` chooses from
+ScaleRule = Literal["alpha_over_r", "alpha_over_sqrt_r", "const"]
 
 
-def low_rank_scale(alpha: float, rank: int, rule: str) -> float:
+def low_rank_scale(alpha: float, rank: int, rule: ScaleRule) -> float:
     """The factor s before B A: α/r as published, α/√r, or α itself (`const`, which a sweep over ranks can hold)."""
     rules = {"alpha_over_r": alpha / rank, "alpha_over_sqrt_r": alpha / math.sqrt(rank), "const": alpha}
-    if rule not in rules:
-        raise ConfigError(f"param.scale={rule} is not one of {', '.join(rules)}")
     return rules[rule]
 
 
@@ -149,8 +148,7 @@ class SLTrainLinear(RebalancedLinear):
             `left_orthonormal`.
 
     Raises:
-        ConfigError: for a density outside [0, 1], an unknown support, scale, execution or init, or a block that does
-            not divide the shape.
+        ConfigError: for a block that does not divide the shape.
     """
 
     roles = {
@@ -168,29 +166,19 @@ class SLTrainLinear(RebalancedLinear):
         out_features: int,
         bias: bool,
         rank: int,
-        density: float,
-        support: str,
-        block: int,
-        alpha: float,
-        scale: str,
-        execution: str,
-        select: str,
-        init: str,
-        init_std: float,
-        rebalance_at: int | None,
+        density: Share,
+        support: Literal["uniform", "row_balanced", "block"],
+        block: PositiveInt,
+        alpha: PositiveFloat,
+        scale: ScaleRule,
+        execution: Literal["auto", "materialize", "factored"],
+        select: Literal["random", "residual"],
+        init: Literal["published", "spectral"],
+        init_std: PositiveFloat,
+        rebalance_at: PositiveInt | None,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank, rebalance_at)
-        if not 0 <= density <= 1:
-            raise ConfigError(f"param.density={density} is not a share between 0 and 1")
-        if support not in SUPPORTS:
-            raise ConfigError(f"param.support={support} is not one of {', '.join(SUPPORTS)}")
-        if execution not in EXECUTIONS:
-            raise ConfigError(f"param.execution={execution} is not one of {', '.join(EXECUTIONS)}")
-        if select not in SELECTIONS:
-            raise ConfigError(f"param.select={select} is not one of {', '.join(SELECTIONS)}")
-        if init not in INITS:
-            raise ConfigError(f"param.init={init} is not one of {', '.join(INITS)}")
         self.init = init
         self.init_std = init_std
         if support == "block":
@@ -301,7 +289,7 @@ class SLTrainLinear(RebalancedLinear):
         if not runs:
             return "materialize"
         shape = [self.out_features, self.in_features, self.rank, self.support, self.block, self.nnz]
-        candidates = {e: _training_pass(self, e == "factored", tokens, dtype, device) for e in EXECUTIONS[1:]}
+        candidates = {e: _training_pass(self, e == "factored", tokens, dtype, device) for e in EXECUTIONS}
         return fastest(["sltrain", *shape, tokens, str(dtype)], device, candidates)
 
     def extra_repr(self) -> str:

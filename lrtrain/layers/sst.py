@@ -16,11 +16,11 @@ would hardly move the vectors of small singular values.
 import math
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lrtrain.distributed.sharding import local
-from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear, Reset
 from lrtrain.linalg.factors import product_singular_values
 from lrtrain.linalg.initial import gaussian_svd
@@ -95,9 +95,6 @@ class SSTLinear(FactorizedLinear):
         warmup: first steps of each iteration over which the vectors' learning rate rises linearly from zero.
         enhanced: whether the vectors' gradients lack the factor σ_i, as published.
         init_std: standard deviation of the dense initialization whose SVD the layer starts from.
-
-    Raises:
-        ConfigError: for an iteration or round shorter than 1, or a negative warmup.
     """
 
     roles = {
@@ -117,17 +114,14 @@ class SSTLinear(FactorizedLinear):
         out_features: int,
         bias: bool,
         rank: int,
-        iteration: int,
-        round: int | None,
-        warmup: int,
+        iteration: PositiveInt,
+        round: PositiveInt | None,
+        warmup: NonNegativeInt,
         enhanced: bool,
-        init_std: float,
+        init_std: PositiveFloat,
         device: torch.device | str | None = None,
     ):
         super().__init__(in_features, out_features, rank)
-        for key, value, least in (("iteration", iteration, 1), ("round", round, 1), ("warmup", warmup, 0)):
-            if value is not None and value < least:
-                raise ConfigError(f"param.{key}={value} must be at least {least}")
         full_rank = min(in_features, out_features)
         self.iteration = iteration
         self.steps_per_round = iteration * (round or math.ceil(full_rank / rank))

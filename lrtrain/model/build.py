@@ -11,7 +11,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lrtrain.config.choice import choice
-from lrtrain.config.schema import Config, parameter_dtype
+from lrtrain.config.dtypes import parameter_dtype
+from lrtrain.config.schema import Config
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.counts import parameter_count

@@ -1,8 +1,10 @@
 """Adam's arithmetic: the one step that AdamW and all methods that project gradients share."""
 
+from typing import Literal
+
 from torch import Tensor
 
-EPS_CONVENTIONS = ("corrected", "galore")
+EpsConvention = Literal["corrected", "galore"]
 
 
 def bias_correction(step: int, beta1: float, beta2: float) -> float:

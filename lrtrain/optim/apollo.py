@@ -1,21 +1,20 @@
 """APOLLO and APOLLO-Mini: learning rates by channel, from Adam on random projections (Zhu et al., arXiv 2412.05270)."""
 
 import math
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from lrtrain.core.seeds import integer_seed
 from lrtrain.distributed.sharding import local
-from lrtrain.errors import ConfigError
 from lrtrain.optim.adam import bias_correction
 from lrtrain.optim.projections import gaussian_basis, sparse_basis
 from lrtrain.optim.scaling import limit_growth, matrix_factor, row_factors
 from lrtrain.optim.subspace import Projected, Subspace, SubspaceAdam
 
 BASES = {"gaussian": gaussian_basis, "sparse": sparse_basis}
-FACTORS = ("channel", "tensor")
 
 
 class Apollo(SubspaceAdam):
@@ -30,9 +29,6 @@ class Apollo(SubspaceAdam):
         scale: the square root multiplies the step. By rows, a factor in r dimensions is √(r/n) times that of Adam on G.
         basis: `gaussian` or `sparse`; see `sparse_basis`.
         max_growth: of the norm of the step, from one to the next; None: no limit.
-
-    Raises:
-        ConfigError: for unknown factors or an unknown basis.
     """
 
     replicated = frozenset({"norm"})
@@ -41,16 +37,12 @@ class Apollo(SubspaceAdam):
         self,
         model: nn.Module,
         *,
-        factors: str,
-        scale: float,
-        basis: str,
-        max_growth: float | None,
+        factors: Literal["channel", "tensor"],
+        scale: PositiveFloat,
+        basis: Literal["gaussian", "sparse"],
+        max_growth: PositiveFloat | None,
         **subspace: Unpack[Subspace],
     ):
-        if factors not in FACTORS:
-            raise ConfigError(f"optim.factors={factors} is not {' or '.join(FACTORS)}")
-        if basis not in BASES:
-            raise ConfigError(f"optim.basis={basis} is not {' or '.join(BASES)}")
         self.by_row = factors == "channel"
         self.multiplier = math.sqrt(scale)
         self.draw = BASES[basis]

@@ -9,30 +9,31 @@ from collections.abc import Callable, Collection
 from typing import Any, ClassVar, TypedDict
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as fused_adamw
 
+from lrtrain.config.ranges import Betas
 from lrtrain.core.seeds import integer_seed
 from lrtrain.distributed.sharding import local
-from lrtrain.errors import ConfigError
-from lrtrain.optim.adam import EPS_CONVENTIONS, adam_direction
+from lrtrain.optim.adam import EpsConvention, adam_direction
 from lrtrain.optim.batches import Batch
-from lrtrain.optim.groups import DECAYS, parameter_groups
+from lrtrain.optim.groups import Decay, parameter_groups
 from lrtrain.optim.rounding import stochastic_round
 from lrtrain.optim.rows import Rows, in_pieces, rows_like
 
 
 class Common(TypedDict):
-    """The settings that all optimizers have: keys of `optim`, explained in conf/optim/base.yaml."""
+    """The settings that all optimizers have: keys of `optim`, explained in conf/common/optim.yaml."""
 
-    lr: float
-    other_lr: float | None
-    lr_ratio: float
-    betas: list[float]
-    eps: float
-    eps_convention: str
-    weight_decay: float
-    decay: str
+    lr: PositiveFloat
+    other_lr: NonNegativeFloat | None
+    lr_ratio: PositiveFloat
+    betas: Betas
+    eps: PositiveFloat
+    eps_convention: EpsConvention
+    weight_decay: NonNegativeFloat
+    decay: Decay
     in_backward: bool
     seed: int
 
@@ -73,20 +74,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self,
         model: nn.Module,
         *,
-        lr: float,
-        other_lr: float | None,
-        lr_ratio: float,
-        betas: list[float],
-        eps: float,
-        eps_convention: str,
-        weight_decay: float,
-        decay: str,
+        lr: PositiveFloat,
+        other_lr: NonNegativeFloat | None,
+        lr_ratio: PositiveFloat,
+        betas: Betas,
+        eps: PositiveFloat,
+        eps_convention: EpsConvention,
+        weight_decay: NonNegativeFloat,
+        decay: Decay,
         in_backward: bool,
         seed: int,
     ):
-        for key, value, known in (("eps_convention", eps_convention, EPS_CONVENTIONS), ("decay", decay, DECAYS)):
-            if value not in known:
-                raise ConfigError(f"optim.{key}={value} is not one of {', '.join(known)}")
         self.beta1, self.beta2 = betas
         self.eps = eps
         self.eps_convention = eps_convention

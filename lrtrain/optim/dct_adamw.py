@@ -1,12 +1,12 @@
 """DCT-AdamW: Adam in a few columns of the cosine basis (Modoranu et al., arXiv 2505.17967)."""
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from lrtrain.distributed.sharding import local
-from lrtrain.errors import ConfigError
 from lrtrain.linalg.dct import dct, lift
 from lrtrain.optim.dct_columns import DctOptimizer, DctSettings
 from lrtrain.optim.row_codes import decode, encode, pack, unpack
@@ -20,19 +20,20 @@ class DctAdamW(DctOptimizer):
     of the cosine basis along which A is largest; E ← A − A Dᵢ Dᵢᵀ if there is error feedback.
 
     State of a matrix: 2mr numbers and r indices; error feedback takes mn numbers, or bytes, or halves of bytes.
-
-    Raises:
-        ConfigError: for a gap below one, or an unknown error feedback.
     """
 
     replicated = frozenset({"columns"})
     begins_by_gradient = True
 
-    def __init__(self, model: nn.Module, *, gap: int, rotate: bool, error_feedback: str, **dct: Unpack[DctSettings]):
-        if gap < 1:
-            raise ConfigError(f"optim.gap={gap} must be at least 1")
-        if error_feedback not in BITS:
-            raise ConfigError(f"optim.error_feedback={error_feedback} is not one of {', '.join(BITS)}")
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        gap: PositiveInt,
+        rotate: bool,
+        error_feedback: Literal["none", "full", "8bit", "4bit"],
+        **dct: Unpack[DctSettings],
+    ):
         self.gap = gap
         self.rotate = rotate
         self.bits = BITS[error_feedback]

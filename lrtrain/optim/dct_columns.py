@@ -1,24 +1,24 @@
 """What the optimizers share that work in a few columns of the cosine basis, chosen anew as the gradient changes."""
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from lrtrain.errors import ConfigError
+from lrtrain.config.ranges import RankOrShare
 from lrtrain.model.rank import matrix_rank
 from lrtrain.optim.base import Common, ShardedOptimizer
 from lrtrain.optim.groups import MATRICES
 
-NORMS = ("l1", "l2")
+Norm = Literal["l1", "l2"]
 
 
 class DctSettings(Common):
     """The settings that both have."""
 
-    rank: int | float
+    rank: RankOrShare
     """How many columns: as an integer, or as a share of each matrix's min(out, in)."""
-    norm: str
+    norm: Norm
     """By which norm of S = G D columns are chosen: l2 drops the least energy."""
 
 
@@ -29,14 +29,12 @@ class DctOptimizer(ShardedOptimizer):
     exchanged.
 
     Raises:
-        ConfigError: for an unknown norm, or a rank above min(m, n) of a matrix.
+        ConfigError: for a rank above min(m, n) of a matrix.
     """
 
     roles = MATRICES
 
-    def __init__(self, model: nn.Module, *, rank: int | float, norm: str, **common: Unpack[Common]):
-        if norm not in NORMS:
-            raise ConfigError(f"optim.norm={norm} is not {' or '.join(NORMS)}")
+    def __init__(self, model: nn.Module, *, rank: RankOrShare, norm: Norm, **common: Unpack[Common]):
         self.rank = rank
         self.norm = norm
         self._captured: dict[str, tuple[Tensor, Tensor]] = {}
@@ -52,7 +50,7 @@ class DctOptimizer(ShardedOptimizer):
         Ties go to the lower index, so that all processes choose alike.
         """
         sums = self.rows[p].sum(torch.stack([spectrum.abs().sum(0), spectrum.square().sum(0)]))  # (2, n)
-        columns = top_columns(sums[NORMS.index(self.norm)], self.rank_for(p))
+        columns = top_columns(sums[0 if self.norm == "l1" else 1], self.rank_for(p))
         if p not in self.place_in_batch:  # which lies on one process, and metrics are the same on all
             self._captured[self.names[p]] = sums[1, columns].sum(), sums[1].sum()
         return columns

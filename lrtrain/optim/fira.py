@@ -1,19 +1,17 @@
 """Fira: GaLore that also steps along what the projection drops (Chen et al., arXiv 2410.01623)."""
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from lrtrain.distributed.sharding import local
-from lrtrain.errors import ConfigError
 from lrtrain.optim.adam import bias_correction
 from lrtrain.optim.galore import GaLore, GaLoreSettings
 from lrtrain.optim.projections import Total
 from lrtrain.optim.scaling import limit_growth, row_factors
 from lrtrain.optim.subspace import Projected
-
-RESIDUALS = ("paper", "code")
 
 
 class Fira(GaLore):
@@ -24,16 +22,18 @@ class Fira(GaLore):
     Args:
         residual: `paper`: G − G P Pᵀ; `code`: G − scale·G P Pᵀ, as the published code computes.
         max_growth: of the norm of the scaled residual, from one step to the next.
-
-    Raises:
-        ConfigError: for an unknown residual.
     """
 
     replicated = frozenset({"basis", "norm"})
 
-    def __init__(self, model: nn.Module, *, residual: str, max_growth: float, **galore: Unpack[GaLoreSettings]):
-        if residual not in RESIDUALS:
-            raise ConfigError(f"optim.residual={residual} is not {' or '.join(RESIDUALS)}")
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        residual: Literal["paper", "code"],
+        max_growth: PositiveFloat,
+        **galore: Unpack[GaLoreSettings],
+    ):
         self.residual = residual
         self.max_growth = max_growth
         super().__init__(model, **galore)

@@ -1,24 +1,24 @@
 """GaLore: Adam in the subspace of a gradient's leading singular vectors (Zhao et al., arXiv 2403.03507)."""
 
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from lrtrain.core.seeds import generator_for
 from lrtrain.distributed.sharding import local
-from lrtrain.errors import ConfigError
 from lrtrain.optim.projections import randomized_basis, svd_basis
 from lrtrain.optim.subspace import Projected, Subspace, SubspaceAdam
 
-BASES = ("randomized", "svd")
+Basis = Literal["randomized", "svd"]
 
 
 class GaLoreSettings(Subspace):
     """The settings of GaLore and of what is built on it."""
 
-    scale: float
-    basis: str
+    scale: PositiveFloat
+    basis: Basis
 
 
 class GaLore(SubspaceAdam):
@@ -27,17 +27,12 @@ class GaLore(SubspaceAdam):
     P (n, r) are the leading right singular vectors of the current gradient. All matrices find theirs at the first step
     whose gradient is not zero and then every `gap` steps in turns, so that no step waits for all of them. State:
     2mr + nr numbers.
-
-    Raises:
-        ConfigError: for an unknown way to find a basis.
     """
 
     replicated = frozenset({"basis"})
     begins_by_gradient = True
 
-    def __init__(self, model: nn.Module, *, scale: float, basis: str, **subspace: Unpack[Subspace]):
-        if basis not in BASES:
-            raise ConfigError(f"optim.basis={basis} is not {' or '.join(BASES)}")
+    def __init__(self, model: nn.Module, *, scale: PositiveFloat, basis: Basis, **subspace: Unpack[Subspace]):
         self.scale = scale
         self.found_by = basis
         super().__init__(model, **subspace)

@@ -1,17 +1,18 @@
 """Which parameters get which treatment: routed by what they are, never by their shape."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from lrtrain.layers.base import FactorizedLinear
+from lrtrain.errors import ConfigError
+from lrtrain.layers.base import FactorizedLinear, Role
 from lrtrain.model.structure import blocks
 
 FACTORS = frozenset({"factor_left", "factor_right"})
 MATRICES = FACTORS | {"matrix"}
-DECAYS = ("matrices", "all")
+Decay = Literal["matrices", "all"]
 LAYERS = MATRICES | {"sparse_values", "singular_values", "bias"}
 
 
@@ -27,7 +28,7 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
     for module in model.modules():
         if isinstance(module, FactorizedLinear):  # which speaks for its children too
             for key, p in module.named_parameters():
-                roles[id(p)] = module.roles[key]
+                roles[id(p)] = role_of(module, key)
             continue
         for key, p in module.named_parameters(recurse=False):
             if isinstance(module, nn.Embedding):
@@ -59,6 +60,19 @@ def transposed(model: nn.Module) -> set[str]:
         for key, p in module.named_parameters(recurse=False)
         if is_matrix(module, key, p)
     }
+
+
+def role_of(layer: FactorizedLinear, key: str) -> str:
+    """What a layer says that one of its parameters is.
+
+    Raises:
+        ConfigError: if it says nothing, or something that no optimizer knows.
+    """
+    role = layer.roles.get(key)
+    if role not in get_args(Role):
+        said = f"calls its parameter {key} {role}" if role else f"gives its parameter {key} no role"
+        raise ConfigError(f"{type(layer).__name__}.roles {said}; give one of {', '.join(get_args(Role))}")
+    return role
 
 
 def decays(role: str) -> bool:

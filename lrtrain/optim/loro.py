@@ -4,9 +4,10 @@ Mo et al., "Parameter and Memory Efficient Pretraining via Low-rank Riemannian O
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Unpack
+from typing import Literal, Unpack
 
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from lrtrain.distributed.per_layer import compute_layers_across_ranks
@@ -16,8 +17,6 @@ from lrtrain.layers.rebalance import balanced
 from lrtrain.optim.base import Common
 from lrtrain.optim.pairs import PairOptimizer
 from lrtrain.optim.rows import rows_like
-
-LARGE_STEPS = ("exact", "balanced", "plain")
 
 
 def tangent_step(
@@ -68,7 +67,7 @@ class LORO(PairOptimizer):
         approx_scale: factor on the other steps of the factors; None: r/min(m, n), the published r/hidden.
 
     Raises:
-        ConfigError: with in_backward; for an exact step with two learning rates, an unknown large_step, or every < 1.
+        ConfigError: with in_backward, or for an exact step with two learning rates.
     """
 
     optim = "loro"
@@ -76,10 +75,10 @@ class LORO(PairOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        every: int,
-        large_step: str,
+        every: PositiveInt,
+        large_step: Literal["exact", "balanced", "plain"],
         refresh: bool,
-        approx_scale: float | None,
+        approx_scale: PositiveFloat | None,
         **common: Unpack[Common],
     ):
         if common["in_backward"]:
@@ -87,15 +86,11 @@ class LORO(PairOptimizer):
                 "optim.in_backward=true has one gradient at a time, but a step of optim=loro takes those of B and A "
                 "together; set optim.in_backward=false"
             )
-        if large_step not in LARGE_STEPS:
-            raise ConfigError(f"optim.large_step={large_step} is not one of {', '.join(LARGE_STEPS)}")
         if large_step == "exact" and common["lr_ratio"] != 1:
             raise ConfigError(
                 f"optim.lr_ratio={common['lr_ratio']} gives B and A learning rates of their own, but an exact step on "
                 "BA has one; set optim.lr_ratio=1, or optim.large_step=plain or balanced"
             )
-        if every < 1:
-            raise ConfigError(f"optim.every={every} must be at least 1")
         self.every = every
         self.large_step = large_step
         self.refresh = refresh

@@ -4,9 +4,10 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
+from lrtrain.config.ranges import ShareBelowOne
 from lrtrain.optim.base import Common, ShardedOptimizer
 from lrtrain.optim.groups import MATRICES
-from lrtrain.optim.orthogonal import adjustment, iteration, orthogonalize
+from lrtrain.optim.orthogonal import ADJUSTMENTS, ITERATIONS, Adjustment, Orthogonalization, orthogonalize
 from lrtrain.optim.rows import rows_like
 
 
@@ -16,9 +17,6 @@ class Muon(ShardedOptimizer):
     Unlike torch.optim.Muon it does not gather tall matrices, steps in the backward pass, keeps its momentum in float32
     for bfloat16 parameters too, and never writes to it while orthogonalizing (torch 2.13 does, in plain form, where
     parameters are bfloat16). State: mn numbers.
-
-    Raises:
-        ConfigError: for an unknown scale or orthogonalization.
     """
 
     roles = MATRICES
@@ -27,14 +25,14 @@ class Muon(ShardedOptimizer):
         self,
         model: nn.Module,
         *,
-        momentum: float,
+        momentum: ShareBelowOne,
         nesterov: bool,
-        adjust: str,
-        orthogonalization: str,
+        adjust: Adjustment,
+        orthogonalization: Orthogonalization,
         **common: Unpack[Common],
     ):
-        self.scale = adjustment(adjust)
-        self.coefficients = iteration(orthogonalization)
+        self.scale = ADJUSTMENTS[adjust]
+        self.coefficients = ITERATIONS[orthogonalization]
         self.momentum = momentum
         self.nesterov = nesterov
         super().__init__(model, **common)

@@ -4,17 +4,18 @@ Both need only sums over rows of products with few columns, so that a tall matri
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lrtrain.errors import ConfigError
 from lrtrain.optim.rows import Rows
 
 Coefficients = tuple[tuple[float, float, float], ...]
 """(a, b, c) of σ ← aσ + bσ³ + cσ⁵, one triple a step."""
 
-ITERATIONS: dict[str, Coefficients] = {
+Orthogonalization = Literal["polar_express", "quintic"]
+ITERATIONS: dict[Orthogonalization, Coefficients] = {
     # Amsel et al., arXiv 2505.16932, with a margin of 2% for rounding. Singular values that are at least .003 of the
     # Frobenius norm end within [.86, 1.14].
     "polar_express": (
@@ -28,7 +29,8 @@ ITERATIONS: dict[str, Coefficients] = {
     "quintic": ((3.4445, -4.7750, 2.0315),) * 5,
 }
 
-ADJUSTMENTS = {
+Adjustment = Literal["match_rms_adamw", "jordan", "spectral"]
+ADJUSTMENTS: dict[Adjustment, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda m, n: 0.2 * max(m, n) ** 0.5,
     "jordan": lambda m, n: max(1, m / n) ** 0.5,
     "spectral": lambda m, n: (m / n) ** 0.5,
@@ -38,28 +40,6 @@ ADJUSTMENTS = {
 `match_rms_adamw`: its root mean square becomes 0.2, as AdamW's is about, whose learning rate and decay carry over (Liu
 et al., arXiv 2502.16982). `jordan`: as in Muon's first code. `spectral`: changes outputs alike at any size (Dion's).
 """
-
-
-def iteration(name: str) -> Coefficients:
-    """The coefficients that `optim.orthogonalization` names.
-
-    Raises:
-        ConfigError: if there are none.
-    """
-    if name not in ITERATIONS:
-        raise ConfigError(f"optim.orthogonalization={name} is not one of {', '.join(ITERATIONS)}")
-    return ITERATIONS[name]
-
-
-def adjustment(name: str) -> Callable[[int, int], float]:
-    """The factor that `optim.adjust` names.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    if name not in ADJUSTMENTS:
-        raise ConfigError(f"optim.adjust={name} is not one of {', '.join(ADJUSTMENTS)}")
-    return ADJUSTMENTS[name]
 
 
 def orthogonalize(x: Tensor, rows: Rows, coefficients: Coefficients) -> Tensor:

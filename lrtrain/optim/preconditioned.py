@@ -3,6 +3,7 @@
 from typing import Unpack
 
 import torch
+from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from lrtrain.distributed.sharding import local
@@ -11,7 +12,7 @@ from lrtrain.optim.pairs import FactorPair, PartnerOptimizer
 from lrtrain.optim.rows import rows_like
 
 
-def cholesky_of_gram(gram: Tensor, damping: float) -> Tensor:
+def cholesky_of_gram(gram: Tensor, damping: PositiveFloat) -> Tensor:
     """The lower L with LLᵀ = gram + δI (r, r), in gram's dtype."""
     return torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
@@ -48,7 +49,7 @@ class PreconditionedAdamW(PartnerOptimizer[Tensor]):
 
     optim = "preconditioned_adamw"
 
-    def __init__(self, model: nn.Module, damping: float, adam: bool, **common: Unpack[Common]):
+    def __init__(self, model: nn.Module, damping: PositiveFloat, adam: bool, **common: Unpack[Common]):
         self.damping = damping
         self.adam = adam
         super().__init__(model, **common)

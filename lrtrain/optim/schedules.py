@@ -6,6 +6,10 @@ all steps.
 
 import math
 
+from pydantic import NonNegativeInt, PositiveInt
+
+from lrtrain.config.ranges import Share, ShareOfSteps
+
 NEARLY_ZERO = 1e-6  # where LORO's code begins a ramp
 
 
@@ -14,12 +18,12 @@ def _warmup(step: int, steps: int, share: float) -> float:
     return min(1.0, (step + 1) / max(1.0, share * steps))
 
 
-def constant(step: int, steps: int, warmup: float) -> float:
+def constant(step: int, steps: int, warmup: ShareOfSteps) -> float:
     """Warmup, then 1."""
     return _warmup(step, steps, warmup)
 
 
-def cosine(step: int, steps: int, warmup: float, floor: float) -> float:
+def cosine(step: int, steps: int, warmup: ShareOfSteps, floor: Share) -> float:
     """Warmup, then half a cosine from 1 down to `floor` at the last step (GaLore's and SLTrain's: floor 0.1)."""
     start = warmup * steps
     if step < start:
@@ -29,7 +33,12 @@ def cosine(step: int, steps: int, warmup: float, floor: float) -> float:
 
 
 def cosine_restarts(
-    step: int, steps: int, warmup: float, floor: float, restart_every: int, restart_warmup: int
+    step: int,
+    steps: int,
+    warmup: ShareOfSteps,
+    floor: Share,
+    restart_every: PositiveInt,
+    restart_warmup: NonNegativeInt,
 ) -> float:
     """`cosine`, left for a linear ramp over the first `restart_warmup` steps after each multiple of `restart_every`.
 
@@ -42,14 +51,20 @@ def cosine_restarts(
     return (since + 1) / restart_warmup * cosine(last, steps, warmup, floor)
 
 
-def wsd(step: int, steps: int, warmup: float, decay: float, floor: float) -> float:
+def wsd(step: int, steps: int, warmup: ShareOfSteps, decay: ShareOfSteps, floor: Share) -> float:
     """Warmup, stable at 1, then linearly down to `floor` over the last `decay` share of the steps."""
     left = (steps - 1 - step) / max(1.0, decay * steps)
     return min(_warmup(step, steps, warmup), floor + (1 - floor) * min(1.0, left))
 
 
 def loro(
-    step: int, steps: int, warmup: float, floor: float, restart_every: int, restart_warmup: int, shift: float
+    step: int,
+    steps: int,
+    warmup: ShareOfSteps,
+    floor: Share,
+    restart_every: PositiveInt,
+    restart_warmup: PositiveInt,
+    shift: ShareOfSteps,
 ) -> float:
     """LORO's, as its code computes it: up from `floor`, a cosine that reaches 1 at the step warmup + shift and does not
     end at `floor`, and a ramp from nearly zero at each restart, during the warmup too.

@@ -3,12 +3,14 @@
 from typing import Unpack
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from lrtrain.config.ranges import ShareBelowOne
 from lrtrain.core.seeds import generator_for
 from lrtrain.distributed.sharding import local
 from lrtrain.optim.base import Common
-from lrtrain.optim.orthogonal import Coefficients, iteration, orthogonalize, spectral_norm
+from lrtrain.optim.orthogonal import ITERATIONS, Orthogonalization, orthogonalize, spectral_norm
 from lrtrain.optim.pairs import FactorPair, PartnerOptimizer
 from lrtrain.optim.rows import Rows, rows_like
 
@@ -52,9 +54,14 @@ class Spectron(PartnerOptimizer[Tensor]):
     replicated = frozenset({"vector"})
 
     def __init__(
-        self, model: nn.Module, momentum: float, iterations: int, orthogonalization: str, **common: Unpack[Common]
+        self,
+        model: nn.Module,
+        momentum: ShareBelowOne,
+        iterations: PositiveInt,
+        orthogonalization: Orthogonalization,
+        **common: Unpack[Common],
     ):
-        self.coefficients = iteration(orthogonalization)
+        self.coefficients = ITERATIONS[orthogonalization]
         self.momentum = momentum
         self.iterations = iterations
         super().__init__(model, **common)

@@ -3,8 +3,10 @@
 from abc import abstractmethod
 from typing import NamedTuple, Unpack
 
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from lrtrain.config.ranges import RankOrShare
 from lrtrain.errors import ConfigError
 from lrtrain.model.rank import matrix_rank
 from lrtrain.optim.base import Common, ShardedOptimizer
@@ -15,9 +17,9 @@ from lrtrain.optim.rows import rows_like
 class Subspace(Common):
     """The settings that all methods on projected gradients have."""
 
-    rank: int | float
+    rank: RankOrShare
     """Columns of the basis: as an integer, or as a share of each matrix's min(out, in)."""
-    gap: int
+    gap: PositiveInt
     """Steps from one basis to the next."""
 
 
@@ -45,9 +47,7 @@ class SubspaceAdam(ShardedOptimizer):
 
     roles = MATRICES
 
-    def __init__(self, model: nn.Module, *, rank: int | float, gap: int, **common: Unpack[Common]):
-        if gap < 1:
-            raise ConfigError(f"optim.gap={gap} must be at least 1")
+    def __init__(self, model: nn.Module, *, rank: RankOrShare, gap: PositiveInt, **common: Unpack[Common]):
         self.rank = rank
         self.gap = gap
         super().__init__(model, **common)

@@ -4,9 +4,10 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
+from lrtrain.config.ranges import ShareBelowOne
 from lrtrain.linalg.dct import dct, lift
 from lrtrain.optim.dct_columns import DctOptimizer, DctSettings
-from lrtrain.optim.orthogonal import adjustment, iteration, orthogonalize
+from lrtrain.optim.orthogonal import ADJUSTMENTS, ITERATIONS, Adjustment, Orthogonalization, orthogonalize
 from lrtrain.optim.rows import rows_like
 
 
@@ -17,16 +18,19 @@ class Trion(DctOptimizer):
     What the columns leave out stays in M for later steps. Columns are found in each step, so M is all the state: mn
     numbers. With all columns it is Muon without nesterov. The scale s is Muon's whatever the rank, so each direction
     that is stepped along moves as far.
-
-    Raises:
-        ConfigError: for an unknown scale or orthogonalization.
     """
 
     def __init__(
-        self, model: nn.Module, *, momentum: float, adjust: str, orthogonalization: str, **dct: Unpack[DctSettings]
+        self,
+        model: nn.Module,
+        *,
+        momentum: ShareBelowOne,
+        adjust: Adjustment,
+        orthogonalization: Orthogonalization,
+        **dct: Unpack[DctSettings],
     ):
-        self.scale = adjustment(adjust)
-        self.coefficients = iteration(orthogonalization)
+        self.scale = ADJUSTMENTS[adjust]
+        self.coefficients = ITERATIONS[orthogonalization]
         self.momentum = momentum
         super().__init__(model, **dct)
 

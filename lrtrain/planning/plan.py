@@ -18,7 +18,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lrtrain.config.check import check
 from lrtrain.config.choice import choice
-from lrtrain.config.schema import Config, compute_dtype
+from lrtrain.config.dtypes import compute_dtype
+from lrtrain.config.schema import Config
 from lrtrain.engine.blocks import recompute
 from lrtrain.engine.fsdp import sharded_units
 from lrtrain.layers.base import FactorizedLinear

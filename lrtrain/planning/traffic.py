@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from lrtrain.config.schema import DTYPES, Config
+from lrtrain.config.dtypes import DTYPES
+from lrtrain.config.schema import Config
 from lrtrain.engine.fsdp import sharded_units
 from lrtrain.errors import ConfigError
 from lrtrain.model.counts import training_flops

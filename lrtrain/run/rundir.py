@@ -73,7 +73,7 @@ def claim(config: Config, settled: dict[str, Any], tokenizer: PreTrainedTokenize
     run = {"id": uuid.uuid4().hex[:12], "name": config.run.name, **settled}
     try:
         folder.mkdir(parents=True, exist_ok=config.resume == "auto")
-        write_durably(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_durably(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
         save_tokenizer(tokenizer, folder / "tokenizer")
         write_durably(folder / "run.json", json.dumps(run))
     except OSError as error:

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from lrtrain.checkpoint.meta import CheckpointMeta, Window, read_meta
 from lrtrain.config.choice import choice
-from lrtrain.config.schema import Config, as_dict, compute_dtype
+from lrtrain.config.dtypes import compute_dtype
+from lrtrain.config.schema import Config, as_dict
 from lrtrain.data.prepare import check_fits, prepare_data
 from lrtrain.distributed.collectives import check_equal_on_all_ranks, run_on_all_ranks, run_on_rank0
 from lrtrain.distributed.heartbeat import Heartbeat

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lrtrain.config.schema import TrackingConfig, WandbMode
+from lrtrain.config.schema import TrackingConfig
 from lrtrain.tracking.base import Tracker
 from lrtrain.tracking.console import ConsoleTracker
 from lrtrain.tracking.fanout import FanOut
@@ -24,7 +24,7 @@ def open_tracker(cfg: TrackingConfig, run_dir: Path, run_id: str, config: dict, 
         "jsonl": JsonlTracker(run_dir, run_id),
         "console": ConsoleTracker(total_steps, sys.stdout),
     }
-    if cfg.wandb != WandbMode.disabled:
+    if cfg.wandb != "disabled":
         try:
             sinks["wandb"] = WandbTracker(cfg, run_dir, run_id, config)
         except Exception as error:  # no network, no login: metrics.jsonl has everything

@@ -33,7 +33,7 @@ class WandbTracker(Tracker):
         kinds = [name for key in ("model", "param", "optim") if (name := (config.get(key) or {}).get("name"))]
         self._wandb = wandb
         self._run = wandb.init(
-            mode=cfg.wandb.value,
+            mode=cfg.wandb,
             project=cfg.project,
             entity=cfg.entity,
             group=cfg.group,

@@ -15,12 +15,12 @@ from lrtrain.errors import ConfigError
 @pytest.mark.parametrize(
     "override,message",
     [
-        ("train.steps=many", "train.steps=many: .*Integer"),
-        ("train.clip=[1]", "train.clip=.1.: "),
-        ("optim.lr=fast", "optim.lr=fast: .*Float"),
-        ("param.density=thick", "param.density=thick: .*Float"),
-        ("engine.replicas=two", "engine.replicas=two: .*Integer"),
-        ("tracking.wandb=sometimes", "tracking.wandb=sometimes: .*offline"),
+        ("train.steps=many", "train.steps=many must be a valid integer"),
+        ("train.clip=[1]", "train.clip=.1. must be a valid number, or null"),
+        ("optim.lr=fast", "optim.lr=fast must be a valid number"),
+        ("param.density=thick", "param.density=thick must be a valid number"),
+        ("engine.replicas=two", "engine.replicas=two must be a valid integer"),
+        ("tracking.wandb=sometimes", "tracking.wandb=sometimes must be 'offline', 'online' or 'disabled'"),
         ("data.path=???", "data.path has no value"),
         ("+train.stps=3", "train.stps is not a key .*did you mean train.steps"),
         ("+param.densty=3", "param.densty is not a key .*did you mean param.density"),
@@ -37,7 +37,13 @@ def test_wrong_types_and_unknown_keys_are_named(override: str, message: str):
     "override,message",
     [
         ("train.stps=3", "train.stps is not a key of the configuration; did you mean train.steps?"),
-        ("param=sltran", "Available options in 'param'"),
+        ("param=sltran", "param=sltran is not one of cola, dense,"),
+        ("param=sltran", "; did you mean sltrain?"),
+        ("lr=1e-3", "lr is not a key of the configuration; did you mean optim.lr?"),
+        ("optim=base", "optim=base is not one of adamw,"),
+        ("batch=4", "did you mean train.batch_size?"),
+        ("optim.typo=1", "optim.typo is not a key of the configuration"),
+        ("engine.zero_stage=3", "zero_stage is not a key of the engine that is chosen; it belongs to engine=deepspeed"),
     ],
 )
 def test_what_hydra_itself_refuses_is_one_sentence(override: str, message: str):
@@ -50,20 +56,14 @@ def test_what_hydra_itself_refuses_is_one_sentence(override: str, message: str):
 @pytest.mark.parametrize(
     "override,processes,message",
     [
-        ("train.steps=0", 1, "train.steps=0 must be at least 1"),
+        ("train.steps=0", 1, "train.steps=0 trains nothing"),
         ("train.profile=999", 1, "train.profile=999 is not one of the steps 1 to train.steps=320"),
-        ("train.dtype=fp8", 1, "train.dtype=fp8 is not one of fp32, bf16, bf16_sr, auto"),
         ("train.batch_size=20", 3, "train.batch_size=20 is not a multiple of 12.*4 × 3 processes"),
-        ("eval.compat=lingua", 1, "eval.compat=lingua is not galore or null"),
-        ("train.recompute_keep=all", 1, "train.recompute_keep=all is not inputs or bottleneck"),
         (
             "train.recompute_keep=bottleneck",
             1,
             "train.recompute_keep=bottleneck has no effect .* train.recompute_every=1",
         ),
-        ("optim.lr=0.0", 1, "optim.lr=0.0 must be above 0"),
-        ("train.timeout_minutes=0", 1, "train.timeout_minutes=0.0 must be above 0"),
-        ("checkpoint.minutes=0", 1, "checkpoint.minutes=0.0 must be above 0"),
     ],
 )
 def test_values_that_do_not_fit_are_named(override: str, processes: int, message: str):
@@ -110,8 +110,6 @@ def test_every_yaml_of_every_group_composes():
     for group in ("model", "param", "optim", "schedule", "data", "engine", "spectra", "tracking"):
         folder = ROOT / "conf" / group
         for path in folder.glob("*.yaml"):
-            if (group, path.stem) == ("data", "base"):
-                continue
             needs = {"local": ["data.path=/x"], "hf": ["model.path=/x"]}.get(path.stem, [])
             compose(f"{group}={path.stem}", *needs)
 

@@ -30,7 +30,7 @@ PARAM = {"loro": "lowrank"}  # an optimizer's recipe
 
 def experiments() -> list[str]:
     """Those whose method is there."""
-    names = sorted(path.stem for path in FOLDER.glob("*_*.yaml") if path.stem != "c4_protocol")
+    names = sorted(path.stem for path in FOLDER.glob("*_*.yaml"))
     there = {path.stem for path in (ROOT / "conf" / "param").glob("*.yaml")}
     return [name for name in names if PARAM.get(method := name.split("_")[0], method) in there]
 

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lrtrain.config.schema import DataConfig
+from lrtrain.config.values import validated
 
 CONF = str(Path(__file__).resolve().parents[2] / "conf")
 SYLLABLES = ["ka", "lo", "mi", "ne", "ru", "ta", "so", "vi", "xe", "zu"]
@@ -40,7 +41,7 @@ def compose_data(choice: str, cache: Path, *overrides: str) -> DataConfig:
     with initialize_config_dir(CONF, version_base="1.3"):
         composed = compose(f"data/{choice}", [*fixed, *overrides])
     plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    return cast(DataConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), plain["data"])))  # pyright: ignore
+    return validated(DataConfig, cast(dict, plain)["data"], "data")
 
 
 def local_config(folder: Path, *overrides: str) -> DataConfig:

@@ -150,7 +150,7 @@ def test_another_number_of_streams_than_saved_is_named(c4):
     ("override", "message"),
     [
         ("data.streams=8", "data.streams=8 must be at most 7, the number of files"),
-        ("data.streams=0", "data.streams=0 must be a multiple of the number of processes"),
+        ("data.streams=0", "data.streams=0 must be greater than 0, or null"),
         ("data.path=/nope/*.json.gz", "data.path=/nope/.* cannot be listed"),
         ("data.source.validation=/nope/*.gz", "data.source.validation=/nope/.* cannot be listed"),
     ],

@@ -10,7 +10,6 @@ import torch._functorch.config
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.cola import CoLALinear
 from lrtrain.layers.lost import LOSTLinear
@@ -314,21 +313,6 @@ def test_lost_random_columns_are_drawn_from_the_generator():
     again, other = (layer.init_parameters(torch.Generator().manual_seed(s))["columns"] for s in (0, 1))
     assert torch.equal(layer.columns, again) and not torch.equal(layer.columns, other)
     assert (layer.columns.diff() > 0).all()
-
-
-@pytest.mark.parametrize(
-    "change,key",
-    [
-        ({"density": 1.5}, "param.density=1.5"),
-        ({"gamma": -0.1}, "param.gamma=-0.1"),
-        ({"activation": "relu"}, "param.activation=relu"),
-        ({"select": "best"}, "param.select=best"),
-        ({"complement_rank": 0}, "param.complement_rank=0"),
-    ],
-)
-def test_lost_names_what_is_wrong(change: dict, key: str):
-    with pytest.raises(ConfigError, match=key):
-        lost(8, 8, 2, **change)
 
 
 def test_best_factors_of_a_deficient_matrix_are_finite():

@@ -76,8 +76,8 @@ def test_a_layer_is_rebalanced_once_and_its_moments_begin_anew(method: str):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["param=lowrank", "param.rebalance_at=0"], "param.rebalance_at=0 must be at least 1"),
-        (["param=sltrain", "param.rebalance_at=0"], "param.rebalance_at=0 must be at least 1"),
+        (["param=lowrank", "param.rebalance_at=0"], "param.rebalance_at=0 must be greater than 0, or null"),
+        (["param=sltrain", "param.rebalance_at=0"], "param.rebalance_at=0 must be greater than 0, or null"),
         (
             ["param=lowrank", "param.rebalance_at=5", "param.residual=true"],
             "rebalance_at=5 .*residual=false",

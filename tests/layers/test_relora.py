@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lrtrain.engine.revision import revise_layers
-from lrtrain.errors import ConfigError
 from lrtrain.layers.relora import ReLoRALinear
 
 GOOD = {
@@ -133,9 +132,3 @@ def test_it_starts_from_any_dense_layer():
     layer, x = ReLoRALinear.from_dense(weight, 2, bias), torch.randn(4, 9)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, bias), rtol=0, atol=0)
     assert torch.equal(layer.dense_weight(), weight)
-
-
-@pytest.mark.parametrize("key,value", [("merge_every", 0), ("prune", 1.5), ("prune_by", "size"), ("scale", "alpha")])
-def test_it_names_what_is_wrong(key: str, value: object):
-    with pytest.raises(ConfigError, match=f"param.{key}={value}"):
-        started(**{key: value})

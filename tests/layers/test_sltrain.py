@@ -277,10 +277,6 @@ def test_where_there_is_no_kernel_auto_materializes_and_factored_is_refused(memo
 @pytest.mark.parametrize(
     "change,sentence",
     [
-        ({"density": 1.5}, "param.density=1.5"),
-        ({"scale": "alpha"}, "param.scale=alpha"),
-        ({"execution": "fast"}, "param.execution=fast"),
-        ({"support": "banded"}, "param.support=banded"),
         ({"support": "block", "block": 1}, "param.block=1"),
         ({"support": "block", "block": 32}, "param.block=32.*5461×2048.*5461 to 5472.*param.support=row_balanced"),
     ],

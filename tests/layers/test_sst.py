@@ -12,7 +12,6 @@ from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.engine.fsdp import FSDPEngine
 from lrtrain.engine.revision import revise_layers
-from lrtrain.errors import ConfigError
 from lrtrain.layers.sst import SSTLinear, active_probabilities, draw_order
 from lrtrain.model.build import make_model
 from lrtrain.model.counts import dense_parameter_count, trainable_count
@@ -269,10 +268,3 @@ def test_the_trained_share_is_the_published_one():
     """18.7 % of the parameters of LLaMA-1.3B at r = 128."""
     model = make_model(compose("model=llama_1b", "param=sst", "param.rank=128"))
     assert trainable_count(model) / dense_parameter_count(model) == pytest.approx(0.187, abs=0.002)
-
-
-@pytest.mark.parametrize("key,value", [("iteration", 0), ("round", 0), ("warmup", -1)])
-def test_it_names_what_is_wrong(key: str, value: int):
-    good = {"iteration": 2, "round": 2, "warmup": 0, "enhanced": True, "init_std": 0.02}
-    with pytest.raises(ConfigError, match=f"param.{key}={value}"):
-        SSTLinear(8, 8, False, 2, **{**good, key: value})

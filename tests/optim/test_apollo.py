@@ -7,7 +7,6 @@ import torch
 from toy import COMMON, SHAPES, Matrices, adam, decayed, gradients, in_parts, stepped
 
 from lrtrain.core.seeds import integer_seed
-from lrtrain.errors import ConfigError
 from lrtrain.optim.adam import adam_direction
 from lrtrain.optim.adamw import AdamW
 from lrtrain.optim.apollo import Apollo
@@ -130,16 +129,3 @@ def test_state_is_less_than_half_of_adamws(m: int, n: int):
     assert optimizer.state_bytes() == 4 * (2 * m + n) * 512 <= 0.45 * adamw
     mini = Apollo(model, **SETTINGS | {"rank": 1, "factors": "tensor"}, **COMMON)
     assert mini.state_bytes() == 4 * (2 * m + n) <= 0.002 * adamw
-
-
-@pytest.mark.parametrize(
-    "own, said",
-    [
-        ({"factors": "row"}, "optim.factors=row is not channel or tensor"),
-        ({"basis": "svd"}, "optim.basis=svd is not gaussian or sparse"),
-    ],
-)
-def test_what_cannot_be_is_refused(own: dict, said: str):
-    with pytest.raises(ConfigError) as error:
-        Apollo(Matrices(), **SETTINGS | own, **COMMON)
-    assert said in str(error.value)

@@ -5,6 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lrtrain.config.compose import compose
+from lrtrain.errors import ConfigError
+from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.model.build import make_model
 from lrtrain.optim.groups import parameter_groups, parameter_roles
 
@@ -62,3 +64,12 @@ def test_conv1d_weights_and_experts_are_matrices():
     }
     mamba = roles("mamba", hidden_size=32, num_hidden_layers=1, state_size=8)
     assert mamba["backbone.layers.0.mixer.conv1d.weight"] == mamba["backbone.layers.0.mixer.A_log"] == "norm"
+
+
+@pytest.mark.parametrize("role", [None, "factor"])
+def test_a_layer_that_gives_a_parameter_no_known_role_is_refused_by_name(role: str | None, monkeypatch):
+    model = make_model(compose(*SMALL, "param=lowrank"))
+    layer = next(m for m in model.modules() if isinstance(m, LowRankLinear))
+    monkeypatch.setattr(type(layer), "roles", {"B.weight": "factor_left"} | ({"A.weight": role} if role else {}))
+    with pytest.raises(ConfigError, match=r"LowRankLinear.roles .* parameter A.weight .*; give one of factor_left, "):
+        parameter_groups(model, 0.1)

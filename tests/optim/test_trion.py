@@ -62,10 +62,5 @@ def test_what_the_columns_leave_out_stays_in_the_momentum():
 
 def test_state_is_the_momentum_and_a_rank_above_the_smaller_side_is_refused():
     assert Trion(Matrices(device="meta"), **SETTINGS, **COMMON).state_bytes() == sum(4 * m * n for m, n in SHAPES)
-    for wrong, sentence in (
-        ({"rank": 19}, r"optim.rank=19 is not between 1 and min\(in, out\)=18 of layers.2.weight"),
-        ({"norm": "l3"}, "optim.norm=l3 is not l1 or l2"),
-        ({"adjust": "dion"}, "optim.adjust=dion is not one of match_rms_adamw, jordan, spectral"),
-    ):
-        with pytest.raises(ConfigError, match=sentence):
-            Trion(Matrices(), **SETTINGS | wrong, **COMMON)
+    with pytest.raises(ConfigError, match=r"optim.rank=19 is not between 1 and min\(in, out\)=18 of layers.2.weight"):
+        Trion(Matrices(), **SETTINGS | {"rank": 19}, **COMMON)

@@ -10,7 +10,8 @@ from launching import SMALL
 from traffic_job import measure
 
 from lrtrain.config.compose import compose
-from lrtrain.config.schema import Config, compute_dtype
+from lrtrain.config.dtypes import compute_dtype
+from lrtrain.config.schema import Config
 from lrtrain.model.build import make_model
 from lrtrain.planning.plan import memory_per_process
 from lrtrain.planning.traffic import Hardware, Traffic, forecast, traffic

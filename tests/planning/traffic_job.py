@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrtrain import distributed
 from lrtrain.config.choice import choice
-from lrtrain.config.schema import Config, compute_dtype
+from lrtrain.config.dtypes import compute_dtype
+from lrtrain.config.schema import Config
 from lrtrain.distributed.sharding import local
 from lrtrain.distributed.world import World
 from lrtrain.engine import gloo

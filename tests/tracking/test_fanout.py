@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import lrtrain.tracking as tracking
-from lrtrain.config.schema import WandbMode
 from lrtrain.tracking import Tracker, TrackingConfig, open_tracker
 from lrtrain.tracking.fanout import FanOut
 from lrtrain.tracking.jsonl import read_metrics
@@ -53,12 +52,12 @@ def test_an_interrupt_is_not_a_failure():
         FanOut({"sink": Interrupted()}).log(1, 1, {})
 
 
-def config(wandb: WandbMode) -> TrackingConfig:
+def config(wandb: str) -> TrackingConfig:
     return TrackingConfig(wandb=wandb, project="p", entity=None, group=None, tags=[])
 
 
 def test_without_wandb_there_are_jsonl_and_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    tracker = open_tracker(config(WandbMode.disabled), tmp_path, "id", {}, total_steps=10)
+    tracker = open_tracker(config("disabled"), tmp_path, "id", {}, total_steps=10)
     tracker.log(1, 100, {"train/loss": 2.0})
     tracker.finish({}, 0)
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["metrics"] == {"train/loss": 2.0}
@@ -72,7 +71,7 @@ def test_a_run_starts_without_wandb_if_wandb_cannot(
         raise ConnectionError("no network")
 
     monkeypatch.setattr(tracking, "WandbTracker", no_network)
-    tracker = open_tracker(config(WandbMode.online), tmp_path, "id", {}, total_steps=10)
+    tracker = open_tracker(config("online"), tmp_path, "id", {}, total_steps=10)
     tracker.log(1, 100, {"train/loss": 2.0})
     assert "no network" in capsys.readouterr().err
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1

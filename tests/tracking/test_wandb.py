@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from offline import STEP, history, of_type, segments
 
-from lrtrain.config.schema import TrackingConfig, WandbMode
+from lrtrain.config.schema import TrackingConfig
 from lrtrain.tracking.wandb_sink import DEPTHS_SHOWN, WandbTracker, evenly, layer_metrics, shown_indices
 
 pytest.importorskip("wandb")
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
-CONFIG = TrackingConfig(wandb=WandbMode.offline, project="p", entity=None, group="g", tags=["lowrank", "rank-4"])
+CONFIG = TrackingConfig(wandb="offline", project="p", entity=None, group="g", tags=["lowrank", "rank-4"])
 
 
 @pytest.fixture(autouse=True)
@@ -71,9 +71,9 @@ def test_a_killed_process_loses_little(tmp_path: Path):
 import time
 from pathlib import Path
 import numpy as np
-from lrtrain.config.schema import TrackingConfig, WandbMode
+from lrtrain.config.schema import TrackingConfig
 from lrtrain.tracking.wandb_sink import WandbTracker
-config = TrackingConfig(WandbMode.offline, "p", None, None, [])
+config = TrackingConfig("offline", "p", None, None, [])
 run = WandbTracker(config, Path({str(tmp_path)!r}), "run-id", {{}})
 for step in range(10):
     run.log_spectra(step, {{"layers.0.q_proj": np.ones(8)}})

@@ -1,0 +1,23 @@
+"""What `train.dtype` means: the dtype of the arithmetic, and that in which parameters are kept."""
+
+from typing import Literal
+
+import torch
+
+from lrtrain.config.schema import Config
+
+Dtype = Literal["fp32", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """The dtype of the arithmetic; `auto` and `bf16_sr`: bf16 on CUDA and fp32 on CPU, where bfloat16 has few fast
+    kernels."""
+    if config.train.dtype in DTYPES:
+        return DTYPES[config.train.dtype]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def parameter_dtype(config: Config) -> torch.dtype:
+    """What parameters and gradients are kept in: bfloat16 with `train.dtype=bf16_sr`, else float32."""
+    return torch.bfloat16 if config.train.dtype == "bf16_sr" else torch.float32

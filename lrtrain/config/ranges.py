@@ -1,0 +1,46 @@
+"""Types that say which values a number or a string may have.
+
+They annotate the schema and the signatures of layers, optimizers, schedules and engines, beside pydantic's own
+(`PositiveInt`, `NonNegativeFloat`) and `Literal`; `lrtrain.config.values` holds the configuration against them.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+
+def _held(test: Callable[[Any], bool], told: str) -> AfterValidator:
+    """A condition, and what is told where it does not hold: it follows `key=value`."""
+
+    def validate(value: Any) -> Any:
+        if not test(value):
+            raise ValueError(told)
+        return value
+
+    return AfterValidator(validate)
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from error
+    return pattern
+
+
+Share = Annotated[float, _held(lambda x: 0 <= x <= 1, "must be a share from 0 to 1")]
+ShareOfSteps = Annotated[float, _held(lambda x: 0 <= x <= 1, "must be a share of all steps, from 0 to 1")]
+PositiveShare = Annotated[float, _held(lambda x: 0 < x <= 1, "must be a share above 0 and at most 1")]
+ShareBelowOne = Annotated[float, _held(lambda x: 0 <= x < 1, "must be at least 0 and below 1")]
+Betas = Annotated[list[ShareBelowOne], Field(min_length=2, max_length=2)]
+Regex = Annotated[str, AfterValidator(_regular_expression)]
+RankOrShare = Annotated[
+    int | float,
+    _held(
+        lambda x: 0 < x <= 1 if isinstance(x, float) else x >= 1,
+        "must be an integer from 1 up, or a share above 0 and at most 1, such as 0.25",
+    ),
+]
+"""A matrix rank, or a share of each matrix's min(out, in)."""
