@@ -59,7 +59,9 @@ def main(composed: DictConfig) -> None:
 def job(composed: DictConfig) -> None:
     """Check the configuration, then plan it (`dry_run=true`) or train it."""
     if composed.run.name is None:
-        composed.run.name = run_name(composed, HydraConfig.get().overrides.task)
+        hydra_config = HydraConfig.get()
+        name = hydra_config.job.config_name
+        composed.run.name = run_name(composed, hydra_config.overrides.task, config_name=name)
     config = spend(typed(composed))
     world_size = environment_world_size()
     if config.dry_run:
@@ -99,6 +101,8 @@ def note_failure(message: str) -> None:
 
 
 if __name__ == "__main__":
+    # DeepSpeed's launcher says it here, and in the environment as all others do.
+    sys.argv = [argument for argument in sys.argv if not argument.startswith(("--local_rank=", "--local-rank="))]
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:

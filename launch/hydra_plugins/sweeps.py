@@ -41,7 +41,8 @@ class PretrainLauncher(Launcher):
         common, hydra = copy.deepcopy(config), config.hydra
         with open_dict(common):
             common.pop("hydra")
-        self.sweep = plan_sweep(common, [*hydra.overrides.task], [*(hydra.sweeper.get("params") or {})])
+        swept = [*(hydra.sweeper.get("params") or {})]
+        self.sweep = plan_sweep(common, [*hydra.overrides.task], swept, hydra.job.config_name, composed_from(hydra))
         self.tell = Tell(self.sweep, speaks=environment_rank() == 0)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -49,7 +50,7 @@ class PretrainLauncher(Launcher):
         jobs = [self.sweep.job(job, self.loader.load_sweep_config(self.config, [*job])) for job in job_overrides]
         outcomes = print_plans(jobs) if self.config.dry_run else self.run(jobs)
         return [
-            JobReturn(overrides=job.overrides, cfg=job.composed, status=JobStatus.COMPLETED, _return_value=outcome)
+            JobReturn(overrides=job.arguments, cfg=job.composed, status=JobStatus.COMPLETED, _return_value=outcome)
             for job, outcome in zip(jobs, outcomes, strict=True)
         ]
 
@@ -59,6 +60,15 @@ class PretrainLauncher(Launcher):
 
     def gather(self) -> None:  # noqa: B027
         """Until all processes are here: torchrun ends the others as soon as one of them exits with an error."""
+
+
+def composed_from(hydra: DictConfig) -> list[str]:
+    """The options by which another process composes from the same files."""
+    folders = {source.provider: source.path.removeprefix("file://") for source in hydra.runtime.config_sources}
+    named = {"main": "--config-path", "command-line": "--config-dir"}
+    searched = [one for one in hydra.overrides.hydra if one.startswith("hydra.searchpath")]
+    options = [f"{option}={folders[provider]}" for provider, option in named.items() if provider in folders]
+    return [f"--config-name={hydra.job.config_name}", *options, *searched]
 
 
 class InTurnLauncher(PretrainLauncher):
@@ -193,16 +203,18 @@ class OptunaSweeper(PretrainSweeper):
         self.objectives, self.n_trials, self.n_jobs, self.sampler = dict(objectives), n_trials, n_jobs, sampler
 
     def search(self, overrides: list[Override]) -> list[Outcome]:
-        from lrtrain.sweeps.search import Search
+        from lrtrain.sweeps.search import Search, refuse_nothing_held_out, refuse_unmeasured
 
         space = [override for override in overrides if override.is_sweep_override()]
         fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+        refuse_nothing_held_out(self.objectives, self.config)
         search = Search(space, self.objectives, self.sampler)
         outcomes: dict[str, Outcome] = {}  # of the jobs; the same one may be proposed again
         trials = 0
         while trials < self.n_trials and (self.dry_run or all(one.ended for one in outcomes.values())):
             proposals = search.ask(min(self.n_jobs, self.n_trials - trials))
             batch = self.run([[*fixed, *proposal] for proposal in proposals], trials)
+            refuse_unmeasured(self.objectives, batch)
             search.tell(batch)
             outcomes |= {one.job: one for one in batch if one.job not in outcomes}
             trials += len(batch)

@@ -97,8 +97,10 @@ def from_stored(plain: dict[str, Any]) -> Config:
         ConfigError: as `typed`.
     """
     stored = OmegaConf.create(plain)
-    chosen = [f"{group}={stored[group].name}" for group in ("param", "optim", "schedule", "engine")]
-    for section, defaults in default_composition(*chosen).items():
+    ours = {group for group in CALLED_WITH if (CONF / group / f"{stored[group].name}.yaml").is_file()}
+    for section, defaults in default_composition(*(f"{group}={stored[group].name}" for group in sorted(ours))).items():
+        if section in CALLED_WITH.keys() - ours:
+            continue  # a choice of the user's own, which conf/ does not have: as it was stored
         if section not in stored:
             stored[section] = defaults
         elif isinstance(defaults, DictConfig):

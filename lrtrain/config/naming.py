@@ -16,9 +16,14 @@ def fingerprint(config: Config) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def run_name(composed: DictConfig, overrides: list[str], swept: Sequence[str] = ()) -> str:
+DEFAULT = "pretrain"  # the configuration that is composed where --config-name names no other
+
+
+def run_name(
+    composed: DictConfig, overrides: list[str], swept: Sequence[str] = (), config_name: str | None = DEFAULT
+) -> str:
     """The name of a run that was given none: the experiment's, or <model>-<param>, and a hash of the other overrides
-    if there are any.
+    if there are any; before it that of the configuration, if it is not conf/pretrain.yaml.
 
     A function of the command line alone, so all processes and a requeued job find the same run. Of a sweep, whose
     `swept` keys have no value of their own, these are left out.
@@ -26,6 +31,7 @@ def run_name(composed: DictConfig, overrides: list[str], swept: Sequence[str] = 
     experiments = [o.removeprefix("experiment=") for o in overrides if o.startswith("experiment=")]
     subjects = [composed[group].name for group in ("model", "param") if group not in swept]
     name = experiments[-1] if experiments else "-".join(subjects)
+    name = name if config_name == DEFAULT else f"{config_name}-{name}"
     named = ("experiment=",) if experiments else ("model=", "param=")
     others = [o for o in telling(overrides) if not o.lstrip("+~").startswith(named)]
     return f"{name}-{short_hash(others)}" if others else name

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lrtrain.config.check import check, check_directories
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import typed
-from lrtrain.config.naming import run_name, short_hash, telling
+from lrtrain.config.naming import DEFAULT, run_name, short_hash, telling
 from lrtrain.errors import ConfigError
 
 FAILURE = "LRTRAIN_FAILURE"  # names the file in which the process of a job leaves the sentence that it fails with
@@ -27,7 +27,7 @@ class Job:
 
     name: str
     composed: DictConfig
-    overrides: list[str]
+    arguments: list[str]
     """Of launch/pretrain.py: what starts this job alone."""
 
     @property
@@ -67,10 +67,14 @@ class Sweep:
     folder: Path
     swept: list[str]
     """The keys that differ between the jobs."""
+    config_name: str = DEFAULT
+    """What the jobs are composed from, if not conf/pretrain.yaml."""
+    options: Sequence[str] = ()
+    """Of launch/pretrain.py, for the same configuration to be composed in another process."""
 
     def job(self, overrides: Sequence[str], composed: DictConfig) -> Job:
         """The job of these overrides. A run directory that exists is its own: it is resumed."""
-        name = job_name(overrides, self.swept)
+        name = job_name(overrides, self.swept, self.config_name)
         folder = self.folder / name
         known = composed.resume == "never" or (folder / "run.json").is_file()
         place = {
@@ -84,35 +88,44 @@ class Sweep:
         for key, value in place.items():
             OmegaConf.update(composed, key, value)
         others = [override for override in overrides if override.partition("=")[0] not in place]
-        return Job(name, composed, [*others, *(f"{key}={quoted(value)}" for key, value in place.items())])
+        placed = [f"{key}={quoted(value)}" for key, value in place.items()]
+        return Job(name, composed, [*self.options, *others, *placed])
 
 
-def plan_sweep(composed: DictConfig, overrides: list[str], swept: Sequence[str]) -> Sweep:
+def plan_sweep(
+    composed: DictConfig,
+    overrides: list[str],
+    swept: Sequence[str],
+    config_name: str = DEFAULT,
+    options: Sequence[str] = (),
+) -> Sweep:
     """The sweep of a command line.
 
     Args:
         composed: the configuration without what is swept; `run.name` and `run.dir` are the sweep's, if given.
         overrides: the command line's, the swept ones too.
         swept: keys that the sweeper has beside those of the command line.
+        config_name, options: see `Sweep`.
     """
     parsed = OverridesParser.create().parse_overrides(overrides)
     keys = [*swept, *(key_of(one) for one in parsed if one.is_sweep_override())]
     if composed.run.name is None:
         fixed = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
         by = "-".join(key.rsplit(".", 1)[-1] for key in keys)
-        composed.run.name = f"{run_name(composed, fixed, keys)}-by-{by}".lstrip("-")
-    return Sweep(composed.run.name, Path(composed.run.dir), keys)
+        composed.run.name = f"{run_name(composed, fixed, keys, config_name)}-by-{by}".lstrip("-")
+    return Sweep(composed.run.name, Path(composed.run.dir), keys, config_name, options)
 
 
 def key_of(override: Override) -> str:
     return override.get_key_element().lstrip("+~")
 
 
-def job_name(overrides: Sequence[str], swept: Sequence[str]) -> str:
+def job_name(overrides: Sequence[str], swept: Sequence[str], config_name: str = DEFAULT) -> str:
     """`rank16-lr0.002-1a2b3c4d`: what is swept, for the reader, and a hash of all that tells."""
+    composed_from = [] if config_name == DEFAULT else [f"--config-name={config_name}"]
     values = {key: value for key, _, value in (override.lstrip("+~").partition("=") for override in overrides)}
     readable = "-".join(label(key, values[key]) for key in swept if key in values)
-    return f"{readable[:80]}-{short_hash(telling([*overrides]))}".lstrip("-")
+    return f"{readable[:80]}-{short_hash([*composed_from, *telling([*overrides])])}".lstrip("-")
 
 
 def label(key: str, value: str) -> str:

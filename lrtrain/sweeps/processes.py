@@ -102,7 +102,7 @@ def torchrun(job: Job, nproc: int, *options: str) -> list[str]:
     """The command line that runs a job on `nproc` processes of each machine."""
     where = options or ["--standalone"]
     sizes = [f"--nproc_per_node={nproc}", f"--shutdown-timeout={SAVING}"]
-    return [sys.executable, "-m", "torch.distributed.run", *where, *sizes, str(PRETRAIN), *job.overrides]
+    return [sys.executable, "-m", "torch.distributed.run", *where, *sizes, str(PRETRAIN), *job.arguments]
 
 
 def own_environment(failure: Path) -> dict[str, str]:

@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 import optuna
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from omegaconf import DictConfig
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from lrtrain.errors import ConfigError
 from lrtrain.sweeps.jobs import Outcome
 
 Direction = Literal["minimize", "maximize"]
@@ -65,6 +67,28 @@ def distribution(override: Override) -> BaseDistribution:
             return IntDistribution(int(values[0]), int(values[-1]), step=sweep.step)
         return FloatDistribution(values[0], values[-1], step=sweep.step)
     return CategoricalDistribution([*override.sweep_string_iterator()])
+
+
+def refuse_nothing_held_out(objectives: Sequence[str], composed: DictConfig) -> None:
+    """Raise ConfigError where an objective is measured on held-out text, and the configuration holds none out."""
+    asked = [key for key in objectives if key.startswith("eval_")]
+    if asked and not composed.data.validation_fraction and not composed.data.source.get("validation"):
+        raise ConfigError(
+            f"hydra.sweeper.objectives asks for {asked[0]}, which data.validation_fraction=0 leaves without text; hold "
+            f"some out, or choose another key of summary.json"
+        )
+
+
+def refuse_unmeasured(objectives: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+    """Raise ConfigError where a run has finished and not measured an objective: no other would."""
+    for one in outcomes:
+        missing = [key for key in objectives if one.status == "finished" and one.summary.get(key) is None]
+        if missing:
+            known = ", ".join(key for key, value in one.summary.items() if isinstance(value, int | float))
+            raise ConfigError(
+                f"hydra.sweeper.objectives asks for {missing[0]}, which summary.json of {one.job} does not have; it has "
+                f"{known}"
+            )
 
 
 def values_of(summary: Mapping[str, Any], objectives: Sequence[str]) -> list[float] | None:
