@@ -10,7 +10,7 @@ from lrtrain.config.ranges import ShareBelowOne
 from lrtrain.core.seeds import generator_for
 from lrtrain.distributed.sharding import local
 from lrtrain.optim.base import Common
-from lrtrain.optim.orthogonal import ITERATIONS, Orthogonalization, orthogonalize, spectral_norm
+from lrtrain.optim.orthogonal import ITERATIONS, Coefficients, Orthogonalization, orthogonalize, spectral_norm
 from lrtrain.optim.pairs import FactorPair, PartnerOptimizer
 from lrtrain.optim.rows import Rows, rows_like
 

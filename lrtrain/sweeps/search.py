@@ -86,8 +86,7 @@ def refuse_unmeasured(objectives: Sequence[str], outcomes: Sequence[Outcome]) ->
         if missing:
             known = ", ".join(key for key, value in one.summary.items() if isinstance(value, int | float))
             raise ConfigError(
-                f"hydra.sweeper.objectives asks for {missing[0]}, which summary.json of {one.job} does not have; it has "
-                f"{known}"
+                f"hydra.sweeper.objectives asks for {missing[0]}, which summary.json of {one.job} lacks; it has {known}"
             )
 
 
