@@ -1,6 +1,7 @@
 """Choices: configuration nodes that name a callable by `_target_` and are held against its signature."""
 
 import inspect
+import pkgutil
 from collections.abc import Callable
 from dataclasses import asdict, make_dataclass
 from functools import partial
@@ -69,9 +70,9 @@ def find(section: str, path: str) -> Any:
         ConfigError: if it cannot be imported.
     """
     try:
-        return hydra.utils.get_object(path)
-    except Exception as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        return pkgutil.resolve_name(path)
+    except Exception as error:  # whatever the module raises as it is imported
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{section}._target_={path} cannot be imported: {reason}") from error
 
 

@@ -69,7 +69,7 @@ def role_of(layer: FactorizedLinear, key: str) -> str:
         ConfigError: if it says nothing, or something that no optimizer knows.
     """
     role = layer.roles.get(key)
-    if role not in get_args(Role):
+    if role is None or role not in get_args(Role):
         said = f"calls its parameter {key} {role}" if role else f"gives its parameter {key} no role"
         raise ConfigError(f"{type(layer).__name__}.roles {said}; give one of {', '.join(get_args(Role))}")
     return role
