@@ -81,6 +81,11 @@ class RunOrigin:
 
     def shape(self, name: str) -> torch.Size:
         parent, _, key = name.rpartition(".")
+        if layer := self.run.layers.get(name):  # experts
+            shape = (
+                (layer.in_features, layer.out_features) if layer.transposed else (layer.out_features, layer.in_features)
+            )
+            return torch.Size((layer.batch, *shape))
         if layer := self.run.layers.get(parent):
             return torch.Size((layer.out_features, layer.in_features) if key == "weight" else (layer.out_features,))
         return self.run.model.state_dict()[name].shape

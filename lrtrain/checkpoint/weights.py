@@ -93,6 +93,9 @@ class RunWeights:
             NotImplementedError: where a layer stands for no matrix.
         """
         parent, _, key = name.rpartition(".")
+        if name in self.layers:  # experts
+            weight = self.layer(name).dense_weight()
+            return weight.mT.contiguous() if self.layers[name].transposed else weight
         if parent not in self.layers:
             return self.tensor(name)
         if key == "weight":

@@ -54,6 +54,15 @@ class FactorizedLinear(nn.Module, ABC):
     constrained: bool = False
     """Whether `after_step` does something."""
 
+    batchable: ClassVar[bool] = False
+    """Whether a batch of such layers can stand for a layer's experts; see `FactorizedExperts`."""
+
+    transposed: bool = False
+    """Whether the dense layer in whose place it is keeps its weight as (in, out)."""
+
+    batch: int = 1
+    """How many such layers this one holds: with more than one W is (batch, out, in)."""
+
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()
         self.in_features = in_features
@@ -127,6 +136,10 @@ class FactorizedLinear(nn.Module, ABC):
 
         Work that an execution repeats or adds (rebuilding W) is not counted.
         """
+
+    def dense_flops(self, tokens: int) -> int:
+        """The same of the dense layer in whose place it is."""
+        return 2 * tokens * self.in_features * self.out_features
 
     def training_flops(self, tokens: int) -> int:
         """The same of forward and backward pass: three times as many where all parameters are trained."""

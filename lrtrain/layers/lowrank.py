@@ -38,6 +38,7 @@ class LowRankLinear(RebalancedLinear):
         ConfigError: if rebalance_at is given with a residual.
     """
 
+    batchable = True
     roles = {"B.weight": "factor_left", "A.weight": "factor_right", "B.bias": "bias"}
 
     def __init__(

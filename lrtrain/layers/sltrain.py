@@ -151,6 +151,7 @@ class SLTrainLinear(RebalancedLinear):
         ConfigError: for a block that does not divide the shape.
     """
 
+    batchable = True
     roles = {
         "B.weight": "factor_left",
         "A.weight": "factor_right",

@@ -17,6 +17,7 @@ from lrtrain.measure.weights import (
     LinearLayer,
     matching,
     part_metrics,
+    single,
     spectra_metrics,
     tail_metrics,
     too_large,
@@ -24,8 +25,8 @@ from lrtrain.measure.weights import (
     weight_spectra,
 )
 from lrtrain.model.build import make_model
+from lrtrain.model.experts import measured
 from lrtrain.model.init import initial_layer
-from lrtrain.model.structure import matrices
 
 
 class Monitor:
@@ -43,19 +44,21 @@ class Monitor:
     @property
     def matrices(self) -> Mapping[str, LinearLayer]:
         """The layers that are measured, with the parameters that the optimizer steps."""
-        return matrices(self.engine.shards, self.config.param["pattern"])
+        return measured(self.engine.shards, self.config.param["pattern"])
 
     def measure(self) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Metrics of weights, hidden states and updates; singular values by the layer's name. A collective."""
+        """Metrics of weights, hidden states and updates; singular values by the layer's name, of experts their
+        means. A collective."""
         layers, chosen = self.matrices, self.chosen
         large = too_large(layers, chosen.exact_up_to)
         spectra = weight_spectra({name: layer for name, layer in layers.items() if name not in large})
-        shares, parts = part_metrics(matching(layers, chosen.parts))
+        shares, parts = part_metrics(matching(single(layers), chosen.parts))
         metrics = spectra_metrics(spectra, weight_estimates(large)) | shares
-        metrics |= tail_metrics(matching(layers, chosen.tails), spectra)
+        metrics |= tail_metrics(matching(single(layers), chosen.tails), spectra)
         metrics |= self._hidden()
-        metrics |= self.movement.measure(matching(layers, chosen.updates))
-        return metrics, spectra | parts
+        metrics |= self.movement.measure(matching(single(layers), chosen.updates))
+        means = {name: sigma.mean(0) if sigma.ndim == 2 else sigma for name, sigma in spectra.items()}
+        return metrics, means | parts
 
     def _hidden(self) -> dict[str, float]:
         rows = evenly_spaced(len(self.data.validation), self.chosen.hidden)
@@ -67,5 +70,5 @@ class Monitor:
 
     def measure_gradients(self) -> dict[str, float]:
         """Metrics of the gradients as they are now. A collective."""
-        layers = matching(self.matrices, self.chosen.gradients)
+        layers = matching(single(self.matrices), self.chosen.gradients)
         return self.gradients.measure(layers) if layers else {}

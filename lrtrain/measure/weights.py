@@ -1,7 +1,8 @@
 """Singular values of all weights of a model that may be spread over processes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from statistics import fmean
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -19,14 +20,15 @@ from lrtrain.measure.movement import linear_map
 from lrtrain.measure.parts import head_and_tail
 from lrtrain.measure.shards import Product, product_at, sends_gram, singular_values_if_resolved
 from lrtrain.measure.tails import fits
+from lrtrain.model.experts import DenseExperts
 
-LinearLayer = FactorizedLinear | nn.Linear
+LinearLayer = FactorizedLinear | nn.Linear | DenseExperts
 L = TypeVar("L", bound=LinearLayer)
 
 
 @torch.no_grad()
 def weight_spectra(layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
-    """Singular values of each layer's matrix by module name: float64 on the CPU, largest first.
+    """Singular values of each layer's matrix by module name: float64, on the CPU, descending; of experts (experts, …).
 
     A collective: every process calls it with the same names and gets the same spectra. Each is computed by one process;
     those that are computed at the same time cost about the same. Where a Gram of row shards is fewer bytes than the
@@ -49,7 +51,11 @@ def weight_estimates(layers: Mapping[str, LinearLayer]) -> dict[str, dict[str, f
 
     def estimate(name: str, layer: LinearLayer) -> dict[str, Tensor]:
         weight = linear_map(layer).float()
-        return as_tensors(estimated_metrics(weight, generator_for(0, f"estimate of {name}")))
+        found = [
+            estimated_metrics(matrix, generator_for(0, f"estimate of {name}"))
+            for matrix in (weight if weight.ndim == 3 else [weight])
+        ]
+        return as_tensors(mean_metrics(found))
 
     return {name: as_numbers(values) for name, values in compute_layers_across_ranks(layers, estimate)}
 
@@ -66,14 +72,28 @@ def spectra_metrics(
 
     `spectra/<layer>/<metric>` for each layer, `spectra/summary/<projection>/<metric>_mean` over the layers that
     share the last component of their name (q_proj, …) and under `all` over all of them, and in `spectra_meta/`
-    how many matrices were zero or not finite. `erank_rel` is relative to the number of values in the spectrum.
+    how many layers were zero or not finite. Those of experts are means over them. `erank_rel` is relative to the number
+    of values in the spectrum.
     """
-    exact = {name: summarize(sigma, len(sigma)) for name, sigma in spectra.items()}
+    exact = {
+        name: mean_metrics([summarize(s, len(s)) for s in torch.atleast_2d(sigma)]) for name, sigma in spectra.items()
+    }
     metrics = by_layer_and_projection({**exact, **estimates}, "spectra")
     found = [*exact.values(), *estimates.values()]
     metrics["spectra_meta/zero_matrices"] = float(sum(values.get("frobenius_norm") == 0 for values in found))
     metrics["spectra_meta/nonfinite"] = float(sum(not values for values in found))
     return metrics
+
+
+def mean_metrics(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the matrices that have it all; of one matrix its own."""
+    shared = [key for key in found[0] if all(key in of for of in found)]
+    return {key: fmean(of[key] for of in found) for key in shared}
+
+
+def single(layers: Mapping[str, L]) -> dict[str, L]:
+    """The layers that hold one matrix: all but experts."""
+    return {name: layer for name, layer in layers.items() if getattr(layer, "batch", 1) == 1}
 
 
 def matching(layers: Mapping[str, L], pattern: str | None) -> dict[str, L]:
@@ -115,7 +135,8 @@ def tail_metrics(layers: Mapping[str, LinearLayer], spectra: Mapping[str, Tensor
 
 
 def _cost(layer: LinearLayer) -> int:
-    return min(layer.in_features, layer.out_features) * layer.in_features * layer.out_features
+    size = layer.in_features * layer.out_features
+    return getattr(layer, "batch", 1) * min(layer.in_features, layer.out_features) * size
 
 
 def _size(layer: LinearLayer) -> int:
@@ -130,8 +151,13 @@ def _from_grams(_: str, product: Product) -> dict[str, Tensor]:
 
 def _from_layer(_: str, layer: LinearLayer) -> dict[str, Tensor]:
     layer = _upcast(layer)
-    dense = not isinstance(layer, FactorizedLinear)
-    return {"sigma": (dense_singular_values(layer.weight) if dense else layer.singular_values()).cpu()}
+    if isinstance(layer, FactorizedLinear):
+        sigma = layer.singular_values()
+    elif isinstance(layer, DenseExperts):
+        sigma = torch.stack([dense_singular_values(weight) for weight in layer.weight])
+    else:
+        sigma = dense_singular_values(layer.weight)
+    return {"sigma": sigma.cpu()}
 
 
 def _upcast(twin: L) -> L:

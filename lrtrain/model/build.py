@@ -15,7 +15,9 @@ from lrtrain.config.dtypes import parameter_dtype
 from lrtrain.config.schema import Config
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
+from lrtrain.layers.experts import FactorizedExperts
 from lrtrain.model.counts import parameter_count
+from lrtrain.model.experts import DenseExperts, dense_experts, replace_experts
 from lrtrain.model.rank import budget_rank, factorized, layer_rank
 from lrtrain.model.structure import linears, matrices
 
@@ -93,6 +95,10 @@ def factorized_model(
     model = build_model(shape, make_layer, param["pattern"], param["rank"], ranks)
     if zeros := param.get("zero_init"):
         found = [layer for name, layer in matrices(model, r"\.\d+\.").items() if re.search(zeros, name)]
+        if dense := [name for name in dense_experts(model, zeros)]:
+            raise ConfigError(
+                f"param.zero_init={zeros} matches {dense[0]}, which is dense and starts as in transformers"
+            )
         if not found:
             raise ConfigError(f"param.zero_init={zeros} matches none of the layers")
         for layer in found:
@@ -109,7 +115,7 @@ def build_model(
     rank: RankRule | None,
     ranks: Mapping[str, int] = MappingProxyType({}),
 ) -> PreTrainedModel:
-    """The causal language model of `config` on the meta device, with the linears that `pattern` finds factorized.
+    """The causal language model of `config` on meta, with the linears and experts that `pattern` finds factorized.
 
     Args:
         make_layer: called with in_features, out_features, bias, rank and device; None leaves the model dense.
@@ -127,10 +133,21 @@ def build_model(
         )
     if make_layer is not None:
         assert pattern is not None and rank is not None
-        found = linears(model, pattern)
+        found = linears(model, pattern) | batchable_experts(model, pattern, make_layer)
         if isinstance(rank, str):
             rank = budget_rank(rank, parameter_count(model), found, make_layer)
         for name, linear in found.items():
             layer = factorized(linear, make_layer, ranks.get(name) or layer_rank(rank, name, linear))
-            model.set_submodule(name, layer)
+            if isinstance(layer, FactorizedExperts):
+                replace_experts(model, name, layer)
+            else:
+                model.set_submodule(name, layer)
     return model
+
+
+def batchable_experts(
+    model: PreTrainedModel, pattern: str, make_layer: Callable[..., FactorizedLinear]
+) -> dict[str, DenseExperts]:
+    """The weights of experts that `pattern` finds, where layers of this class can be batched; else they stay dense."""
+    found = dense_experts(model, pattern)
+    return found if any(factorized(experts, make_layer, 1).one[0].batchable for experts in found.values()) else {}

@@ -14,7 +14,8 @@ def ledger(model: nn.Module) -> list[tuple[str, int, str, int]]:
     """What was replaced: rows (projection, layers, "out×in, rank", parameters), one per kind of layer."""
     rows: dict[tuple[str, str], list[int]] = {}
     for name, layer in factorized_layers(model).items():
-        shape = f"{layer.out_features}×{layer.in_features}, rank {layer.rank}"
+        experts = f"{layer.batch} × " if layer.batch > 1 else ""
+        shape = f"{experts}{layer.out_features}×{layer.in_features}, rank {layer.rank}"
         rows.setdefault((name.rsplit(".", 1)[-1], shape), []).append(parameter_count(layer))
     return [(kind, len(sizes), shape, sum(sizes)) for (kind, shape), sizes in rows.items()]
 
@@ -24,7 +25,7 @@ def above_break_even(model: nn.Module) -> list[str]:
     return [
         name
         for name, layer in factorized_layers(model).items()
-        if trainable_count(layer) >= layer.in_features * layer.out_features
+        if trainable_count(layer) >= layer.batch * layer.in_features * layer.out_features
     ]
 
 
@@ -48,7 +49,7 @@ def training_flops(model: PreTrainedModel, seq_len: int) -> Flops:
     for module in model.modules():
         if isinstance(module, FactorizedLinear):
             own += module.training_flops(1)
-            dense += 6 * module.in_features * module.out_features
+            dense += 3 * module.dense_flops(1)
         elif isinstance(module, nn.Linear) and id(module) not in inner:
             own += 6 * module.in_features * module.out_features
             dense += 6 * module.in_features * module.out_features
@@ -70,5 +71,5 @@ def dense_parameter_count(model: nn.Module) -> int:
     saved = 0
     for layer in factorized_layers(model).values():
         own = sum(p.numel() for name, p in layer.named_parameters() if layer.roles[name] != "bias")
-        saved += layer.in_features * layer.out_features - own
+        saved += layer.batch * layer.in_features * layer.out_features - own
     return parameter_count(model) + saved

@@ -150,6 +150,12 @@ def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str
     twin.__dict__ = dict(module.__dict__)
     twin._parameters = {key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()}  # type: ignore
     twin._parameters |= {key: None for key, p in module._parameters.items() if p is None}
+    # Factorized experts have values of their own, where transformers would draw dense ones.
+    factors = {
+        key: nn.Parameter(torch.empty(0)) for key, m in module._modules.items() if isinstance(m, FactorizedLinear)
+    }
+    twin._parameters |= factors
+    twin._modules = {key: child for key, child in module._modules.items() if key not in factors}
     twin._buffers = {key: torch.empty(b.shape, dtype=b.dtype) for key, b in buffers.items()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(seed, name))

@@ -10,11 +10,12 @@ from torch import nn
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.counts import parameter_count, trainable_count
+from lrtrain.model.experts import DenseExperts
 from lrtrain.model.structure import factorized_layers
 
 
 def budget_rank(
-    rule: str, dense: int, found: Mapping[str, nn.Linear], make_layer: Callable[..., FactorizedLinear]
+    rule: str, dense: int, found: Mapping[str, nn.Linear | DenseExperts], make_layer: Callable[..., FactorizedLinear]
 ) -> int:
     """The largest rank, the same in all layers, with which the model trains at most a share of its dense parameters.
 
@@ -28,20 +29,25 @@ def budget_rank(
     """
     if not re.fullmatch(r"\d+(\.\d+)?%", rule):
         raise ConfigError(f"param.rank={rule} is not a rank, a share such as 0.25, or a percentage such as 60%")
-    shapes = Counter((linear.out_features, linear.in_features, linear.bias is not None) for linear in found.values())
-    examples = {(m.out_features, m.in_features, m.bias is not None): m for m in found.values()}
+    shapes = Counter(map(kind_of, found.values()))
+    examples = {kind_of(linear): linear for linear in found.values()}
     kept = dense - sum(map(parameter_count, found.values()))
 
     def trained(rank: int) -> int:
         return kept + sum(n * trainable_count(factorized(examples[s], make_layer, rank)) for s, n in shapes.items())
 
-    budget, ranks = float(rule[:-1]) / 100 * dense, range(1, 1 + min(min(out, into) for out, into, _ in shapes))
+    budget, ranks = float(rule[:-1]) / 100 * dense, range(1, 1 + min(min(out, into) for out, into, *_ in shapes))
     if trained(1) > budget:
         raise ConfigError(f"param.rank={rule} of {dense:,} dense parameters is too few: rank 1 trains {trained(1):,}")
     return bisect_right(ranks, budget, key=trained)
 
 
-def layer_rank(rule: int | float | dict[str, int | float], name: str, linear: nn.Linear) -> int:
+def kind_of(linear: nn.Linear | DenseExperts) -> tuple[int, int, bool, int]:
+    """What its factors' sizes depend on besides their rank: out, in, whether there is a bias, how many there are."""
+    return linear.out_features, linear.in_features, linear.bias is not None, getattr(linear, "batch", 1)
+
+
+def layer_rank(rule: int | float | dict[str, int | float], name: str, linear: nn.Linear | DenseExperts) -> int:
     """The rank of one layer: an integer is the rank, a float a share of min(in, out), a mapping goes from patterns
     (searched in the layer's name, the first that is found holds) to either.
 
@@ -82,7 +88,10 @@ def mean_rank(model: nn.Module) -> float | None:
     return sum(ranks) / len(ranks) if ranks else None
 
 
-def factorized(linear: nn.Linear, make_layer: Callable[..., FactorizedLinear], rank: int) -> FactorizedLinear:
+def factorized(
+    linear: nn.Linear | DenseExperts, make_layer: Callable[..., FactorizedLinear], rank: int
+) -> FactorizedLinear:
     """What stands for a linear, on the meta device."""
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
-    return make_layer(**sizes, rank=rank, device="meta")
+    layer = make_layer(**sizes, rank=rank, device="meta")
+    return linear.factorized(layer) if isinstance(linear, DenseExperts) else layer

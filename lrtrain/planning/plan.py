@@ -122,6 +122,8 @@ def parameters_by_kind(model: nn.Module) -> dict[str, int]:
                 kind = "embeddings"
             elif isinstance(module, nn.Linear):
                 kind = "dense linears"
+            elif parameter.ndim == 3:
+                kind = "dense experts"
             else:
                 kind = "norms and others"
             counts[kind] += parameter.numel()

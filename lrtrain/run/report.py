@@ -1,11 +1,15 @@
 """What a run prints of itself at its start and its end."""
 
+import re
+from collections import defaultdict
 from typing import Any
 
 from torch import nn
 
 from lrtrain.measure.evaluate import perplexity
 from lrtrain.model.counts import above_break_even, dense_parameter_count, ledger, parameter_count, trainable_count
+from lrtrain.model.structure import factorized_layers
+from lrtrain.optim.groups import parameter_roles
 
 LOSS_AT_SHARE = "eval_loss_at_rank_share_"
 
@@ -14,12 +18,25 @@ def print_ledger(model: nn.Module) -> None:
     """What was factorized, and how small that makes the model."""
     for kind, layers, shape, size in ledger(model):
         print(f"  {kind:<12} {layers:>3} × ({shape}): {size:,} parameters")
+    if dense := dense_matrices(model):
+        print(f"  dense in the blocks: {', '.join(dense)}")
     if wasteful := above_break_even(model):
         print(f"  above break-even, no fewer trained than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
     ours, dense = parameter_count(model), dense_parameter_count(model)
     trained = trainable_count(model)
     frozen = f", {trained:,} of them trained" if trained < ours else ""
     print(f"  {ours:,} parameters{frozen}, {ours / dense:.0%} of the dense model's {dense:,}", flush=True)
+
+
+def dense_matrices(model: nn.Module) -> list[str]:
+    """What stays dense of the blocks of a factorized model, by kind."""
+    if not factorized_layers(model):
+        return []
+    parameters, kinds = dict(model.named_parameters()), defaultdict(list)
+    for name, role in parameter_roles(model).items():
+        if role == "matrix":
+            kinds[re.split(r"\.\d+\.", name)[-1]].append(parameters[name].numel())
+    return [f"{kind} {len(sizes)} × {sizes[0]:,}" for kind, sizes in kinds.items()]
 
 
 def summary_rows(summary: dict[str, Any]) -> dict[str, str]:

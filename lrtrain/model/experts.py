@@ -1,0 +1,124 @@
+"""Experts as transformers keeps them: modules with weights (experts, out, in), or transposed, and a router before them.
+
+transformers lets other code compute them (its `ExpertsInterface`); that is where factorized ones come in.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+from lrtrain.layers.base import FactorizedLinear
+from lrtrain.layers.experts import FactorizedExperts, even_split
+from lrtrain.model.structure import factorized_layers, linears
+
+FACTORIZED = "lrtrain_factorized"
+
+
+class DenseExperts(nn.Module):
+    """A view of one weight of a layer's experts, with what is asked of an nn.Linear.
+
+    Args:
+        weight: (experts, out, in), or with `transposed` (experts, in, out).
+        per_token: how many experts a token meets.
+    """
+
+    bias = None
+
+    def __init__(self, weight: nn.Parameter, transposed: bool, per_token: int):
+        super().__init__()
+        self.weight = weight
+        self.transposed = transposed
+        self.per_token = per_token
+        self.batch = weight.shape[0]
+        self.out_features, self.in_features = weight.shape[:0:-1] if transposed else weight.shape[1:]
+
+    def factorized(self, one: FactorizedLinear) -> FactorizedExperts:
+        """Such a batch of layers like `one`."""
+        return FactorizedExperts(one, self.batch, self.per_token, self.transposed)
+
+
+def dense_experts(model: Any, pattern: str) -> dict[str, DenseExperts]:
+    """The weights of experts whose qualified name `pattern` is found in, by name; of modules that compute them through
+    transformers' interface."""
+    found: dict[str, DenseExperts] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+            per_token = experts_per_token(module.config)
+            for key, p in module.named_parameters(recurse=False):
+                if p.ndim == 3 and re.search(pattern, f"{name}.{key}"):
+                    found[f"{name}.{key}"] = DenseExperts(p, module.is_transposed, per_token)
+    return found
+
+
+def measured(model: nn.Module, pattern: str) -> Mapping[str, FactorizedLinear | nn.Linear | DenseExperts]:
+    """The layers whose spectra are of interest: `matrices`, and of a dense model the experts that `pattern` finds."""
+    layers = factorized_layers(model)
+    return layers or {**linears(model, pattern), **dense_experts(model, pattern)}
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """How many experts a token is sent to, under the names that transformers has for it."""
+    for key in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"):
+        value = getattr(config, key, None)
+        if value is not None:
+            return value[0] if isinstance(value, list) else value
+    return 1
+
+
+def replace_experts(model: nn.Module, name: str, layer: FactorizedExperts) -> None:
+    """Put factorized experts in place of the weight of this qualified name."""
+    parent, _, key = name.rpartition(".")
+    experts: Any = model.get_submodule(parent)
+    del experts._parameters[key]
+    experts.add_module(key, layer)
+    experts.config._experts_implementation = FACTORIZED
+
+
+def factorized_experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """What transformers' `grouped_mm_experts_forward` computes, of experts whose weights are factorized, some or all.
+
+    Args:
+        hidden: (tokens, d).
+        chosen: the experts of each token (tokens, k).
+        weights: and their weights (tokens, k).
+    """
+    if not any(isinstance(child, FactorizedExperts) for child in experts.children()):
+        return grouped_mm_experts_forward(experts, hidden, chosen, weights)
+    tokens, k = chosen.shape
+    expert, order = chosen.flatten().sort(stable=True)
+    sizes = torch.zeros(experts.num_experts, dtype=torch.int64, device=expert.device)
+    sizes = sizes.scatter_add(0, expert, torch.ones_like(expert))
+
+    def projected(name: str, x: Tensor) -> Tensor:
+        y = _projected(getattr(experts, name), x, sizes, experts.is_transposed)
+        return y + getattr(experts, f"{name}_bias")[expert] if experts.has_bias else y
+
+    x = hidden[order // k]
+    if experts.has_gate:
+        y = experts._apply_gate(projected("gate_up_proj", x))
+    else:
+        y = experts.act_fn(projected("up_proj", x))
+    y = projected("down_proj", y)
+    if experts.has_post_expert_norm:
+        y = experts.post_expert_norm(y)
+    y = y * weights.flatten()[order, None]
+    in_place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return y[in_place].view(tokens, k, -1).sum(1).to(hidden.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(FACTORIZED, factorized_experts_forward)
+
+
+def _projected(weight: FactorizedExperts | Tensor, x: Tensor, sizes: Tensor, transposed: bool) -> Tensor:
+    """x (tokens, in), sorted by experts, through each expert's own map."""
+    if isinstance(weight, FactorizedExperts):
+        return weight(x, sizes)
+    lengths = even_split(len(x), len(weight)) if sizes.is_meta else sizes.tolist()
+    parts = zip(weight.unbind(0), x.split(lengths), strict=True)
+    return torch.cat([F.linear(part, w.T if transposed else w) for w, part in parts])
