@@ -33,6 +33,7 @@ from lrtrain.data.prepare import Data, check_data, prepare_data
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
 from lrtrain.measure.evaluate import evaluate, evenly_spaced, perplexity
+from lrtrain.model.loss import TokenLoss
 from lrtrain.sweeps.jobs import quoted
 from lrtrain.tracking.console import print_summary
 
@@ -71,7 +72,7 @@ def measure(loaded: Loaded, overrides: list[str], world: World) -> dict[str, Any
     check_data(chosen)
     text = prepare_data(chosen, config.train.seed)
     rows = rows_of(text, config.eval.sequences, chosen.seq_len)
-    found = evaluate(loaded.model, rows, config.train.micro_batch_size, world)
+    found = evaluate(TokenLoss(loaded.model), rows, config.train.micro_batch_size, world)
     assert found is not None
     return {
         "text": chosen.name,

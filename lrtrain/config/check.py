@@ -68,11 +68,6 @@ def check_in_backward(config: Config, world_size: int) -> None:
             f"train.batch_size={train.batch_size} over {world_size} processes accumulates gradients, which "
             f"optim.in_backward=true never keeps; set train.micro_batch_size={train.batch_size // world_size}"
         )
-    if config.param.get("lasso"):
-        raise ConfigError(
-            f"param.lasso={config.param['lasso']} adds to the gradients after the backward pass, when "
-            f"optim.in_backward=true has used them; set optim.in_backward=false"
-        )
     if config.spectra.gradients is not None and config.spectra.every:
         raise ConfigError(
             f"spectra.gradients={config.spectra.gradients} looks at the gradients of a whole step, which "

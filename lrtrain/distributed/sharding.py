@@ -1,6 +1,5 @@
 """Tensors that are sharded over processes: their local part, the whole, and whole values put into shards."""
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -49,7 +48,8 @@ def twin(module: M, tensor_for: Callable[[Tensor], Tensor | None]) -> M:
     """The module with other tensors in place of its parameters, not trained unless they are parameters themselves;
     buffers are shared with the original."""
     changed = {name: p if p is None else tensor_for(p) for name, p in module._parameters.items()}
-    found = copy.copy(module)
+    found = object.__new__(type(module))  # not copy.copy, by which FSDP's classes would construct a module anew
+    found.__dict__ = dict(module.__dict__)
     found._parameters = {
         name: t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False)
         for name, t in changed.items()

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from lrtrain.config.schema import Config
 from lrtrain.distributed.sharding import local
 from lrtrain.distributed.world import World
-from lrtrain.engine.blocks import compile_blocks, recompute
+from lrtrain.engine.blocks import prepare_blocks
 from lrtrain.engine.in_backward import InBackward, clip_one
 from lrtrain.engine.resize import carry_over
 from lrtrain.engine.revision import revise_layers
+from lrtrain.errors import ConfigError
+from lrtrain.model.loss import TokenLoss
 from lrtrain.model.structure import factorized_layers
 from lrtrain.optim.base import ShardedOptimizer
 
@@ -55,11 +57,13 @@ class Engine(ABC):
     Args:
         dtype: of activations and of the parameters in use; what the optimizer steps keeps its own.
         compile: compile each block.
-        recompute_every, recompute_keep: what the backward pass recomputes; see `recompute`.
+        recompute_every, recompute_keep: what the backward pass recomputes; see `prepare_blocks`.
     """
 
     model: PreTrainedModel
     """Computes."""
+    loss: TokenLoss
+    """What is run: engines hook on it, so no forward pass goes past it."""
     shards: PreTrainedModel
     """The same model, or a twin of it, whose parameters are the shards that the optimizer steps: what reads or writes
     parameters does it there (`local`, `whole`, `gathered`, `keep_shard`), and then calls for `_publish`."""
@@ -81,13 +85,19 @@ class Engine(ABC):
             ConfigError: naming the keys and what would be right.
         """
 
-    @classmethod  # noqa: B027
+    @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
-        """Refuse a model on meta that this engine cannot hold.
+        """Refuse a model on meta that this engine cannot train.
 
         Raises:
-            ConfigError: naming the parameter and what would be right.
+            ConfigError: naming the layer or parameter and what would be right.
         """
+        penalized = [name for name, layer in factorized_layers(model).items() if layer.penalized]
+        if penalized and config.optim["in_backward"]:
+            raise ConfigError(
+                f"{penalized[0]} (param={config.param['name']}) has a penalty, which adds to the gradients after the "
+                f"backward pass, when optim.in_backward=true has used them; set optim.in_backward=false"
+            )
 
     @classmethod
     @abstractmethod
@@ -104,10 +114,9 @@ class Engine(ABC):
         Without `fresh` its state is about to be loaded, and values that are costly to draw are not.
         """
         self.seed = seed
-        recompute(model, self.recompute_every, self.recompute_keep)
-        if self.compile:
-            compile_blocks(model)
+        prepare_blocks(model, self.recompute_every, self.recompute_keep, self.compile)
         self.model = model.train()
+        self.loss = TokenLoss(model)
         self.shards = self._place(model, seed, fresh)
         self.layers = [*factorized_layers(self.shards).values()]
         self.optimizer = make_optimizer(self.shards)
@@ -135,7 +144,7 @@ class Engine(ABC):
 
     @abstractmethod
     def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
-        """Add the gradient of (what `training_loss` sums over this micro-batch) / tokens to the gradients.
+        """Add the gradient of (what `TokenLoss` gives for this micro-batch) / tokens to the gradients.
 
         Args:
             rows: this process's token ids (sequences, seq_len + 1).
@@ -143,7 +152,7 @@ class Engine(ABC):
             last: whether this is the step's last micro-batch, after which the gradients of `shards` are whole sums.
 
         Returns:
-            `training_loss` of this process's rows, detached, on the device.
+            `TokenLoss` of this process's rows, detached, on the device.
         """
 
     def clip_and_step(self, loss: float) -> StepResult:

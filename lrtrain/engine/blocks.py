@@ -15,29 +15,36 @@ from lrtrain.model.structure import blocks, factorized_layers
 GRAPHS_PER_BLOCK = 16
 
 
-def compile_blocks(model: PreTrainedModel) -> None:
-    """Compile each block by itself."""
-    # All blocks share one function: each may need graphs of its own, for its ranks and in its modes.
-    torch._dynamo.config.recompile_limit = GRAPHS_PER_BLOCK * len(blocks(model))
-    torch._dynamo.config.accumulated_recompile_limit = 4 * torch._dynamo.config.recompile_limit
-    # Graphs with backward passes written by hand are kept on disk too: their key holds both passes.
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
-    for block in blocks(model):
-        block.forward = torch.compile(block.forward)  # not its hooks, which gather what the engine spreads
+def prepare_blocks(model: PreTrainedModel, every: int, keep: str, compile: bool = False) -> int:
+    """Give blocks a forward function that is compiled, or runs again in the backward pass, or both.
 
-
-def recompute(model: PreTrainedModel, every: int, keep: str) -> int:
-    """Run every `every`-th block again in the backward pass (0: none) and keep only the block's inputs (`inputs`) or
-    also the products A x of its factorized layers (`bottleneck`), which then are not computed a second time.
+    Args:
+        every: recompute every `every`-th block (0: none) in the backward pass,
+        keep: and keep for that only the block's inputs (`inputs`), or also the products A x of its factorized layers
+            (`bottleneck`), which then are not computed a second time.
+        compile: compile each block by itself.
 
     Returns:
-        How many blocks that are.
+        How many blocks are recomputed.
     """
     contexts = {"context_fn": keeping_latents(model)} if keep == "bottleneck" else {}
     again = list(blocks(model))[::every] if every else []
-    for block in again:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+    if compile:
+        _configure_compiler(len(blocks(model)))
+    for block in again if not compile else blocks(model):
+        forward = block.forward  # without the module's hooks, which gather what the engine shards
+        if block in again:
+            forward = partial(checkpoint, forward, use_reentrant=False, **contexts)
+        block.forward = torch.compile(forward) if compile else forward
     return len(again)
+
+
+def _configure_compiler(number: int) -> None:
+    # All blocks share one function: each may need graphs of its own, for its ranks and in its modes.
+    torch._dynamo.config.recompile_limit = GRAPHS_PER_BLOCK * number
+    torch._dynamo.config.accumulated_recompile_limit = 4 * torch._dynamo.config.recompile_limit
+    # Graphs with backward passes written by hand are kept on disk too: their key holds both passes.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def keeping_latents(model: PreTrainedModel) -> Callable[[], Any]:

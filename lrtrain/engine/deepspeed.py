@@ -29,8 +29,7 @@ from lrtrain.engine.zero_state import flat_gradients, places, refresh
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.init import fill
-from lrtrain.model.loss import training_loss
-from lrtrain.model.structure import blocks
+from lrtrain.model.structure import blocks, factorized_layers
 
 
 class DeepSpeedEngine(Engine):
@@ -117,6 +116,7 @@ class DeepSpeedEngine(Engine):
 
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
+        super().check_model(config, model)
         if config.engine["zero_stage"] != 3:
             return
         for name, p in model.named_parameters():
@@ -135,14 +135,14 @@ class DeepSpeedEngine(Engine):
 
     def _place(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
         deepspeed = quiet_deepspeed(self.world)
-        buffers = allocate(model, self.world.device, deepspeed, self.settings if self.stage == 3 else None)
+        buffers = allocate(model, self.world.device, self.dtype, deepspeed, self.settings if self.stage == 3 else None)
         if self.stage == 3:
-            for block in blocks(model):
-                block._z3_leaf = True  # gathered as one  # pyright: ignore[reportArgumentType]
+            for unit in (*blocks(model), *self.loss.heads(), *factorized_layers(model).values()):
+                unit._z3_leaf = True  # gathered as one  # pyright: ignore[reportArgumentType]
         trained = [p for p in model.parameters() if p.requires_grad]
         bare = twin(model, lambda p: p)  # DeepSpeed hangs things of its own on modules
         self.deepspeed, self.zero, *_ = deepspeed.initialize(
-            model=Loss(model),
+            model=self.loss,
             optimizer=Stepper(trained, self._step_flat),
             config=self.settings,
             dist_init_required=False,
@@ -209,17 +209,6 @@ class DeepSpeedEngine(Engine):
             self._publish()
 
 
-class Loss(nn.Module):
-    """The model with its losses as output: what DeepSpeed runs."""
-
-    def __init__(self, model: PreTrainedModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return training_loss(self.model, rows)
-
-
 class Stepper(torch.optim.Optimizer):
     """What DeepSpeed takes for its optimizer: calls `step` with each flat tensor that is to be stepped."""
 
@@ -250,7 +239,7 @@ def quiet_deepspeed(world: World) -> ModuleType:
 
 
 def allocate(
-    model: PreTrainedModel, device: torch.device, deepspeed: ModuleType, cut: dict[str, Any] | None
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, deepspeed: ModuleType, cut: dict[str, Any] | None
 ) -> dict[nn.Module, dict[str, Tensor | None]]:
     """Give a model on meta its storage, parameter by parameter; with `cut` (DeepSpeed's settings) each is cut at once,
     so no process holds the whole. Returns the buffers of each module."""
@@ -260,7 +249,7 @@ def allocate(
     for module in model.modules():
         for key, p in module._parameters.items():
             if p is not None and p not in made:
-                made[p] = nn.Parameter(torch.zeros_like(p, device=device), p.requires_grad)
+                made[p] = nn.Parameter(torch.zeros_like(p, device=device, dtype=dtype), p.requires_grad)
                 if init is not None:
                     init._convert_to_zero_parameters([made[p]])
             if p is not None:

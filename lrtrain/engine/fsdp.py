@@ -18,7 +18,6 @@ from lrtrain.engine import gloo
 from lrtrain.engine.base import Engine, Spread
 from lrtrain.errors import ConfigError
 from lrtrain.model.init import materialize
-from lrtrain.model.loss import training_loss
 from lrtrain.model.structure import blocks
 
 
@@ -65,23 +64,36 @@ class FSDPEngine(Engine):
 
     def _shard(self, model: PreTrainedModel) -> None:
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=self.reduce_dtype)
-        head = model.get_output_embeddings()
         exchange = gloo.exchange_of(self.mesh.get_group("shard")) if self.world.device.type == "cpu" else None
-        for unit in (*sharded_units(model), model):
-            sharded = fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=unit is not head)
-            sharded.set_unshard_in_backward(not isinstance(unit, nn.Embedding))  # whose gradient needs no weight
-            sharded.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
-            sharded.set_force_sum_reduction_for_comms(True)
+        head, in_loss = model.get_output_embeddings(), self.loss.head
+        units = [in_loss if in_loss is not None and unit is head else unit for unit in sharded_units(model)]
+        for unit in units:
+            kept = unit is head or unit is in_loss  # its backward pass comes next
+            own = fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=not kept)
+            own.set_unshard_in_backward(not isinstance(unit, nn.Embedding))  # whose gradient needs no weight
+        # The root reaches the head's parameters by the model's own head too, which is not what was wrapped.
+        elsewhere = {*in_loss.parameters()} if in_loss in units else None
+        fully_shard(self.loss, mesh=self.mesh, mp_policy=policy, ignored_params=elsewhere)
+        for module in self._sharded():
+            module.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
+            module.set_force_sum_reduction_for_comms(True)
+            module.register_forward_hook(_reshard_without_gradient)
             if exchange is not None:
-                sharded.set_custom_all_gather(gloo.AllGather(exchange))  # pyright: ignore[reportArgumentType]
-                sharded.set_custom_reduce_scatter(gloo.ReduceScatter(exchange))  # pyright: ignore[reportArgumentType]
+                module.set_custom_all_gather(gloo.AllGather(exchange))  # pyright: ignore[reportArgumentType]
+                module.set_custom_reduce_scatter(gloo.ReduceScatter(exchange))  # pyright: ignore[reportArgumentType]
+
+    def _sharded(self) -> list[FSDPModule]:
+        return [module for module in self.loss.modules() if isinstance(module, FSDPModule)]
 
     def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_all_reduce(last)  # replicas sum once a step; within them each micro-batch is summed
-        losses = training_loss(self.model, rows.to(self.world.device, non_blocking=True))
+        if isinstance(self.loss, FSDPModule):
+            self.loss.set_requires_all_reduce(last)  # replicas sum once a step; within them each micro-batch is summed
+        losses = self.loss(rows.to(self.world.device, non_blocking=True))
         if self.in_backward is None or math.isfinite(sum_over_ranks(losses[0].item())[0]):
             (losses[0] / tokens).backward()
+        else:
+            for module in self._sharded():  # what waits for the backward pass
+                module.reshard()
         return losses.detach()
 
 
@@ -103,6 +115,12 @@ class DDPEngine(FSDPEngine):
     @classmethod
     def spread(cls, config: Config, world_size: int) -> Spread:
         return Spread(1, 1, 1)
+
+
+def _reshard_without_gradient(module: FSDPModule, *_: object) -> None:
+    """Head and root stay gathered for their backward pass; without one they would stay so, in the compute dtype."""
+    if not torch.is_grad_enabled():
+        module.reshard()
 
 
 def sharded_units(model: PreTrainedModel) -> list[nn.Module]:

@@ -97,6 +97,7 @@ def refresh(zero: Any, stage: int) -> None:
     if stage != 3:
         zero.update_lp_params()
         return
+    zero._partition_all_parameters()  # else those that are whole here would not be gathered, and keep their old values
     for group in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
     if kept := zero.persistent_parameters:

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Activation = Literal["silu", "none"]
@@ -24,10 +25,35 @@ def with_residual(left: Tensor, alpha: float) -> Tensor:
     """B (out, r) plus α/√K at [o, ⌊o/K⌋], K = ⌈out/r⌉, which turns B z into B z + (α/√K)·Expand_K(z).
 
     Expand_K repeats each of the r latents K times in a row and cuts at `out` (DLR, Wang et al., arXiv 2606.28932, which
-    adds it to the outputs). Added to B it costs out·r, not tokens·out, and nothing more is kept for the backward pass.
+    adds it to the outputs). Added to B it costs out·r, not tokens·out.
     """
     out_features, rank = left.shape
     repeats = math.ceil(out_features / rank)
     rows = torch.arange(out_features, device=left.device)
     added = torch.full_like(left[:, 0], alpha / math.sqrt(repeats))
     return left.index_put((rows, rows // repeats), added, accumulate=True)
+
+
+def linear_with_residual(z: Tensor, left: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
+    """z (…, r) → (…, out) by `with_residual(left, alpha)`, which the backward pass computes again: for that only z and
+    the parameters are kept."""
+    return cast(Tensor, _LinearWithResidual.apply(z, left, bias, alpha))
+
+
+class _LinearWithResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, left, bias, alpha):
+        ctx.save_for_backward(z, left)
+        ctx.alpha = alpha
+        return F.linear(z, with_residual(left, alpha), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (dy,) = grad_outputs
+        z, left = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        dy_rows = dy.flatten(0, -2)
+        dz = dy @ with_residual(left, ctx.alpha) if wanted[0] else None
+        d_left = dy_rows.T @ z.flatten(0, -2) if wanted[1] else None
+        return dz, d_left, dy_rows.sum(0) if wanted[2] else None, None

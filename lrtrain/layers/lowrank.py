@@ -7,10 +7,9 @@ from typing import Literal, Self
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lrtrain.errors import ConfigError
-from lrtrain.layers.bottleneck import with_residual
+from lrtrain.layers.bottleneck import linear_with_residual, with_residual
 from lrtrain.layers.rebalance import RebalancedLinear, balanced
 from lrtrain.linalg.factors import product_singular_values
 from lrtrain.linalg.initial import best_factors, normal, spectral_factors, uniform
@@ -72,7 +71,9 @@ class LowRankLinear(RebalancedLinear):
 
     def expand(self, z: Tensor) -> Tensor:
         """z (..., rank) → (..., out) by B, with its residual, and the bias."""
-        return F.linear(z, self.left(), self.B.bias) if self.residual else self.B(z)
+        if not self.residual:
+            return self.B(z)
+        return linear_with_residual(z, self.B.weight, self.B.bias, self.residual_alpha)
 
     def left(self) -> Tensor:
         """B with its residual (out, rank)."""

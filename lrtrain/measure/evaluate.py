@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
-from lrtrain.model.loss import next_token_loss
+from lrtrain.model.loss import TokenLoss
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,17 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, rows: Tensor, batch_size: int, world: World, stop: Callable[[], bool] = lambda: False
+    loss_of: TokenLoss, rows: Tensor, batch_size: int, world: World, stop: Callable[[], bool] = lambda: False
 ) -> Evaluation | None:
     """Evaluate on all of `rows`; every process takes its share. A collective.
 
     Args:
+        loss_of: the model as it is run: an engine's `loss`.
         rows: token ids (sequences, seq_len + 1), the same on every process.
         batch_size: sequences per process and forward pass.
         stop: asked before each batch on all processes alike; True ends the evaluation and gives None.
     """
-    model.eval()
+    loss_of.eval()
     loss = galore = 0.0
     batches = math.ceil(len(rows) / (batch_size * world.size))
     try:
@@ -59,12 +60,12 @@ def evaluate(
             first = (batch * world.size + world.dist_rank) * batch_size
             mine = rows[first : first + batch_size]
             # Forward passes are collectives: a process that has no rows left runs one that does not count.
-            found = next_token_loss(model, (mine if len(mine) else rows[:1]).to(world.device)).item()
+            found = loss_of((mine if len(mine) else rows[:1]).to(world.device)).item()
             if len(mine):
                 loss += found
                 galore += found / mine[:, 1:].numel()
     finally:
-        model.train()
+        loss_of.train()
     loss, galore = sum_over_ranks(loss, galore / (batches + 1))
     tokens = rows[:, 1:].numel()
     return Evaluation(loss=loss / tokens, tokens=tokens, galore_loss=galore / world.size)

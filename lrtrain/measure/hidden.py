@@ -10,6 +10,7 @@ from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.measure.representations import SecondMoment, matrix_entropy, matrix_nuclear_norm, rankme
 from lrtrain.measure.streaming import LeadingDirection
+from lrtrain.model.loss import TokenLoss
 from lrtrain.model.structure import blocks
 
 
@@ -77,13 +78,14 @@ def top_states(model: nn.Module, world: World) -> list[TopStates]:
 
 @torch.no_grad()
 def hidden_metrics(
-    model: nn.Module, rows: Tensor, batch_size: int, world: World, states: Sequence[States | TopStates]
+    loss_of: TokenLoss, rows: Tensor, batch_size: int, world: World, states: Sequence[States | TopStates]
 ) -> dict[str, float]:
     """`hidden/<metric>/L00`, … for the states after each block, of which `states` say what is kept and measured.
 
     A collective. States are looked at as a block gives them out, and none is kept. Runs uncompiled and in eval mode.
 
     Args:
+        loss_of: the model as it is run: an engine's `loss`.
         rows: token ids (sequences, seq_len + 1), the same on every process; each takes its share of them.
         batch_size: sequences per process and forward pass.
     """
@@ -94,15 +96,15 @@ def hidden_metrics(
 
     for found in states:
         found.begin()
-    model.eval()
+    loss_of.eval()
     try:
-        with torch.compiler.set_stance("force_eager"), watched(blocks(model), look):
+        with torch.compiler.set_stance("force_eager"), watched(blocks(loss_of.model), look):
             for first in range(0, len(rows), batch_size * world.size):
                 mine = rows[first + world.dist_rank * batch_size :][:batch_size]
                 # Forward passes are collectives: a process that has no rows left runs one that does not count.
-                model((mine if len(mine) else rows[:1])[:, :-1].to(world.device), use_cache=False)
+                loss_of((mine if len(mine) else rows[:1]).to(world.device))
     finally:
-        model.train()
+        loss_of.train()
     return {
         f"hidden/{metric}/L{depth:02d}": value
         for depth, found in enumerate(states)

@@ -66,7 +66,7 @@ class Monitor:
             return {}
         states, model = self.data.validation.rows(rows), self.engine.model
         kept = self.directions if self.chosen.hidden_by == "top" else whole_states(model, self.world)
-        return hidden_metrics(model, states, self.config.train.micro_batch_size, self.world, kept)
+        return hidden_metrics(self.engine.loss, states, self.config.train.micro_batch_size, self.world, kept)
 
     def measure_gradients(self) -> dict[str, float]:
         """Metrics of the gradients as they are now. A collective."""

@@ -1,15 +1,12 @@
-"""Next-token cross-entropy, summed: whoever sums over processes and micro-batches divides once, by all tokens.
+"""Next-token cross-entropy, summed: whoever sums over ranks and micro-batches divides once, by all tokens.
 
-With a vocabulary of 32,000 the logits are the largest tensor of a small model. Here they never exist as a whole: the
-head takes some tokens at a time from logits to losses and gradients, within its forward pass, when every engine has
-its weight gathered.
+With a vocabulary of 32,000 the logits are the largest tensor of a small model. Where it is known how a model makes them
+of its head's output they never exist as a whole: some tokens at a time go from logits to losses and gradients, within
+the forward pass, when every engine has the head's weight gathered.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -22,46 +19,101 @@ from lrtrain.errors import ConfigError
 CHUNK = 1024
 """Tokens whose logits exist at a time. Fewer make the products slower, and add up the weight's gradient more often."""
 
-
-def next_token_loss(model: nn.Module, rows: Tensor) -> Tensor:
-    """Sum of the cross-entropies (nats) of each row's tokens 1..seq_len given those before.
-
-    Args:
-        model: a causal language model of transformers.
-        rows: token ids (sequences, seq_len + 1), int64.
-    """
-    return _loss_and_output(model, rows)[0]
+LogitsOf = Callable[[Any, Tensor], Tensor]
+"""(config, what the head puts out) → logits."""
 
 
-def training_loss(model: nn.Module, rows: Tensor) -> Tensor:
-    """What is trained, as transformers adds it up: `next_token_loss`, and with it a mixture of experts' auxiliary loss
-    where the model's config asks for it (`output_router_logits`), times its coefficient.
-
-    An auxiliary loss is one number for all tokens of a forward pass. Times their number it averages over micro-batches
-    and processes as the token losses do.
-
-    Returns:
-        The sum that is trained (1,), or with an auxiliary loss also the token losses' share of it and the auxiliary
-        loss times the number of tokens (3,).
-    """
-    loss, output = _loss_and_output(model, rows)
-    if getattr(output, "aux_loss", None) is None:
-        return loss[None]
-    auxiliary = rows[:, 1:].numel() * output.aux_loss
-    return torch.stack([loss + _auxiliary_coefficient(model) * auxiliary, loss, auxiliary])
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _loss_and_output(model: nn.Module, rows: Tensor) -> tuple[Tensor, Any]:
-    """The sum of the cross-entropies, and the model's output."""
-    if ends_with_head(model, rows):
-        output, _ = _losses_of_head(model, rows)
-        return output.logits.view(()), output
-    output = _output(model, rows)  # logits (sequences, seq_len, vocabulary)
-    return F.cross_entropy(output.logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="sum"), output
+_PLAIN = (
+    "arcee bart biogpt bitnet bloom ctrl deepseek_v3 diffllama ernie4_5 falcon falcon_mamba gemma glm glm4 gpt2 "
+    "gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj hunyuan_v1_dense jamba llama mamba mistral mixtral nemotron "
+    "olmo olmo2 olmo3 openai-gpt opt persimmon phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss "
+    "smollm3 starcoder2 xglm xlnet"
+)
+LOGITS: dict[str, LogitsOf] = {
+    **dict.fromkeys(_PLAIN.split(), lambda config, output: output),
+    "cohere": lambda config, output: output * config.logit_scale,
+    "granite": lambda config, output: output / config.logits_scaling,
+    "granitemoe": lambda config, output: output / config.logits_scaling,
+    "gemma2": lambda config, output: _capped(output, config.final_logit_softcapping),
+    "gemma3_text": lambda config, output: _capped(output, config.final_logit_softcapping),
+    "gemma4_text": lambda config, output: _capped(output, config.final_logit_softcapping),
+    "recurrent_gemma": lambda config, output: _capped(output, config.logits_soft_cap),
+}
+"""By model type, for transformers' own classes whose logits are this function of `head(base_model(ids))`, each tested;
+all other models compute whole logits themselves."""
 
 
-def _output(model: nn.Module, rows: Tensor) -> Any:
-    return model(input_ids=rows[:, :-1], use_cache=False)
+class TokenLoss(nn.Module):
+    """A causal language model of transformers with its loss as output: what engines run, in training and evaluation."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model
+        self.head = HeadLoss(model) if _is_known(model) else None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Sum of the cross-entropies (nats) of each row's tokens 1..seq_len given those before; (1,).
+
+        While training, a mixture of experts' auxiliary loss is added where the model's config asks for it
+        (`output_router_logits`), times its coefficient, as transformers adds it. It is one number for all tokens of a
+        forward pass; times their number it averages over micro-batches and ranks as the token losses do. Then (3,): the
+        sum that is trained, the token losses' share of it, and the auxiliary loss times the number of tokens.
+
+        Args:
+            rows: token ids (sequences, seq_len + 1), int64.
+        """
+        loss, output = self.token_loss(rows)
+        if not self.training or getattr(output, "aux_loss", None) is None:
+            return loss.view(1)
+        auxiliary = rows[:, 1:].numel() * output.aux_loss
+        return torch.stack([loss + _auxiliary_coefficient(self.model) * auxiliary, loss, auxiliary])
+
+    def heads(self) -> list[nn.Module]:
+        """The modules that compute with the head's parameters, from the outermost on."""
+        head = self.model.get_output_embeddings()
+        return [module for module in (self.head, head) if module is not None]
+
+    def token_loss(self, rows: Tensor) -> tuple[Tensor, Any]:
+        """The sum of the cross-entropies, a scalar, and the output of the model or of its body."""
+        ids, targets = rows[:, :-1], rows[:, 1:].flatten()
+        if self.head is not None:
+            output = self.model.base_model(input_ids=ids, use_cache=False)
+            return self.head(output[0].flatten(0, 1), targets), output
+        output = self.model(input_ids=ids, use_cache=False)
+        return F.cross_entropy(output.logits.flatten(0, 1).float(), targets, reduction="sum"), output
+
+
+class HeadLoss(nn.Module):
+    """A model's head with losses as output. It is a module of its own so that an engine's hooks, which gather and
+    release the head's parameters, enclose all chunks."""
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.head = cast(nn.Module, model.get_output_embeddings())
+        self.config = model.config
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """See `head_loss`."""
+        return head_loss(self.head, self._logits, hidden, targets)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        # Not through __call__: hooks on the head itself, such as ZeRO-3's, would gather it for each chunk.
+        return LOGITS[self.config.model_type](self.config, self.head.forward(hidden))
+
+
+def next_token_loss(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    """The sum of the cross-entropies of a model that no engine runs, without an auxiliary loss; see `TokenLoss`."""
+    return TokenLoss(model).token_loss(rows)[0]
+
+
+def _is_known(model: PreTrainedModel) -> bool:
+    """Whether LOGITS says how logits come about, and no auxiliary loss is wanted of the model."""
+    own = type(model).__module__.startswith("transformers.models.")
+    return own and model.config.model_type in LOGITS and not getattr(model.config, "output_router_logits", False)
 
 
 def _auxiliary_coefficient(model: Any) -> float:
@@ -80,64 +132,11 @@ def _auxiliary_coefficient(model: Any) -> float:
     )
 
 
-def _head(model: nn.Module) -> nn.Module | None:
-    return model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-
-
-# --- the head that gives losses ----------------------------------------------------------------------------------
-
-
-_verdicts: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def ends_with_head(model: nn.Module, rows: Tensor) -> bool:
-    """Whether the model's logits are what its head puts out, and not that scaled or capped; seen once, on one token."""
-    if _head(model) is None:
-        return False
-    if model not in _verdicts:
-        # As a run without this look: same random numbers, no graph compiled for a length of one.
-        devices = [rows.device] if rows.is_cuda else []
-        with torch.random.fork_rng(devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            output, made = _losses_of_head(model, rows[:1, :2])
-        found = output.logits
-        _verdicts[model] = found is made and found._version == 0  # not changed in place either
-    return _verdicts[model]
-
-
-def _losses_of_head(model: nn.Module, rows: Tensor) -> tuple[Any, Tensor]:
-    """What the model returns if its head gives the sum of losses, and that sum as the head gave it, (1, 1, 1): a model
-    may expect three dimensions."""
-    made: list[Tensor] = []
-    head = _head(model)
-    assert head is not None
-
-    def give(compute: Any, hidden: Tensor) -> Tensor:
-        made.append(head_loss(head, compute, hidden.flatten(0, -2), rows[:, 1:].flatten()))
-        return made[0]
-
-    with replaced_forward(head, give):
-        output = _output(model, rows)
-    return output, made[0]
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Meanwhile the module computes `forward(<its own forward>, …)`; hooks on it, such as an engine's, stay."""
-    own = vars(module).get("forward")
-    module.forward = partial(forward, module.forward)
-    try:
-        yield
-    finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
-
-
 # --- the chunks --------------------------------------------------------------------------------------------------
 
 
 def head_loss(head: nn.Module, compute: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies of `compute(hidden)` to `targets`, `CHUNK` tokens at a time; (1, 1, 1).
+    """Sum of the cross-entropies of `compute(hidden)` to `targets`, `CHUNK` tokens at a time; a scalar.
 
     Args:
         head: whose parameters `compute` uses.
@@ -155,7 +154,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, compute, targets, train, hidden, *parameters):
-        total = hidden.new_zeros(1, 1, 1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         gradients: list[Tensor] = []
         d_hidden = torch.empty_like(hidden)
         chunks = -(-len(hidden) // CHUNK)
@@ -164,7 +163,7 @@ class _HeadLoss(torch.autograd.Function):
                 x = x.detach().requires_grad_(train)
                 logits = compute(x)
             loss, d_logits = _cross_entropy(logits.detach(), target, train)
-            total = total + loss  # its version stays 0: see `ends_with_head`
+            total += loss
             if train:
                 first, *more = torch.autograd.grad(logits, (x, *parameters), d_logits)
                 dx.copy_(first)
@@ -178,7 +177,7 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients = ctx.gradients
         del ctx.gradients  # so that autograd takes them over instead of copying them
-        return None, None, None, *(gradient.mul_(grad_outputs[0].view(())) for gradient in gradients)
+        return None, None, None, *(gradient.mul_(grad_outputs[0]) for gradient in gradients)
 
 
 def _added(sums: list[Tensor], new: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

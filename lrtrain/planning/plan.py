@@ -20,12 +20,12 @@ from lrtrain.config.check import check
 from lrtrain.config.choice import choice
 from lrtrain.config.dtypes import compute_dtype
 from lrtrain.config.schema import Config
-from lrtrain.engine.blocks import recompute
+from lrtrain.engine.blocks import prepare_blocks
 from lrtrain.engine.fsdp import sharded_units
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.build import make_model
 from lrtrain.model.counts import dense_parameter_count, parameter_count, trainable_count, training_flops
-from lrtrain.model.loss import CHUNK, ends_with_head, next_token_loss
+from lrtrain.model.loss import CHUNK, TokenLoss, next_token_loss
 
 FP32 = 4  # bytes
 FLASH = "lrtrain_plan"
@@ -179,11 +179,11 @@ def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype)
     shape = (config.train.micro_batch_size, config.data.seq_len + 1)
     rows = torch.empty(shape, dtype=torch.int64, device="meta")
     whole = kept_bytes(lambda: next_token_loss(model.train(), rows))
-    again = recompute(model, config.train.recompute_every, config.train.recompute_keep)
+    again = prepare_blocks(model, config.train.recompute_every, config.train.recompute_keep)
     kept = kept_bytes(lambda: next_token_loss(model.train(), rows)) if again else whole
     block = (whole - kept) // again if again else 0
     tokens, vocabulary = shape[0] * config.data.seq_len, model.config.get_text_config().vocab_size
-    if not ends_with_head(model, rows):
+    if TokenLoss(model).head is None:
         return kept, block, FP32 * tokens * vocabulary  # the logits' gradient
     head = sum(p.nbytes for p in cast(nn.Module, model.get_output_embeddings()).parameters() if p.requires_grad)
     narrow = 2 * dtype.itemsize if dtype.itemsize < FP32 else 0  # logits and their gradient besides float32 ones

@@ -95,7 +95,7 @@ class Run:
             return None
         rows = self.data.validation.rows(indices)
         size = self.config.train.micro_batch_size
-        return evaluate(self.engine.model, rows, size, self.world, stop=self.stop_requested)
+        return evaluate(self.engine.loss, rows, size, self.world, stop=self.stop_requested)
 
     def resize_layers(self) -> None:
         """Go on with smaller tensors where layers want smaller ranks now."""

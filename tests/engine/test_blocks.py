@@ -6,7 +6,7 @@ from launching import SMALL, TINY
 from torch._dynamo.utils import counters
 
 from lrtrain.config.compose import compose
-from lrtrain.engine.blocks import compile_blocks, keeping_latents, recompute
+from lrtrain.engine.blocks import keeping_latents, prepare_blocks
 from lrtrain.model.build import make_model
 from lrtrain.model.init import materialize
 from lrtrain.model.loss import next_token_loss
@@ -30,8 +30,7 @@ def test_compiled_blocks_come_back_from_the_disk(name: str):
         counters.clear()
         model = make_model(config)
         materialize(model, 0, torch.device("cpu"))
-        recompute(model, every, keep)
-        compile_blocks(model)
+        prepare_blocks(model, every, keep, compile=True)
         next_token_loss(model, ROWS).backward()
         return {k: p.grad for k, p in model.named_parameters()}, dict(counters["aot_autograd"])
 

@@ -12,7 +12,9 @@ from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
+from lrtrain.model import loss
 from lrtrain.model.build import make_model
+from lrtrain.planning.plan import kept_bytes
 
 ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
 DEEPSPEED = (*SMALL, "param=lowrank", "engine=deepspeed", "resume=auto")
@@ -24,11 +26,9 @@ def world():
     distributed.stop()
 
 
-def engine(world, *overrides: str):
+def engine(world, *overrides: str, dtype: torch.dtype = torch.float32):
     config = compose(*DEEPSPEED, *overrides)
-    made = choice(config.engine)(
-        world=world, dtype=torch.float32, compile=False, recompute_every=0, recompute_keep="inputs"
-    )
+    made = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=0, recompute_keep="inputs")
     made.prepare(make_model(config), 0, choice(config.optim))
     return made
 
@@ -38,14 +38,14 @@ def engine(world, *overrides: str):
 def test_a_step_that_is_not_finite_touches_nothing(world, stage: int, poison: str):
     ours = engine(world, f"engine.zero_stage={stage}")
 
-    def step(loss: float):
+    def step(of_step: float):
         ours.begin_step(0, 1e-2, 1.0, "global")
         for half, last in zip(ROWS.split(2), (False, True), strict=True):
             ours.forward_backward(half, 64, last)
-        if poison == "gradient" and not math.isfinite(loss):
-            loss = 1.0
+        if poison == "gradient" and not math.isfinite(of_step):
+            of_step = 1.0
             local(ours.shards.get_parameter("model.layers.1.mlp.up_proj.B.weight").grad)[0] = math.nan
-        return ours.clip_and_step(loss)
+        return ours.clip_and_step(of_step)
 
     def snapshot():
         return {k: local(v).clone() for part in ours.state_dict().values() for k, v in part.items()}
@@ -77,3 +77,36 @@ def test_what_zero_cannot_do_is_refused_in_a_sentence(overrides: list[str], sent
         config = compose(*DEEPSPEED, *overrides)
         config.train.micro_batch_size = config.train.batch_size
         check(config, 1)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_computes_in_bf16_and_steps_float32(world, stage: int):
+    """The loss differs from float32's: a dtype that is ignored would give the same."""
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        ours = engine(world, f"engine.zero_stage={stage}", dtype=dtype)
+        seen = []
+        head = ours.loss.head
+        head.register_forward_hook(lambda m, args, out, seen=seen: seen.append((args[0].dtype, m.head.weight.dtype)))
+        ours.begin_step(0, 1e-2, 1.0, "global")
+        found = ours.forward_backward(ROWS, 64).item()
+        ours.clip_and_step(found)
+        assert set(seen) == {(dtype, dtype)}
+        assert {p.dtype for p in ours.model.parameters()} == {dtype}
+        assert {p.dtype for p in ours.shards.parameters()} == {torch.float32}
+        losses.append(found / 64)
+    assert 1e-5 < abs(losses[0] - losses[1]) < 0.02
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_no_logits_of_all_tokens_wait_for_the_backward_pass(world, stage: int, monkeypatch):
+    """512 tokens and a vocabulary of 1,000: whole logits would keep as many numbers as both have together."""
+    monkeypatch.setattr(loss, "CHUNK", 64)
+    ours = engine(world, f"engine.zero_stage={stage}", "model.vocab_size=1000", "model.config.num_hidden_layers=1")
+    rows, sizes = torch.randint(1000, (8, 65)), []
+    cross_entropy = loss._cross_entropy
+    monkeypatch.setattr(loss, "_cross_entropy", lambda x, *more: sizes.append(x.shape) or cross_entropy(x, *more))
+    ours.begin_step(0, 1e-2, 1.0, "global")
+    kept = kept_bytes(lambda: ours.deepspeed(rows))
+    assert sizes == [(64, 1000)] * 8
+    assert kept < 4 * 512 * 1000 + 4 * 1000 * 32

@@ -13,6 +13,8 @@ from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.distributed.sharding import whole
 from lrtrain.engine.fsdp import FSDPEngine, sharded_units
+from lrtrain.errors import ConfigError
+from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.model.build import make_model
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.init import materialize
@@ -93,7 +95,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32(world):
         if hasattr(layer, "execution"):
             layer.execution = "materialize"
     seen = []
-    ours.model.lm_head.register_forward_pre_hook(lambda m, args: seen.append((args[0].dtype, m.weight.dtype)))
+    ours.loss.head.register_forward_pre_hook(lambda m, args: seen.append((args[0].dtype, m.head.weight.dtype)))
     ours.begin_step(0, 1e-2, 1.0, "global")
     loss = ours.forward_backward(ROWS, 64)
     ours.clip_and_step(1.0)
@@ -190,6 +192,14 @@ def test_a_gradient_that_is_not_finite_skips_its_parameter_alone_in_the_backward
     kept = {name for name, p in made.model.named_parameters() if torch.equal(p, before[name])}
     assert result.skipped and kept == {"model.layers.1.mlp.up_proj.B.weight"}
     assert made.optimizer.state[spoiled]["step"] == 0
+
+
+@pytest.mark.parametrize("param", ["nested", "lowrank"])
+def test_a_penalty_is_refused_in_the_backward_pass_whoever_has_it(param: str, monkeypatch):
+    """`add_penalty` comes after the backward pass: it would change nothing."""
+    more = ["param.lasso=1e-3"] if param == "nested" else monkeypatch.setattr(LowRankLinear, "penalized", True) or []
+    with pytest.raises(ConfigError, match="has a penalty.*optim.in_backward=false"):
+        make_model(compose(*SMALL, f"param={param}", "optim.in_backward=true", *more))
 
 
 def test_clipping_by_parameter_bounds_each_and_all(world):

@@ -198,7 +198,7 @@ def test_compiles_without_graph_breaks_and_agrees(method: str):
     gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.requires_grad}
     assert all(p.grad is None for p in layer.parameters() if not p.requires_grad)
     layer.zero_grad()
-    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # as compile_blocks
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True  # as prepare_blocks
     counters.clear()
     compiled = torch.compile(layer, fullgraph=True)
     found = compiled(x)

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from lrtrain import distributed
 from lrtrain.config.compose import compose
 from lrtrain.measure.evaluate import evaluate, perplexity
+from lrtrain.model.loss import TokenLoss
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from evaluate import settings
@@ -40,13 +41,13 @@ ROWS = torch.randint(16, (10, 9), generator=torch.Generator().manual_seed(0))
 def test_the_loss_does_not_depend_on_the_batches(world, batch_size: int):
     model = Bigram()
     log_p = model.table.log_softmax(-1)[ROWS[:, :-1], ROWS[:, 1:]]
-    found = evaluate(model, ROWS, batch_size, world)
+    found = evaluate(TokenLoss(model), ROWS, batch_size, world)
     assert found is not None and found.tokens == 80
     assert found.loss == pytest.approx(-log_p.mean().item(), rel=1e-6)
 
 
 def test_the_number_of_the_galore_lineage_is_lower_by_n_over_n_plus_1(world):
-    found = evaluate(Bigram(), ROWS, 2, world)
+    found = evaluate(TokenLoss(Bigram()), ROWS, 2, world)
     assert found is not None and found.galore_loss == pytest.approx(found.loss * 5 / 6, rel=1e-6)
     assert "eval/perplexity_galore" not in found.metrics(None)
     assert found.metrics("galore")["eval/perplexity_galore"] < found.metrics("galore")["eval/perplexity"]
@@ -56,12 +57,12 @@ def test_it_evaluates_in_eval_mode_and_goes_back(world):
     model = Bigram()
     modes = []
     model.register_forward_pre_hook(lambda m, args: modes.append(m.training))
-    evaluate(model, ROWS, 4, world)
+    evaluate(TokenLoss(model), ROWS, 4, world)
     assert modes == [False] * 3 and model.training
 
 
 def test_it_stops_when_asked(world):
-    assert evaluate(Bigram(), ROWS, 4, world, stop=lambda: True) is None
+    assert evaluate(TokenLoss(Bigram()), ROWS, 4, world, stop=lambda: True) is None
 
 
 def test_perplexity_is_capped():

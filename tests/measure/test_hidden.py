@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lrtrain import distributed
 from lrtrain.measure.hidden import hidden_metrics, top_states, whole_states
 from lrtrain.measure.representations import matrix_entropy, matrix_nuclear_norm, rankme
+from lrtrain.model.loss import TokenLoss
 
 ROWS = torch.randint(64, (5, 13), generator=torch.Generator().manual_seed(0))
 
@@ -34,7 +35,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_the_metrics_are_those_of_all_states(world, model: LlamaForCausalLM, batch_size: int):
-    found = hidden_metrics(model, ROWS, batch_size, world, whole_states(model, world))
+    found = hidden_metrics(TokenLoss(model), ROWS, batch_size, world, whole_states(model, world))
     assert len(found) == 3 * 4
     with torch.no_grad():
         states = copy.deepcopy(model).eval()(ROWS[:, :-1], output_hidden_states=True).hidden_states
@@ -53,7 +54,7 @@ def test_the_metrics_are_those_of_all_states(world, model: LlamaForCausalLM, bat
 
 def test_measuring_leaves_mode_hooks_and_random_numbers_as_they_were(world, model: LlamaForCausalLM):
     state = torch.get_rng_state()
-    hidden_metrics(model, ROWS, 2, world, whole_states(model, world))
+    hidden_metrics(TokenLoss(model), ROWS, 2, world, whole_states(model, world))
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert not any(layer._forward_hooks for layer in model.model.layers)
 
@@ -68,7 +69,7 @@ def test_no_states_are_held_beyond_the_next_block(world, model: LlamaForCausalLM
         alive.append(sum(states() is not None for states in made))
 
     handles = [block.register_forward_hook(count) for block in model.model.layers]
-    hidden_metrics(model, ROWS, 2, world, kept(model, world))
+    hidden_metrics(TokenLoss(model), ROWS, 2, world, kept(model, world))
     for handle in handles:
         handle.remove()
     assert len(made) == 3 * -(-len(ROWS) // 2) and max(alive) <= 2
@@ -77,18 +78,18 @@ def test_no_states_are_held_beyond_the_next_block(world, model: LlamaForCausalLM
 def test_states_that_are_not_finite_give_nan_and_no_more_when_they_are_again(world, model: LlamaForCausalLM):
     kept, other = top_states(model, world), top_states(model, world)
     for states in (kept, other):
-        hidden_metrics(model, ROWS, 2, world, states)
+        hidden_metrics(TokenLoss(model), ROWS, 2, world, states)
     weight = model.model.layers[1].mlp.up_proj.weight
     sound = weight.detach().clone()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.inf)
-    found = hidden_metrics(model, ROWS, 2, world, whole_states(model, world))
+    found = hidden_metrics(TokenLoss(model), ROWS, 2, world, whole_states(model, world))
     assert found["hidden/rankme/L00"] > 1
     assert found["hidden/rankme/L01"] != found["hidden/rankme/L01"]
-    shares = hidden_metrics(model, ROWS, 2, world, kept)
+    shares = hidden_metrics(TokenLoss(model), ROWS, 2, world, kept)
     assert all(math.isnan(shares[f"hidden/{share}_share/L01"]) for share in ("top", "mean"))
     weight.data.copy_(sound)
-    after, expected = (hidden_metrics(model, ROWS, 2, world, states) for states in (kept, other))
+    after, expected = (hidden_metrics(TokenLoss(model), ROWS, 2, world, states) for states in (kept, other))
     assert all(after[name] == expected[name] for name in after if not name.endswith("L00"))  # which was always finite
 
 
@@ -98,11 +99,11 @@ def test_the_leading_direction_is_found_from_measurement_to_measurement(world, m
     energies = torch.linalg.svdvals(states.double()) ** 2
     mean = float(len(states) * states.mean(0).square().sum() / energies.sum())
     kept = top_states(model, world)
-    found = [hidden_metrics(model, ROWS, 2, world, kept) for _ in range(8)]
+    found = [hidden_metrics(TokenLoss(model), ROWS, 2, world, kept) for _ in range(8)]
     assert set(found[0]) == {f"hidden/{m}/L0{i}" for m in ("top_share", "mean_share", "mnn") for i in range(3)}
     assert found[0]["hidden/mean_share/L00"] == found[-1]["hidden/mean_share/L00"] == pytest.approx(mean, rel=1e-4)
     truth = float(energies[0] / energies.sum())
     first, last = (abs(f["hidden/top_share/L00"] / truth - 1) for f in (found[0], found[-1]))
     assert last < 0.05 and last < first < 0.5
-    whole = hidden_metrics(model, ROWS, 2, world, whole_states(model, world))
+    whole = hidden_metrics(TokenLoss(model), ROWS, 2, world, whole_states(model, world))
     assert found[0]["hidden/mnn/L00"] == pytest.approx(whole["hidden/mnn/L00"])

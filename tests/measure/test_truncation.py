@@ -12,6 +12,7 @@ from lrtrain.measure.truncation import evaluate_truncated
 from lrtrain.model.build import make_model
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.init import materialize
+from lrtrain.model.loss import TokenLoss
 from lrtrain.model.structure import factorized_layers
 
 ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
@@ -31,7 +32,7 @@ def materialized(*overrides: str, ranks: dict[str, int] | None = None):
 
 def test_each_share_is_evaluated_as_the_model_of_that_rank(world):
     model = materialized("param=nested")
-    found = evaluate_truncated(model, parameter_count(model), lambda: evaluate(model, ROWS, 2, world))
+    found = evaluate_truncated(model, parameter_count(model), lambda: evaluate(TokenLoss(model), ROWS, 2, world))
     assert [t.share for t in found] == [0.125, 0.25, 0.5, 0.75, 1.0]
     assert len({t.loss for t in found}) == 5
     for truncation, rank in zip(found, (1, 2, 4, 6, 8), strict=True):
@@ -39,7 +40,7 @@ def test_each_share_is_evaluated_as_the_model_of_that_rank(world):
         nothing = torch.optim.SGD(model.parameters())
         carry_over(model, nothing, small, torch.optim.SGD(small.parameters()))
         assert truncation.ranks == (rank, rank) and truncation.parameters == parameter_count(small)
-        alone = evaluate(small, ROWS, 2, world)
+        alone = evaluate(TokenLoss(small), ROWS, 2, world)
         assert alone is not None and truncation.loss == pytest.approx(alone.loss, rel=1e-6)
 
 

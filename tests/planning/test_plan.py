@@ -8,7 +8,7 @@ from launching import ROOT
 
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
-from lrtrain.engine.blocks import recompute
+from lrtrain.engine.blocks import prepare_blocks
 from lrtrain.model.build import make_model
 from lrtrain.model.init import materialize
 from lrtrain.model.loss import next_token_loss
@@ -69,7 +69,7 @@ def test_bytes_of_activations_are_what_autograd_saves(param: str, every: int):
     config, memory = plan(f"param={param}", f"train.recompute_every={every}")
     model = make_model(config)
     materialize(model, 0, CPU)
-    recompute(model, every, "inputs")
+    prepare_blocks(model, every, "inputs")
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
     alive = []
