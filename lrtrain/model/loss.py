@@ -68,7 +68,7 @@ class TokenLoss(nn.Module):
         """
         loss, output = self.token_loss(rows)
         if not self.training or getattr(output, "aux_loss", None) is None:
-            return loss.view(1)
+            return torch.stack([loss])  # not a view, of which FSDP2 warns
         auxiliary = rows[:, 1:].numel() * output.aux_loss
         return torch.stack([loss + _auxiliary_coefficient(self.model) * auxiliary, loss, auxiliary])
 
