@@ -5,19 +5,28 @@ from typing import TYPE_CHECKING
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
     from transformers import PreTrainedModel
 
 
-def load(path: str, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None) -> "PreTrainedModel":
-    """The model of a run, one of its checkpoints, or an export, in eval mode.
+def load(
+    path: str,
+    device: "torch.device | str" = "cpu",
+    dtype: "torch.dtype | None" = None,
+    trusted: "Collection[str]" = (),
+) -> "PreTrainedModel":
+    """The model of a run, one of its checkpoints, or an export, in eval mode. Its `save_pretrained` writes what this
+    reads.
 
     Args:
         dtype: of its parameters; None: as they were saved.
+        trusted: layers of one's own (`_target_`), or a model.path with code, that the model may run.
 
     Raises:
-        lrtrain.errors.ConfigError: if there is none.
+        lrtrain.errors.ConfigError: if there is none, or its weights are not all there and finite.
     """
     from lrtrain.checkpoint.loading import load  # imports all of lrtrain, which a part of it should not
 
-    return load(path, device, dtype).model
+    return load(path, device, dtype, trusted).model

@@ -49,10 +49,17 @@ def main() -> None:
     parser.add_argument("--include_path", type=Path, metavar="DIR", help="a folder with more tasks")
     parser.add_argument("--limit", type=int, help="samples of each task at the most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results too")
+    parser.add_argument(
+        "--trust",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="your own _target_s, or model.path, that may run",
+    )
     args = parser.parse_intermixed_args()
     try:
         world = distributed.start()
-        loaded = load(args.path, world.device, DTYPES[args.dtype] if args.dtype else None)
+        loaded = load(args.path, world.device, DTYPES[args.dtype] if args.dtype else None, args.trust)
         results = run_tasks(loaded, args, world) if args.tasks else measure(loaded, args.overrides, world)
     except ConfigError as error:
         sys.exit(str(error) if environment_rank() == 0 else 1)

@@ -25,14 +25,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the folder to write; default: RUN/export/<--to>")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were trained")
     parser.add_argument("--shard", type=float, default=5.0, metavar="GB", help="size of a file; default: %(default)s")
+    parser.add_argument(
+        "--trust",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="your own _target_s, or model.path, that may run",
+    )
     args = parser.parse_args()
     try:
-        run = RunWeights(args.run)
+        run = RunWeights(args.run, args.trust)
         out = args.out or run.run_dir / "export" / args.to
         FORMS[args.to](run, out, DTYPES[args.dtype] if args.dtype else None, int(args.shard * 1e9))
     except ConfigError as error:
         sys.exit(str(error))
-    print(f"{run.checkpoint} → {out}")
+    print(f"{run.checkpoint} is exported to {out}")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,16 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest; default: %(default)s")
     parser.add_argument("--samples", type=int, default=1, help="how many texts; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
+    parser.add_argument(
+        "--trust",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="your own _target_s, or model.path, that may run",
+    )
     args = parser.parse_args()
     try:
-        loaded = load(args.path, "cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load(args.path, "cuda" if torch.cuda.is_available() else "cpu", trusted=args.trust)
     except ConfigError as error:
         sys.exit(str(error))
     tokenizer = loaded.tokenizer

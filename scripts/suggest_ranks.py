@@ -69,7 +69,7 @@ def main() -> None:
 
 def stored_config(run: Path) -> Config:
     """The run's own configuration."""
-    return from_stored(plain(OmegaConf.load(run / "config.yaml")))
+    return from_stored(plain(OmegaConf.load(run / "config.yaml")), run)
 
 
 def plain(node: Any) -> dict[str, Any]:

@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lrtrain.checkpoint import safetensors_files
-from lrtrain.checkpoint.weights import RunWeights
+from lrtrain.checkpoint.card import card
+from lrtrain.checkpoint.factorized_folder import config_with, description, write_description
+from lrtrain.checkpoint.new_folder import new_folder
+from lrtrain.checkpoint.version4 import readable_by_4
+from lrtrain.checkpoint.weights import RunWeights, check_finite
+from lrtrain.data.tokenizer import save_tokenizer
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.build import build_model
 from lrtrain.model.structure import untied
-
-FACTORIZED = "lrtrain.json"
-"""The configuration of an export with factors. It is no config.json, from which transformers would take such a folder
-for the dense model and draw the weights that it misses."""
 
 
 def export_dense(run: RunWeights, out: Path, dtype: torch.dtype | None, most: int) -> None:
@@ -33,15 +34,21 @@ def export_dense(run: RunWeights, out: Path, dtype: torch.dtype | None, most: in
         most: bytes of a file.
 
     Raises:
-        ConfigError: if a layer stands for no matrix, or `out` exists.
+        ConfigError: if a layer stands for no matrix, a value is not finite, the run's tokenizer cannot be read, or
+            `out` exists.
     """
     for name, layer in run.layers.items():
         check_mergeable(name, layer)
+    tokenizer, ids = tokenizer_of(run)
     config = run.model.config
     model = build_model(config, None, None, None)
     dtype = dtype or next(run.model.parameters()).dtype
-    own = {"dtype": dtype, "architectures": [type(model).__name__]}
-    _write(run, out, model, dtype, most, run.dense, "config.json", config_with(config, own))
+    own = {"dtype": dtype, "architectures": [type(model).__name__], **ids}
+    written = readable_by_4(config, config_with(config, own))
+    with new_folder(out) as folder:
+        write_weights(folder, model, run, dtype, most, run.dense)
+        (folder / "config.json").write_text(json.dumps(written, indent=2))
+        write_rest(folder, tokenizer, ids, card(run, False, sum(p.numel() for p in model.parameters())))
 
 
 def check_mergeable(name: str, layer: FactorizedLinear) -> None:
@@ -54,48 +61,58 @@ def check_mergeable(name: str, layer: FactorizedLinear) -> None:
 
 def export_factorized(run: RunWeights, out: Path, dtype: torch.dtype | None, most: int) -> None:
     """The factors as they are, and all that `lrtrain.load` builds the model from. Arguments as of `export_dense`."""
+    tokenizer, ids = tokenizer_of(run)
     dtype = dtype or next(run.model.parameters()).dtype
-    config = {
-        "architecture": config_with(run.model.config, {"dtype": dtype}),
-        "param": run.config.param,
-        "ranks": {name: layer.rank for name, layer in run.layers.items()},
-        "seed": run.config.train.seed,
-        "support_hash": run.meta.support_hash,
-    }
-    _write(run, out, run.model, dtype, most, run.tensor, FACTORIZED, config)
+    config = description(run.model, run.config.param, run.config.train.seed, run.meta.support_hash)
+    config["architecture"] = config_with(run.model.config, {"dtype": dtype, **ids})
+    with new_folder(out) as folder:
+        write_description(folder, config)
+        write_weights(folder, run.model, run, dtype, most, run.tensor)
+        write_rest(folder, tokenizer, ids, card(run, True, sum(p.numel() for p in run.model.parameters())))
 
 
-def config_with(config: PreTrainedConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    """A transformers config as its file has it, with some values replaced."""
-    changed = type(config).from_dict(config.to_dict() | changes)
-    return json.loads(changed.to_json_string())
+def tokenizer_of(run: RunWeights) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    """The run's tokenizer, with a token to pad with, and the ids of its special tokens by their keys in a config.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    folder = run.run_dir / "tokenizer"
+    try:
+        if not (folder / "tokenizer.json").is_file():
+            raise OSError("tokenizer.json is missing")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the parsers of a damaged file raise bare ones
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"the run's tokenizer in {folder} cannot be read: {reason}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer, {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
-def _write(
-    run: RunWeights,
-    out: Path,
+def write_weights(
+    folder: Path,
     model: PreTrainedModel,
+    run: RunWeights,
     dtype: torch.dtype,
     most: int,
     produce: Callable[[str], Tensor],
-    config_name: str,
-    config: dict[str, Any],
 ) -> None:
-    """All files of an export; the folder gets its name when it is complete."""
-    if out.exists():
-        raise ConfigError(f"--out {out} exists; choose another folder")
-    partial = out.with_name(f".{out.name}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    """All tensors of `model` (on meta) in `dtype`. Raises ConfigError for one that is not finite."""
 
     def in_dtype(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    tensors = {name: in_dtype(tensor) for name, tensor in untied(model).items()}
-    safetensors_files.write(partial, tensors, lambda name: in_dtype(produce(name)), most)
-    tokenizer = AutoTokenizer.from_pretrained(run.run_dir / "tokenizer")
-    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config.get("architecture", config).update(ids)
-    (partial / config_name).write_text(json.dumps(config, indent=2))
-    tokenizer.save_pretrained(partial)
-    GenerationConfig(**ids).save_pretrained(partial)
-    partial.rename(out)
+    def checked(name: str) -> Tensor:
+        tensor = in_dtype(produce(name))
+        check_finite(name, tensor, run.checkpoint)
+        return tensor
+
+    safetensors_files.write(folder, {name: in_dtype(t) for name, t in untied(model).items()}, checked, most)
+
+
+def write_rest(folder: Path, tokenizer: PreTrainedTokenizerFast, ids: dict[str, Any], text: str) -> None:
+    """Tokenizer, generation config and model card."""
+    save_tokenizer(tokenizer, folder)
+    GenerationConfig(**ids).save_pretrained(folder)
+    (folder / "README.md").write_text(text)

@@ -1,7 +1,7 @@
 """A model to evaluate and generate with: from a run, a checkpoint, an export, or any transformers folder."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lrtrain.checkpoint.export import FACTORIZED
+from lrtrain.checkpoint.factorized_folder import FACTORIZED, saves_its_factors
 from lrtrain.checkpoint.safetensors_files import SafetensorsFolder
-from lrtrain.checkpoint.weights import RunWeights
+from lrtrain.checkpoint.weights import RunWeights, check_finite
+from lrtrain.config.stored import check_stored_targets
 from lrtrain.distributed.sharding import keep_shard
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import architecture, factorized_model
@@ -36,41 +37,98 @@ class Loaded:
     """The run that it comes from, if it was read from one."""
 
 
-def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Loaded:
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    trusted: Collection[str] = (),
+) -> Loaded:
     """The model at `path` and its tokenizer.
 
     Args:
         path: a run's directory, one of its checkpoints, an export, or a transformers folder.
         dtype: of the parameters; None: as they were saved.
+        trusted: what may run besides the classes of lrtrain and transformers: `_target_`s that the model names, and
+            the path of a model that brings code.
 
     Raises:
-        ConfigError: if there is none of these.
+        ConfigError: if there is none of these, if its weights are not exactly those of its architecture or not finite,
+            or for code that is not trusted.
     """
     path, device = Path(path), torch.device(device)
-    if (path / "config.json").is_file():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", device_map={"": device})
-    elif (path / FACTORIZED).is_file():
-        model = load_factorized(path, device, dtype)
+    run = None
+    if (path / FACTORIZED).is_file():
+        model = load_factorized(path, device, dtype, trusted)
+    elif (path / "config.json").is_file():
+        model = load_dense(path, device, dtype, str(path) in trusted)
     else:
-        run = RunWeights(path)
-        model = run.model
-        for p in model.parameters():
-            p.data = p.data.to(dtype or p.dtype)
-        fill(model, run.tensor, run.config.train.seed, device)
-        return Loaded(ready(model), AutoTokenizer.from_pretrained(run.run_dir / "tokenizer"), run)
-    return Loaded(ready(model), AutoTokenizer.from_pretrained(path), None)
+        run = RunWeights(path, trusted)
+        model = load_run(run, device, dtype)
+    for name, tensor in model.state_dict().items():
+        check_finite(name, tensor, path)
+    folder = run.run_dir / "tokenizer" if run else path
+    return Loaded(ready(model), AutoTokenizer.from_pretrained(folder, trust_remote_code=str(path) in trusted), run)
 
 
-def load_factorized(path: Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_run(run: RunWeights, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a checkpoint."""
+    model = run.model
+    for p in model.parameters():
+        p.data = p.data.to(dtype or p.dtype)
+    fill(model, run.tensor, run.config.train.seed, device)
+    if run.layers:
+        saves_its_factors(model, run.config.param, run.config.train.seed, run.meta.support_hash)
+    return model
+
+
+def load_dense(path: Path, device: torch.device, dtype: torch.dtype | None, trusted: bool) -> PreTrainedModel:
+    """The model of a transformers folder."""
+    settings = {"dtype": dtype or "auto", "device_map": {"": device}, "trust_remote_code": trusted}
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, **settings
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{path} holds no model that transformers loads: {reason}") from error
+    check_names(path, type(model).__name__, found["missing_keys"], found["unexpected_keys"])
+    return model
+
+
+def check_names(path: Path, model: str, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raises ConfigError if a folder lacks tensors of its model, or has others."""
+    if missing or unexpected:
+        wrong = [f"lacks {few(missing)}"] * bool(missing) + [f"has also {few(unexpected)}"] * bool(unexpected)
+        raise ConfigError(f"{path} does not hold the weights of its {model}: it {' and '.join(wrong)}")
+
+
+def few(names: Collection[str]) -> str:
+    """The first of them."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
+
+
+def load_factorized(
+    path: Path, device: torch.device, dtype: torch.dtype | None, trusted: Collection[str] = ()
+) -> PreTrainedModel:
     """The model of an export that keeps its factors."""
-    config = json.loads((path / FACTORIZED).read_text())
+    try:
+        config = json.loads((path / FACTORIZED).read_text())
+        param, seed, written_hash = config["param"], config["seed"], config["support_hash"]
+        saved: torch.dtype = getattr(torch, config["architecture"]["dtype"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path / FACTORIZED} is damaged: {error!r}") from error
+    check_stored_targets({"param": param}, str(path / FACTORIZED), trusted)
     shape = architecture(None, config["architecture"])
-    saved: torch.dtype = getattr(torch, config["architecture"]["dtype"])
-    model = factorized_model(shape, config["param"], config["ranks"], dtype or saved)
-    fill(model, SafetensorsFolder(path).tensor, config["seed"], device)
-    if support_hash(model) != config["support_hash"]:
+    model = factorized_model(shape, param, config["ranks"], dtype or saved)
+    files, wanted = SafetensorsFolder(path), untied(model).keys()
+    check_names(path, type(model).__name__, wanted - files.files.keys(), files.files.keys() - wanted)
+    fill(model, files.tensor, seed, device)
+    if support_hash(model) != written_hash:
         raise ConfigError(f"{path} was trained with other sparse supports than its seed gives here")
-    model.generation_config = GenerationConfig.from_pretrained(path)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    saves_its_factors(model, param, seed, written_hash)
     return model
 
 

@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrtrain.checkpoint.export import FACTORIZED
+from lrtrain.checkpoint.factorized_folder import FACTORIZED
 from lrtrain.checkpoint.safetensors_files import SafetensorsFolder
 from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.errors import ConfigError

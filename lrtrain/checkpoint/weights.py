@@ -5,7 +5,7 @@ Checkpoints of all engines and numbers of processes have one form: unsharded sha
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -28,20 +28,27 @@ from lrtrain.model.structure import factorized_layers
 from lrtrain.model.supports import hash_of_supports
 
 
+def check_finite(name: str, tensor: Tensor, where: Path) -> None:
+    """Raises ConfigError if a tensor holds NaN or infinite values."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ConfigError(f"{where} holds NaN or infinite values in {name}; choose an earlier checkpoint")
+
+
 class RunWeights:
     """What a checkpoint holds of its model.
 
     Args:
         path: a run's directory (its newest checkpoint is taken) or one of its checkpoints.
+        trusted: see `from_stored`.
 
     Raises:
         ConfigError: if there is no sound checkpoint, or the seed does not give its sparse supports back.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, trusted: Collection[str] = ()):
         self.checkpoint = find_checkpoint(path, "")
         self.meta: CheckpointMeta = read_meta(self.checkpoint)
-        self.config: Config = from_stored(self.meta.config)
+        self.config: Config = from_stored(self.meta.config, self.checkpoint, trusted)
         self.model: PreTrainedModel = make_model(self.config, self.meta.ranks, self.meta.architecture)
         """On meta."""
         self.layers = factorized_layers(self.model)

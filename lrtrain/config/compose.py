@@ -1,5 +1,6 @@
 """From what Hydra composed, or a run stored, to the typed `Config`."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from lrtrain.config.choice import CALLED_WITH, checked_choice
 from lrtrain.config.naming import run_name
 from lrtrain.config.schema import Config
+from lrtrain.config.stored import check_stored_targets
 from lrtrain.config.suggest import CONF, unknown_choice, unknown_key
 from lrtrain.config.values import UnknownKey, validated
 from lrtrain.errors import ConfigError
@@ -90,12 +92,20 @@ def compose(*overrides: str) -> Config:
     return typed(composed)
 
 
-def from_stored(plain: dict[str, Any]) -> Config:
+def from_stored(plain: dict[str, Any], where: object, trusted: Collection[str] = ()) -> Config:
     """The configuration of a run as its checkpoints have it; keys that came later have their defaults.
 
+    Args:
+        where: it is stored, for the error.
+        trusted: what may run besides lrtrain's own classes: `_target_`s, and a model.path that brings code.
+
     Raises:
-        ConfigError: as `typed`.
+        ConfigError: as `typed`, and for code that is not trusted.
     """
+    check_stored_targets(plain, str(where), trusted)
+    path = plain["model"]["path"]
+    if plain["model"]["trust_remote_code"] and path not in trusted:
+        raise ConfigError(f"{where} was trained with code that model.path={path} brings; --trust {path} runs it")
     stored = OmegaConf.create(plain)
     ours = {group for group in CALLED_WITH if (CONF / group / f"{stored[group].name}.yaml").is_file()}
     for section, defaults in default_composition(*(f"{group}={stored[group].name}" for group in sorted(ours))).items():

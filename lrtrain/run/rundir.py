@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lrtrain.checkpoint.checkpointer import find_checkpoint, newest_sound, write_durably
 from lrtrain.checkpoint.meta import CheckpointMeta
+from lrtrain.config.stored import stored_targets
 from lrtrain.config.compose import from_stored
 from lrtrain.config.naming import differing
 from lrtrain.config.schema import Config, as_dict
@@ -38,9 +39,12 @@ def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, me
     Raises:
         ConfigError: naming the difference.
     """
+    named = {str(target) for _, target in stored_targets(as_dict(config))}
+    named |= {str(config.model.path)} if config.model.trust_remote_code else set()
+    stored = as_dict(from_stored(meta.config, checkpoint, named))
     differences = [
         f"{key} is {old} there and {new} here"
-        for key, (old, new) in differing(as_dict(from_stored(meta.config)), as_dict(config)).items()
+        for key, (old, new) in differing(stored, as_dict(config)).items()
         if key.startswith(("model.config.", "param.", "train.seed", "model.path"))
         and key != "param.execution"
         and not (meta.ranks and re.match(r"param\.rank(\.|$)", key))  # its layers have ranks of their own

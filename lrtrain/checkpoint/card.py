@@ -1,0 +1,43 @@
+"""The model card of an export."""
+
+import json
+from typing import Any
+
+from lrtrain.checkpoint.weights import RunWeights
+from lrtrain.model.counts import parameter_count
+
+HOW = {
+    True: "import lrtrain\n\nmodel = lrtrain.load(FOLDER)",
+    False: "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(FOLDER)",
+}
+
+
+def card(run: RunWeights, factorized: bool, parameters: int) -> str:
+    """README.md: how the model was trained, its losses, and how it loads."""
+    config = run.config
+    facts: dict[str, Any] = {
+        "Method": f"`param={config.param['name']}`, `optim={config.optim['name']}`",
+        "Architecture": run.model.config.model_type,
+        "Parameters": f"{parameters:,}" + ("" if factorized else f" ({parameter_count(run.model):,} while it trained)"),
+        "Data": config.data.name,
+        "Tokens": f"{run.meta.progress.tokens:,}",
+        "Steps": run.meta.step,
+        **losses(run),
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return (
+        f"---\nlibrary_name: {'lrtrain' if factorized else 'transformers'}\npipeline_tag: text-generation\n---\n\n"
+        f"# {config.run.name}\n\n| | |\n| --- | --- |\n{rows}\n\n"
+        f"```python\n{HOW[factorized]}\n```\n"
+    )
+
+
+def losses(run: RunWeights) -> dict[str, str]:
+    """Those of the run's summary, if it ended at the exported step."""
+    try:
+        summary = json.loads((run.run_dir / "summary.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if summary.get("step") != run.meta.step:
+        return {}
+    return {key: f"{value:.4f}" for key, value in summary.items() if key.endswith("loss") and isinstance(value, float)}

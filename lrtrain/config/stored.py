@@ -1,0 +1,59 @@
+"""What a configuration that was read from a model folder or a checkpoint may run: lrtrain's own classes."""
+
+import inspect
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import hydra
+
+from lrtrain.errors import ConfigError
+
+KINDS = {
+    "param": ("lrtrain.layers", "lrtrain.layers.base.FactorizedLinear"),
+    "optim": ("lrtrain.optim", "lrtrain.optim.base.ShardedOptimizer"),
+    "engine": ("lrtrain.engine", "lrtrain.engine.base.Engine"),
+    "schedule": ("lrtrain.optim.schedules", None),
+    "data.source": ("lrtrain.data.sources", None),
+    "callbacks": ("lrtrain.run.callbacks", None),
+}
+"""Section → the package, and the class, that a `_target_` there belongs to when it was read from a file."""
+
+
+def check_stored_targets(stored: dict[str, Any], where: str, trusted: Collection[str]) -> None:
+    """Check what a configuration that came with a model or a checkpoint would run: nothing but classes of lrtrain.
+
+    Args:
+        where: the configuration is from, for the error.
+        trusted: other `_target_`s, which the user named.
+
+    Raises:
+        ConfigError: for a `_target_` that is neither.
+    """
+    for section, target in stored_targets(stored):
+        if target is not None and target not in trusted and not belongs(section, str(target)):
+            raise ConfigError(
+                f"{where} names {section}._target_={target}, which is no class of lrtrain for this; it is run only "
+                f"where the command itself names it: --trust {target}"
+            )
+
+
+def stored_targets(node: Any, section: str = "") -> Iterator[tuple[str, Any]]:
+    """(section, `_target_`) of every node below."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield section, node["_target_"]
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        yield from stored_targets(child, f"{section}.{key}".lstrip("."))
+
+
+def belongs(section: str, target: str) -> bool:
+    """Whether a `_target_` is defined (not only imported) in the package of its section, and of its kind."""
+    room, kind = KINDS.get("callbacks" if section.startswith("callbacks.") else section, ("", None))
+    if not room or not target.startswith(f"{room}."):
+        return False
+    try:
+        found = hydra.utils.get_object(target)
+    except Exception:  # whatever importing a name that is not there raises
+        return False
+    defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}" == target
+    return defined and (kind is None or (inspect.isclass(found) and issubclass(found, hydra.utils.get_class(kind))))
