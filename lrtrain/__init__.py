@@ -27,6 +27,6 @@ def load(
     Raises:
         lrtrain.errors.ConfigError: if there is none, or its weights are not all there and finite.
     """
-    from lrtrain.checkpoint.loading import load  # imports all of lrtrain, which a part of it should not
+    from lrtrain.checkpoint.loading import load_model  # imports all of lrtrain, which a part of it should not
 
-    return load(path, device, dtype, trusted).model
+    return load_model(path, device, dtype, trusted)[0]

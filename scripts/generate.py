@@ -32,7 +32,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        loaded = load(args.path, "cuda" if torch.cuda.is_available() else "cpu", trusted=args.trust)
+        loaded = load(args.path, "cuda" if torch.cuda.is_available() else "cpu", None, args.trust)
     except ConfigError as error:
         sys.exit(str(error))
     tokenizer = loaded.tokenizer

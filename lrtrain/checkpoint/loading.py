@@ -55,6 +55,19 @@ def load(
         ConfigError: if there is none of these, if its weights are not exactly those of its architecture or not finite,
             or for code that is not trusted.
     """
+    model, run = load_model(path, device, dtype, trusted)
+    folder = run.run_dir / "tokenizer" if run else Path(path)
+    return Loaded(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=str(path) in trusted), run)
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    trusted: Collection[str] = (),
+) -> tuple[PreTrainedModel, RunWeights | None]:
+    """The model at `path`, in eval mode, and the run that it was read from. Arguments as of `load`; no tokenizer is
+    needed."""
     path, device = Path(path), torch.device(device)
     run = None
     if (path / FACTORIZED).is_file():
@@ -66,8 +79,7 @@ def load(
         model = load_run(run, device, dtype)
     for name, tensor in model.state_dict().items():
         check_finite(name, tensor, path)
-    folder = run.run_dir / "tokenizer" if run else path
-    return Loaded(ready(model), AutoTokenizer.from_pretrained(folder, trust_remote_code=str(path) in trusted), run)
+    return ready(model), run
 
 
 def load_run(run: RunWeights, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import lrtrain
 from lrtrain.checkpoint import safetensors_files
-from lrtrain.checkpoint.export import FACTORIZED, export_dense, export_factorized
+from lrtrain.checkpoint.export import export_dense, export_factorized
+from lrtrain.checkpoint.factorized_folder import FACTORIZED
 from lrtrain.checkpoint.loading import load
 from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.errors import ConfigError
