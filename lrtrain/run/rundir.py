@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lrtrain.checkpoint.checkpointer import find_checkpoint, newest_sound, write_durably
 from lrtrain.checkpoint.meta import CheckpointMeta
-from lrtrain.config.stored import stored_targets
 from lrtrain.config.compose import from_stored
 from lrtrain.config.naming import differing
 from lrtrain.config.schema import Config, as_dict
+from lrtrain.config.stored import stored_targets
 from lrtrain.data.tokenizer import save_tokenizer
 from lrtrain.errors import ConfigError
 

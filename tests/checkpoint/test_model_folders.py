@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import lrtrain
 from lrtrain.checkpoint.factorized_folder import FACTORIZED, saves_its_factors
 from lrtrain.checkpoint.new_folder import new_folder
-from lrtrain.config.choice import check_stored_targets
 from lrtrain.config.compose import compose
+from lrtrain.config.stored import check_stored_targets
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
 from lrtrain.model.init import materialize
