@@ -21,6 +21,7 @@ from lrtrain.checkpoint.weights import RunWeights, check_finite
 from lrtrain.config.stored import check_stored_targets
 from lrtrain.distributed.sharding import keep_shard
 from lrtrain.errors import ConfigError
+from lrtrain.model.attention import PLAIN, attention_for
 from lrtrain.model.build import architecture, factorized_model
 from lrtrain.model.init import materialize
 from lrtrain.model.structure import factorized_layers, untied
@@ -154,7 +155,7 @@ def fill(model: PreTrainedModel, read: Callable[[str], Tensor], seed: int, devic
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
     """In eval mode, with an attention that heeds masks and caches."""
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(attention_for(model.config, PLAIN))
     for layer in factorized_layers(model).values():
         layer.execution = None  # what was fastest for a training step
     return model.eval()

@@ -87,7 +87,8 @@ class RunOrigin:
             )
             return torch.Size((layer.batch, *shape))
         if layer := self.run.layers.get(parent):
-            return torch.Size((layer.out_features, layer.in_features) if key == "weight" else (layer.out_features,))
+            weight = (layer.out_features, layer.in_features)
+            return torch.Size((weight[::-1] if layer.transposed else weight) if key == "weight" else weight[:1])
         return self.run.model.state_dict()[name].shape
 
     def tensor(self, name: str) -> Tensor:

@@ -94,7 +94,8 @@ class RunWeights:
 
     @torch.no_grad()
     def dense(self, name: str) -> Tensor:
-        """A tensor of the dense model's state, by its name there; of a factorized layer's weight W in float32.
+        """A tensor of the dense model's state, by its name there; of a factorized layer's weight W in float32,
+        transposed where the dense layer keeps it so.
 
         Raises:
             NotImplementedError: where a layer stands for no matrix.
@@ -106,6 +107,7 @@ class RunWeights:
         if parent not in self.layers:
             return self.tensor(name)
         if key == "weight":
-            return self.layer(parent).dense_weight()
+            weight = self.layer(parent).dense_weight()
+            return weight.T.contiguous() if self.layers[parent].transposed else weight
         own = next(own for own, role in self.layers[parent].roles.items() if role == "bias")
         return self.tensor(f"{parent}.{own}")

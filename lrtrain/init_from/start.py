@@ -54,6 +54,7 @@ class Start:
         check_origin(config.init_from, self.origin, dense)
         layers = factorized_layers(model)
         check_layers(layers, self.settings.affine)
+        self.transposed = {name for name, layer in layers.items() if layer.transposed}
         self.groups: dict[str, list[str]] = in_groups([*layers])
         self.moments: dict[str, Moment] = {}
         if layers and self.settings.by == "outputs":
@@ -119,7 +120,9 @@ class Start:
         return {"sigma": fit.spectrum(self._weight(name))}
 
     def _weight(self, name: str) -> Tensor:
-        return self.origin.tensor(f"{name}.weight").to(self.world.device, torch.float64)
+        """W (out, in)."""
+        weight = self.origin.tensor(f"{name}.weight").to(self.world.device, torch.float64)
+        return weight.T if name in self.transposed else weight
 
     @torch.no_grad()
     def _across_ranks(self, compute: Compute) -> Iterator[tuple[str, Values]]:

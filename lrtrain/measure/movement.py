@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lrtrain.core.names import by_layer_and_projection
 from lrtrain.distributed.per_layer import as_numbers, as_tensors, compute_layers_across_ranks
@@ -81,7 +82,8 @@ def linear_map(layer: nn.Module) -> Tensor:
     """W (out, in) in float64; of a nonlinear layer with its activation taken as the identity."""
     layer = copy.deepcopy(layer).double()
     if not isinstance(layer, FactorizedLinear):
-        return layer.get_parameter("weight")
+        weight = layer.get_parameter("weight")
+        return weight.T if isinstance(layer, Conv1D) else weight
     if hasattr(layer, "activation"):
         vars(layer)["activation"] = "none"
     return layer.dense_weight()

@@ -7,8 +7,8 @@ from typing import Any
 
 import hydra
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lrtrain.config.choice import choice
 from lrtrain.config.dtypes import parameter_dtype
@@ -16,52 +16,14 @@ from lrtrain.config.schema import Config
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.experts import FactorizedExperts
+from lrtrain.model.architecture import architecture, new_model
+from lrtrain.model.attention import attention_for
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.experts import DenseExperts, dense_experts, replace_experts
 from lrtrain.model.rank import budget_rank, factorized, layer_rank
 from lrtrain.model.structure import linears, matrices
 
 RankRule = int | float | str | dict[str, int | float]
-
-
-# Packed rows are attended causally from end to end. Under a name that transformers has no mask function for it builds
-# no mask, and so does not look into the position ids either, which would stall a GPU in every forward pass.
-CAUSAL = "lrtrain_causal"
-
-
-AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-
-
-def architecture(path: str | None, overrides: dict[str, Any], trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The transformers config: from `path` (a folder or hub name) or from `overrides` with its `model_type`.
-
-    Code that comes with `path` is run only with `trust_remote_code`.
-
-    Raises:
-        ConfigError: if it cannot be had, or is not a causal language model's.
-    """
-    if path is None and "model_type" not in overrides:
-        raise ConfigError(
-            "model.path has no value; give a folder with a config.json or a name on the hub, or init_from"
-        )
-    try:
-        if path is not None:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **overrides)
-        else:
-            config = AutoConfig.for_model(**overrides)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        where = f"model.path={path}" if path is not None else f"model.config={overrides}"
-        if "custom code" in str(error):
-            raise ConfigError(f"{where} brings code of its own; model.trust_remote_code=true runs it") from error
-        raise ConfigError(f"{where} is not a transformers model config: {str(error).splitlines()[0]}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping and not brings_code(config):
-        raise ConfigError(f"model_type={config.model_type} has no causal language model in transformers")
-    return config
-
-
-def brings_code(config: PreTrainedConfig) -> bool:
-    """Whether a config is of a class that came with it, whose code was trusted and run."""
-    return type(config).__module__.startswith("transformers_modules.")
 
 
 def make_model(
@@ -124,13 +86,14 @@ def build_model(
         ranks: exact ranks by layer name, which come before `rank`.
 
     Raises:
-        ConfigError: if the pattern matches no linear, or a rank does not fit its layer.
+        ConfigError: if it is no causal language model, the pattern matches no linear, or a rank does not fit its layer.
     """
-    attention = CAUSAL if getattr(config, "sliding_window", None) is None else "sdpa"
+    attention = attention_for(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=brings_code(config)
-        )
+        model = new_model(config, attention)
+    for module in model.modules():
+        if isinstance(module, Conv1D):  # as `nn.Linear` names them
+            module.in_features, module.out_features = module.nx, module.nf  # pyright: ignore
     if make_layer is not None:
         assert pattern is not None and rank is not None
         found = linears(model, pattern) | batchable_experts(model, pattern, make_layer)

@@ -1,13 +1,22 @@
 """Parameters and FLOPs of a model."""
 
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lrtrain.layers.base import FactorizedLinear
+from lrtrain.model.experts import experts_per_token
 from lrtrain.model.structure import factorized_layers
+
+UNUSED = re.compile(r"encoder_attn|crossattention|cross_attn")
+"""Modules of a decoder that only see an encoder's output."""
+NO_PRODUCT = re.compile(r"Linear|Lightning|Rwkv|Output|Cross")
+"""Attentions, by their class, that do not multiply every token with every other."""
 
 
 def ledger(model: nn.Module) -> list[tuple[str, int, str, int]]:
@@ -40,20 +49,65 @@ class Flops:
 
 
 def training_flops(model: PreTrainedModel, seq_len: int) -> Flops:
-    """FLOPs per token: linears as they are, plus attention's two products over the whole context (2·2·d·seq_len a
-    layer, not halved for causality), forward and backward (three times the forward where all is trained)."""
-    config = model.config.get_text_config()
-    attention = 4 * config.num_hidden_layers * seq_len * config.hidden_size
-    inner = {id(child) for m in model.modules() if isinstance(m, FactorizedLinear) for child in m.modules()}
+    """FLOPs per token, forward and backward (three times the forward where all is trained).
+
+    Every matrix multiplies each token once, those of experts only for the tokens routed to them; attention has two
+    products over the whole context (not halved for causality). Work on vectors, such as a state space's scan, norms and
+    lookups in embeddings, is not counted.
+    """
+    attention = 3 * attention_flops(model, seq_len)
+    chosen = experts_per_token(model.config.get_text_config())
     own = dense = 0
-    for module in model.modules():
+    for module in called_modules(model):
         if isinstance(module, FactorizedLinear):
             own += module.training_flops(1)
             dense += 3 * module.dense_flops(1)
-        elif isinstance(module, nn.Linear) and id(module) not in inner:
-            own += 6 * module.in_features * module.out_features
-            dense += 6 * module.in_features * module.out_features
-    return Flops(model=float(own + 3 * attention), dense_equivalent=float(dense + 3 * attention))
+        else:
+            matrices = 6 * matrix_entries(module, chosen)
+            own, dense = own + matrices, dense + matrices
+    return Flops(model=float(own + attention), dense_equivalent=float(dense + attention))
+
+
+def called_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that work when a causal model runs on text alone, but for what is inside factorized layers: no attention
+    to an encoder that is not there."""
+    inner = {id(child) for m in model.modules() if isinstance(m, FactorizedLinear) for child in m.children()}
+    idle = {id(child) for name, m in model.named_modules() if UNUSED.search(name) for child in m.modules()}
+    return (module for module in model.modules() if id(module) not in inner | idle)
+
+
+def matrix_entries(module: nn.Module, chosen: int) -> int:
+    """Entries of a module's own matrices that a token meets: of experts (experts, out, in) those of as many as are
+    chosen for it; of a convolution over time the whole kernel."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    found = 0
+    for p in module.parameters(recurse=False):
+        routed = p.ndim == 3 and not isinstance(module, nn.Conv1d)
+        share = min(chosen, len(p)) / len(p) if routed else 1
+        found += round(share * p.numel()) if p.ndim > 1 else 0
+    return found
+
+
+def attention_flops(model: PreTrainedModel, seq_len: int) -> int:
+    """FLOPs per token, forward, of the products of queries with keys and of the weights with values (two per entry of
+    heads · width), in each module that projects to queries, keys and values."""
+    found = 0
+    for module in called_modules(model):
+        projects = any(hasattr(child, "in_features") or isinstance(child, Conv1D) for child in module.children())
+        kind = type(module).__name__
+        if projects and "Attention" in kind and not NO_PRODUCT.search(kind):
+            found += 2 * seq_len * sum(product_widths(module, model.config.get_text_config()))
+    return found
+
+
+def product_widths(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
+    """Entries of a token's query and of its values after attention, over all heads."""
+    own = [getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads", "n_head")]
+    heads = next((n for n in own if isinstance(n, int)), None) or config.num_attention_heads
+    width = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
+    query, value = getattr(module, "qk_head_dim", None) or width, getattr(module, "v_head_dim", None) or width
+    return heads * query, heads * value
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -6,13 +6,14 @@ import copy
 import os
 import uuid
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lrtrain.core.cache import cache_folder, fingerprint, make_shared
 from lrtrain.core.files import sync_file, sync_folder
@@ -21,6 +22,8 @@ from lrtrain.distributed.per_layer import compute_across_ranks
 from lrtrain.distributed.sharding import take_over
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
+from lrtrain.model.architecture import named, new_model
+from lrtrain.model.deferred import Recording, named_tensors
 from lrtrain.model.structure import factorized_layers
 
 
@@ -54,13 +57,15 @@ def fill(model: PreTrainedModel, seed: int, fresh: bool = True) -> None:
 
     for name, values in compute_across_ranks([*layers], values_of):
         take_over(layers[name], values)
+    start = TransformersStart(model.config)
     inside = {id(child) for layer in layers.values() for child in layer.modules()}
     filled: set[int] = set()
     for name, module in model.named_modules():
-        if id(module) not in inside and (values := dense_values(model, module, seed, name)):
-            tied = {key for key in values if id(getattr(module, key)) in filled}  # valued by the module that came first
-            take_over(module, {key: value for key, value in values.items() if key not in tied})
-            filled.update(id(getattr(module, key)) for key in values)
+        if id(module) not in inside:
+            own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+            free = [key for key in own if id(own[key]) not in filled]  # of tied ones the first name has the value
+            take_over(module, dense_values(start, module, free, seed, name))
+            filled.update(map(id, own.values()))
 
 
 def initial_layer(model: PreTrainedModel, name: str, seed: int) -> nn.Module:
@@ -69,7 +74,8 @@ def initial_layer(model: PreTrainedModel, name: str, seed: int) -> nn.Module:
     if isinstance(layer, FactorizedLinear):
         values = initial_values(layer, seed, name)
     else:
-        values = dense_values(model, layer, seed, name)
+        own = dict(layer.named_parameters()) | dict(layer.named_buffers())
+        values = dense_values(_start_of(model), layer, own, seed, name)
     twin = copy.deepcopy(layer).to_empty(device="cpu")
     with torch.no_grad():
         take_over(twin, values)
@@ -139,26 +145,44 @@ def kept_on_disk(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[s
     return values
 
 
-def dense_values(model: PreTrainedModel, module: nn.Module, seed: int, name: str) -> dict[str, Tensor]:
-    """The module's own parameters and buffers as transformers initializes them, on the CPU, by name; zero
+def dense_values(
+    start: "TransformersStart", module: nn.Module, keys: Iterable[str], seed: int, name: str
+) -> dict[str, Tensor]:
+    """The module's own parameters and buffers of these names as transformers initializes them, whole, on the CPU; zero
     where it is to start there."""
-    own = dict(module.named_parameters(recurse=False))
-    buffers = dict(module.named_buffers(recurse=False))
-    if not own and not buffers:
-        return {}
-    twin = object.__new__(type(module))  # copy.copy would call FSDP's constructor where it wraps the module itself
-    twin.__dict__ = dict(module.__dict__)
-    twin._parameters = {key: nn.Parameter(torch.empty(p.shape)) for key, p in own.items()}  # type: ignore
-    twin._parameters |= {key: None for key, p in module._parameters.items() if p is None}
-    # Factorized experts have values of their own, where transformers would draw dense ones.
-    factors = {
-        key: nn.Parameter(torch.empty(0)) for key, m in module._modules.items() if isinstance(m, FactorizedLinear)
-    }
-    twin._parameters |= factors
-    twin._modules = {key: child for key, child in module._modules.items() if key not in factors}
-    twin._buffers = {key: torch.empty(b.shape, dtype=b.dtype) for key, b in buffers.items()}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(integer_seed(seed, name))
-        model._init_weights(twin)
-    values = {key: getattr(twin, key) for key in (*own, *buffers)}
+    values = {key: start.value(f"{name}.{key}" if name else key, seed) for key in keys}
     return zero_start(values, {"weight"}) if hasattr(module, "starts_at_zero") else values
+
+
+class TransformersStart:
+    """What transformers would initialize the dense model of a config with."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self.recording = Recording()
+        with torch.random.fork_rng(devices=[]), self.recording:
+            model = new_model(copy.deepcopy(config), "eager")
+        self.tensors = dict(named_tensors(model))
+        self.architecture = named(config)
+
+    def value(self, name: str, seed: int) -> Tensor:
+        """One parameter or buffer: a function of (seed, name) alone.
+
+        Raises:
+            ConfigError: if transformers leaves it as it was allocated.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(integer_seed(seed, name))
+            try:
+                return self.recording.value(self.tensors[name].detach())
+            except ValueError as error:
+                raise ConfigError(f"{self.architecture} has no initial value of {name} in transformers") from error
+
+
+_starts: WeakKeyDictionary[PreTrainedModel, TransformersStart] = WeakKeyDictionary()
+
+
+def _start_of(model: PreTrainedModel) -> TransformersStart:
+    """The same for every layer of a model."""
+    if model not in _starts:
+        _starts[model] = TransformersStart(model.config)
+    return _starts[model]

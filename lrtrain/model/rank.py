@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
@@ -94,4 +95,7 @@ def factorized(
     """What stands for a linear, on the meta device."""
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
     layer = make_layer(**sizes, rank=rank, device="meta")
-    return linear.factorized(layer) if isinstance(linear, DenseExperts) else layer
+    if isinstance(linear, DenseExperts):
+        return linear.factorized(layer)
+    layer.transposed = isinstance(linear, Conv1D)
+    return layer

@@ -175,7 +175,8 @@ def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype)
     The forward pass really runs, on the meta device.
     """
     nn.Module.to(model, dtype)
-    model.set_attn_implementation(FLASH)
+    if model.config._attn_implementation != "eager":  # which keeps its matrices
+        model.set_attn_implementation(FLASH)
     shape = (config.train.micro_batch_size, config.data.seq_len + 1)
     rows = torch.empty(shape, dtype=torch.int64, device="meta")
     whole = kept_bytes(lambda: next_token_loss(model.train(), rows))

@@ -8,7 +8,7 @@ from torch import nn
 
 from lrtrain.measure.evaluate import perplexity
 from lrtrain.model.counts import above_break_even, dense_parameter_count, ledger, parameter_count, trainable_count
-from lrtrain.model.structure import factorized_layers
+from lrtrain.model.structure import factorized_layers, weights_read
 from lrtrain.optim.groups import parameter_roles
 
 LOSS_AT_SHARE = "eval_loss_at_rank_share_"
@@ -20,6 +20,9 @@ def print_ledger(model: nn.Module) -> None:
         print(f"  {kind:<12} {layers:>3} × ({shape}): {size:,} parameters")
     if dense := dense_matrices(model):
         print(f"  dense in the blocks: {', '.join(dense)}")
+    if factorized_layers(model) and (read := weights_read(model)):
+        kinds = ", ".join(sorted({name.rpartition(".")[2] for name in read}))
+        print(f"  left dense, since the model's code reads their weights: {kinds} ({len(read)} layers)")
     if wasteful := above_break_even(model):
         print(f"  above break-even, no fewer trained than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
     ours, dense = parameter_count(model), dense_parameter_count(model)

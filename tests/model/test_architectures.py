@@ -1,0 +1,220 @@
+"""Any architecture of transformers: the same model as transformers' own, the same start, or a refusal."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, PreTrainedConfig
+
+from lrtrain.config.compose import compose
+from lrtrain.errors import ConfigError
+from lrtrain.model.architecture import new_model
+from lrtrain.model.attention import CAUSAL, PLAIN, attention_for
+from lrtrain.model.build import build_model, make_model
+from lrtrain.model.counts import training_flops
+from lrtrain.model.deferred import Recording, named_tensors
+from lrtrain.model.init import materialize
+from lrtrain.model.structure import blocks, factorized_layers, linears, weights_read
+
+CPU = torch.device("cpu")
+LLAMA_LIKE = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 128,
+}  # fmt: skip
+GPT_LIKE = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128, "n_positions": 64}
+SIZES = {
+    "llama": LLAMA_LIKE,
+    "gemma3_text": LLAMA_LIKE | {"head_dim": 16, "sliding_window": 8, "sliding_window_pattern": 2},
+    "mixtral": LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": LLAMA_LIKE | {
+        "num_key_value_heads": 4, "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16, "v_head_dim": 24, "first_k_dense_replace": 1,
+    },
+    "gpt_oss": LLAMA_LIKE | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 128},
+    "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "vocab_size": 128},
+    "gpt2": GPT_LIKE,
+    "openai-gpt": GPT_LIKE,
+    "gptj": GPT_LIKE | {"rotary_dim": 8},
+    "mamba": {"hidden_size": 64, "state_size": 8, "num_hidden_layers": 2, "vocab_size": 128},
+    "modernbert-decoder": LLAMA_LIKE | {"local_attention": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "qwen3_next": LLAMA_LIKE | {
+        "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+}  # fmt: skip
+
+
+def tiny(kind: str, **changes: object) -> PreTrainedConfig:
+    return AutoConfig.for_model(kind, **SIZES[kind], **changes)
+
+
+def started(config: PreTrainedConfig, seed: int = 0):
+    model = build_model(config, None, None, None)
+    torch.use_deterministic_algorithms(True)  # what is allocated holds NaN
+    try:
+        materialize(model, seed, CPU)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return model.eval()
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_logits_are_those_of_transformers_and_heed_no_later_token(kind: str):
+    model = started(tiny(kind))
+    own = new_model(tiny(kind), "eager").eval()
+    own.load_state_dict(model.state_dict())
+    rows = torch.randint(128, (2, 40))
+    later = torch.cat([rows[:, :20], rows[:, 20:].roll(1, 1)], 1)
+    with torch.no_grad():
+        ours = model(input_ids=rows, use_cache=False).logits
+        assert (ours - own(input_ids=rows, use_cache=False).logits).abs().max() < 1e-5
+        assert (ours - model(input_ids=later, use_cache=False).logits)[:, :20].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind,attention",
+    [("llama", CAUSAL), ("gpt2", CAUSAL), ("bloom", "eager"), ("xglm", "eager"), ("gptj", "eager"),
+     ("gpt_oss", "eager"), ("gemma3_text", "sdpa")],
+)  # fmt: skip
+def test_masks_are_made_only_where_they_are_needed(kind: str, attention: str):
+    assert attention_for(tiny(kind)) == attention
+    assert attention_for(tiny(kind), PLAIN) == ("eager" if attention == "eager" else "sdpa")
+
+
+def test_a_model_of_a_published_size_is_judged_by_a_small_copy():
+    config = AutoConfig.for_model("mistral", num_hidden_layers=2)  # 4,096 wide, with a window of 4,096 tokens
+    assert attention_for(config) == "sdpa" and attention_for(AutoConfig.for_model("llama")) == CAUSAL
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_an_encoder_is_refused_by_name_unless_it_decodes(is_decoder: bool):
+    sizes = {key: SIZES["llama"][key] for key in ("hidden_size", "intermediate_size", "vocab_size")}
+    config = AutoConfig.for_model("bert", **sizes, num_hidden_layers=2, num_attention_heads=4, is_decoder=is_decoder)
+    config.name_or_path = "some/bert"
+    if is_decoder:
+        assert started(config)(input_ids=torch.randint(128, (1, 8))).logits.isfinite().all()
+    else:
+        with pytest.raises(ConfigError, match="model.path=some/bert .* depend on later tokens"):
+            build_model(config, None, None, None)
+
+
+def test_what_was_found_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+    found = attention_for(tiny("bloom"))
+    monkeypatch.setattr("lrtrain.model.attention._tried", None)  # cannot be called
+    assert attention_for(tiny("bloom")) == found
+
+
+# --- initial values ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_every_tensor_starts_as_transformers_has_it(kind: str):
+    """Constants are equal; what is drawn has the same mean and deviation."""
+    torch.manual_seed(0)
+    theirs = dict(named_tensors(new_model(tiny(kind), "eager")))
+    for name, ours in named_tensors(started(tiny(kind))):
+        a, b = ours.detach().float(), theirs[name].detach().float()
+        assert a.isfinite().all() or torch.equal(a, b), name
+        if b.numel() == 1 or b.std() == 0:
+            assert torch.equal(a, b), name
+        elif b.numel() >= 256:
+            assert a.std().item() == pytest.approx(b.std().item(), rel=0.3), name
+            assert abs(a.mean() - b.mean()) < 0.3 * abs(b.mean()) + 6 * b.std() / b.numel() ** 0.5, name
+
+
+def test_starts_of_parents_survive():
+    gpt2, mamba = started(tiny("gpt2")), started(tiny("mamba"))
+    assert gpt2.get_parameter("transformer.h.0.mlp.c_proj.weight").std().item() == pytest.approx(0.01, rel=0.05)
+    steps = nn.functional.softplus(mamba.get_parameter("backbone.layers.0.mixer.dt_proj.bias"))
+    assert 1e-4 <= steps.min() and 0.02 < steps.max() <= 0.11
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mamba", "mixtral"])
+def test_initial_values_depend_on_seed_and_name_alone(kind: str):
+    first, again, other = (started(tiny(kind), seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_recorded_construction_is_replayed_exactly():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(6, 4))
+            nn.init.trunc_normal_(self.weight, std=0.5, a=-1.0, b=1.0)
+            with torch.no_grad():
+                self.weight[2].zero_()
+                self.weight.mul_(3)
+            self.register_buffer("table", torch.tensor([1.0, 2.0]).repeat(3) @ torch.ones(6, 2))
+            self.never = nn.Parameter(torch.empty(3))
+
+    with Recording() as recording:
+        odd = Odd()
+    torch.manual_seed(1)
+    real = Odd()
+    torch.manual_seed(1)
+    assert odd.weight.is_meta and torch.equal(recording.value(odd.weight), real.weight)
+    assert torch.equal(recording.value(odd.get_buffer("table")), real.get_buffer("table"))
+    with pytest.raises(ValueError, match="never written"):
+        recording.value(odd.never)
+
+
+# --- which layers are replaced -----------------------------------------------------------------------------------
+
+
+def test_only_plain_linears_are_replaced_and_none_whose_weight_is_read():
+    model = build_model(tiny("mamba"), None, None, None)
+    assert {name.rpartition(".")[2] for name in weights_read(model)} >= {"out_proj", "dt_proj", "x_proj"}
+    assert {name.rpartition(".")[2] for name in linears(model, r"\.\d+\.")} == {"in_proj"}
+
+    class Router(nn.Linear):
+        pass
+
+    model = build_model(tiny("llama"), None, None, None)
+    model.set_submodule("model.layers.0.mlp.up_proj", Router(64, 96, device="meta"))
+    assert "model.layers.0.mlp.up_proj" not in linears(model, r"\.\d+\.")
+    assert "model.layers.1.mlp.up_proj" in linears(model, r"\.\d+\.")
+
+
+def test_gpt2_is_factorized_and_merges_into_plain_transformers(tmp_path):
+    tiny("gpt2").save_pretrained(tmp_path)
+    model = make_model(compose("model=hf", f"model.path={tmp_path}", "param=lowrank", "param.rank=8"))
+    layers = factorized_layers(model)
+    assert len(layers) == 2 * 4 and all(layer.transposed for layer in layers.values())
+    assert layers["transformer.h.0.attn.c_attn"].out_features == 3 * 64
+    materialize(model, 0, CPU)
+    own = new_model(tiny("gpt2"), "eager").eval()
+    state = {name: value for name, value in model.state_dict().items() if name in own.state_dict()}
+    for name, layer in layers.items():
+        state |= {f"{name}.weight": layer.dense_weight().T, f"{name}.bias": layer.B.bias}
+    own.load_state_dict(state)
+    rows = torch.randint(128, (2, 16))
+    assert torch.allclose(model.eval()(input_ids=rows).logits, own(input_ids=rows).logits, atol=1e-5)
+
+
+def test_blocks_are_not_the_experts():
+    model = build_model(tiny("mixtral"), None, None, None)
+    model.get_submodule("model.layers.0.mlp").experts_list = nn.ModuleList(nn.Identity() for _ in range(9))
+    assert blocks(model) is model.get_submodule("model.layers")
+
+
+# --- counts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SIZES if kind != "qwen3_next"])
+def test_flops_are_those_that_torch_counts(kind: str):
+    """Not for qwen3_next, whose linear attention multiplies chunk by chunk. Experts one by one, which torch can see."""
+    config = tiny(kind)
+    config._experts_implementation = "eager"
+    model = new_model(copy.deepcopy(config), "eager").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.randint(128, (1, 32)), use_cache=False)
+    assert training_flops(model, 32).model == pytest.approx(3 * counter.get_total_flops() / 32, rel=0.02)
