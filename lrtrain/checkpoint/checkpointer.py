@@ -133,6 +133,7 @@ class Checkpointer:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".step-*"):
                 shutil.rmtree(leftover)
+            self.inode = folder.stat().st_ino
 
     def save(self, state: dict[str, Any], step: int, meta: CheckpointMeta) -> None:
         """Begin a checkpoint of `state` (copied before this returns); a collective. Waits for the one before.
@@ -183,6 +184,8 @@ class Checkpointer:
     def _committer(self, partial: Path, final: Path, meta: CheckpointMeta) -> Callable[[], None]:
         def commit() -> None:
             if self.world.main:  # torch.distributed.checkpoint returns here only when all processes have written
+                if self.folder.stat().st_ino != self.inode:
+                    raise FileNotFoundError(f"{self.folder} was removed or moved")
                 write_durably(partial / META, meta.to_json())
                 write_durably(partial / MARKER, json.dumps(checksums(sorted(partial.iterdir())), indent=1))
                 if final.exists():

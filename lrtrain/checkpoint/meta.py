@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lrtrain.errors import ConfigError
+
 META = "meta.json"
 T = TypeVar("T")
 
@@ -59,6 +61,8 @@ class CheckpointMeta:
     """Ranks of the layers whose rank is not the one that `param.rank` gives."""
     architecture: dict[str, Any] | None = None
     """The config of the transformers model."""
+    run_id: str = ""
+    """What tells the run from all others, as its run.json has it."""
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The state of each callback, by its name in the configuration."""
 
@@ -74,8 +78,15 @@ class CheckpointMeta:
 
 
 def read_meta(checkpoint: Path) -> CheckpointMeta:
-    """The meta of a checkpoint."""
-    return CheckpointMeta.from_json((checkpoint / META).read_text())
+    """The meta of a checkpoint.
+
+    Raises:
+        ConfigError: if it is damaged.
+    """
+    try:
+        return CheckpointMeta.from_json((checkpoint / META).read_text())
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ConfigError(f"{checkpoint / META} is damaged: {error}") from error
 
 
 def _known(kind: type[T], values: dict[str, Any]) -> T:

@@ -81,12 +81,17 @@ def check_directories(config: Config) -> None:
     Raises:
         ConfigError: naming the key, the value and what would be right.
     """
-    if config.resume == "never" and Path(config.run.dir).exists():
+    if config.resume == "never" and is_taken(Path(config.run.dir)):
         raise ConfigError(
             f"run.dir={config.run.dir} exists; go on with resume=auto, or choose another run.name or run.dir"
         )
     if config.resume not in ("never", "auto") and not Path(config.resume).exists():
         raise ConfigError(f"resume={config.resume} is not never, auto, or the path of a run or checkpoint")
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether a run directory holds anything but its lock, as a start leaves it that was killed early."""
+    return folder.exists() and (not folder.is_dir() or any(path.name != "lock" for path in folder.iterdir()))
 
 
 def check_start(config: Config, world_size: int) -> None:

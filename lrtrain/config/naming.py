@@ -16,6 +16,21 @@ def fingerprint(config: Config) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+LENGTH_AND_CADENCE = (
+    "train.steps=",
+    "train.flops=",
+    "train.log_every=",
+    "train.timeout_minutes=",
+    "train.max_skipped=",
+    "train.profile=",
+    "eval.",
+    "spectra",
+    "checkpoint.",
+    "rollback.",
+    "callbacks",
+)
+"""Overrides that make no other run: the same one can be resumed with other values."""
+
 DEFAULT = "pretrain"  # the configuration that is composed where --config-name names no other
 
 
@@ -33,7 +48,7 @@ def run_name(
     name = experiments[-1] if experiments else "-".join(subjects)
     name = name if config_name == DEFAULT else f"{config_name}-{name}"
     named = ("experiment=",) if experiments else ("model=", "param=")
-    others = [o for o in telling(overrides) if not o.lstrip("+~").startswith(named)]
+    others = [o for o in telling(overrides) if not o.lstrip("+~").startswith((*named, *LENGTH_AND_CADENCE))]
     return f"{name}-{short_hash(others)}" if others else name
 
 

@@ -22,12 +22,15 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def write_folder_durably(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Put what `fill(folder beside)` writes, files alone, in the place of `folder`; on the disk when this returns."""
+    """Put what `fill(folder beside)` writes, files alone, in the place of `folder`, unless it holds just that; on the
+    disk when this returns."""
     beside, former = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "former"))
     for leftover in (beside, former):
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir()
     fill(beside)
+    if _contents(folder) == _contents(beside):
+        return shutil.rmtree(beside)
     for file in beside.iterdir():
         sync_file(file)
     sync_folder(beside)
@@ -36,6 +39,10 @@ def write_folder_durably(folder: Path, fill: Callable[[Path], object]) -> None:
     os.rename(beside, folder)
     sync_folder(folder.parent)
     shutil.rmtree(former, ignore_errors=True)
+
+
+def _contents(folder: Path) -> dict[str, bytes] | None:
+    return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else None
 
 
 def sync_file(path: Path) -> None:

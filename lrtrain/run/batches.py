@@ -48,13 +48,19 @@ class Batches:
         while True:
             wait([reading], timeout=1.0)
             done = reading.done()
-            waiting, failed, stop, overdue, unreadable = sum_over_ranks(
+            waiting, failed, stop, lost, overdue, unreadable = sum_over_ranks(
                 not done,
                 done and reading.exception() is not None,
                 run.stop.signal is not None,
+                run.lock.lost(),
                 run.saver.overdue(),
                 run.data.train.faults.count,
             )
+            if lost:
+                raise RunFailed(
+                    f"run.dir={run.dir} was removed or moved while it trained; the run ends at step "
+                    f"{run.progress.step}, and nothing more is saved"
+                )
             if stop:
                 return None
             if overdue:

@@ -17,6 +17,7 @@ from lrtrain.distributed.heartbeat import Heartbeat
 from lrtrain.distributed.world import World
 from lrtrain.errors import RunFailed
 from lrtrain.run.determinism import deterministic_algorithms
+from lrtrain.run.lock import RunLock
 from lrtrain.run.profiling import snapshot_when_out_of_memory
 from lrtrain.run.rollback import Spike, watch
 from lrtrain.run.start import start_run
@@ -54,7 +55,8 @@ def train(config: Config, world: World, stop: StopRequest) -> dict[str, Any]:
         try:
             with Heartbeat(world, config.train.timeout_minutes) as heartbeat:
                 check_equal_on_all_ranks(fingerprint(config), "the configuration")
-                return finish(start_run(config, world, stop, heartbeat, left_out))
+                with RunLock(config) as lock:
+                    return finish(start_run(config, world, stop, heartbeat, lock, left_out))
         except Spike as spike:
             left_out, config = spike.left_out, dataclasses.replace(config, resume="auto")
         gc.collect()  # the model that spiked, before there is another
@@ -65,12 +67,10 @@ def finish(run: Run) -> dict[str, Any]:
     try:
         with out_of_memory_snapshot(run):
             done = train_steps(run) and conclude(run)
-        summary = done or {"stopped_by": run.stop.signal or "a signal to another process", "step": run.progress.step}
+        summary = done or {"stopped_by": run.stop.agreed(), "step": run.progress.step}
     except BaseException:
         run.tracker.finish({"step": run.progress.step}, exit_code=1)
         raise
-    finally:
-        run.lock.release()
     saved = run.saver.checkpointer.saved
     run.tracker.finish(summary, exit_code=0 if saved else 1)
     stopped = summary.get("stopped_by")

@@ -1,23 +1,27 @@
-"""The run directory: what is taken up from it, what it is refused for, and what a new one begins with."""
+"""The run directory: what is resumed from it, what it is refused for, and the small files that a run has there."""
 
 import json
 import re
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from lrtrain.checkpoint.checkpointer import find_checkpoint, newest_sound, write_durably
+from lrtrain.checkpoint.checkpointer import find_checkpoint, newest_sound
 from lrtrain.checkpoint.meta import CheckpointMeta
 from lrtrain.config.compose import from_stored
-from lrtrain.config.naming import differing
+from lrtrain.config.naming import LENGTH_AND_CADENCE, differing, flat
 from lrtrain.config.schema import Config, as_dict
 from lrtrain.config.stored import stored_targets
+from lrtrain.core.files import write_durably, write_folder_durably
 from lrtrain.data.tokenizer import save_tokenizer
 from lrtrain.errors import ConfigError
+
+ASIDE = ("resume", "dry_run", "run.", "tracking.")
+"""Keys that change nothing of what a run computes."""
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:
@@ -34,23 +38,29 @@ def checkpoint_to_resume(config: Config) -> Path | None:
 
 
 def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, meta: CheckpointMeta) -> None:
-    """A checkpoint fits only the model it was made of, and a run goes on only with its data.
+    """A checkpoint fits only the model and the optimizer it was made of, and a run resumes only with its data.
 
     Raises:
         ConfigError: naming the difference.
     """
     named = {str(target) for _, target in stored_targets(as_dict(config))}
     named |= {str(config.model.path)} if config.model.trust_remote_code else set()
-    stored = as_dict(from_stored(meta.config, checkpoint, named))
+    changes = differing(as_dict(from_stored(meta.config, checkpoint, named)), as_dict(config))
     differences = [
         f"{key} is {old} there and {new} here"
-        for key, (old, new) in differing(stored, as_dict(config)).items()
+        for key, (old, new) in changes.items()
         if key.startswith(("model.config.", "param.", "train.seed", "model.path"))
         and key != "param.execution"
         and not (meta.ranks and re.match(r"param\.rank(\.|$)", key))  # its layers have ranks of their own
     ]
     if differences:
         raise ConfigError(f"{checkpoint} is of another model: {'; '.join(differences)}")
+    if "optim._target_" in changes:
+        old, new = (values["optim"]["name"] for values in (meta.config, as_dict(config)))
+        raise ConfigError(
+            f"{checkpoint} has the state of another optimizer: optim is {old} there and {new} here; to start with "
+            f"its weights use another run.name and init_from={checkpoint}"
+        )
     if config.resume == "auto" and meta.data.fingerprint != data_fingerprint:
         raise ConfigError(
             f"{checkpoint} was trained on other data than data={config.data.name} gives here; to start on new data "
@@ -58,41 +68,107 @@ def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, me
         )
 
 
-def known_run(config: Config) -> dict[str, Any] | None:
-    """What identifies the run that `resume=auto` goes on with; None if there is none yet."""
+def known_run(config: Config, meta: CheckpointMeta | None) -> dict[str, Any] | None:
+    """What identifies the run that `resume=auto` resumes: run.json, or where that is damaged the checkpoint; None if
+    there is none yet."""
+    if config.resume != "auto":
+        return None
     path = Path(config.run.dir) / "run.json"
-    return json.loads(path.read_text()) if config.resume == "auto" and path.is_file() else None
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found["id"], str) and isinstance(found.get("executions", {}), dict):
+            return found
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        print(f"{path} is damaged and written anew", file=sys.stderr, flush=True)
+    return {"id": meta.run_id, "name": config.run.name} if meta and meta.run_id else None
 
 
-def claim(config: Config, settled: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Create the run directory with its configuration and tokenizer; what identifies the run.
+def claim(
+    config: Config,
+    known: dict[str, Any] | None,
+    autotuned: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    meta: CheckpointMeta | None,
+) -> dict[str, Any]:
+    """Write, or bring up to date, the configuration, tokenizer and identity of a run in its directory; returns the
+    last, which is what is `known` of it where it has been there before.
 
-    How layers are executed belongs to it, and where that was `settled`: another execution rounds differently, and
-    resuming would not be exact.
+    How layers are executed belongs to it where it was `autotuned`: another execution rounds differently, and resuming
+    would not be exact.
 
     Raises:
-        ConfigError: if the directory cannot be created or written, or is another run's.
+        ConfigError: if the directory cannot be written.
     """
     folder = Path(config.run.dir)
-    run = {"id": uuid.uuid4().hex[:12], "name": config.run.name, **settled}
+    run = known or {"id": uuid.uuid4().hex[:12], "name": config.run.name}
     try:
-        folder.mkdir(parents=True, exist_ok=config.resume == "auto")
-        write_durably(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
-        save_tokenizer(tokenizer, folder / "tokenizer")
-        write_durably(folder / "run.json", json.dumps(run))
+        keep_config(config, folder, meta)
+        write_folder_durably(folder / "tokenizer", lambda beside: save_tokenizer(tokenizer, beside))
+        write_durably(folder / "run.json", json.dumps(autotuned | run))
     except OSError as error:
         raise ConfigError(f"run.dir={folder} cannot be written: {error.strerror}") from error
     return run
 
 
-def hold(lock: FileLock) -> None:
-    """Keep every other process out of the lock's folder until this one releases it or ends, however it ends.
+def keep_config(config: Config, folder: Path, meta: CheckpointMeta | None) -> None:
+    """Write config.yaml; one with other values, which held up to the step that is resumed, stays beside it as
+    config-step-00000040.yaml. What differs is printed."""
+    path, resumed = folder / "config.yaml", meta is not None and config.resume == "auto"
+    former = stored_config(path)
+    changes = changes_from(former or (meta.config if meta else None), config)
+    if resumed and changes:
+        shown = {
+            key: values for key, values in changes.items() if not key.startswith("callbacks.")
+        }  # which follow others
+        told = ", ".join(f"{key}={new} (before: {old})" for key, (old, new) in shown.items())
+        print(f"resuming with other values: {told}", flush=True)
+    if former and not changes:
+        return
+    kept = folder / f"config-step-{meta.step if resumed and meta else 0:08d}.yaml"
+    if former and not kept.exists():  # else no step was done with these values
+        path.rename(kept)
+    write_durably(path, OmegaConf.to_yaml(OmegaConf.create(as_dict(config))))
 
-    Raises:
-        ConfigError: if another one has it.
-    """
+
+def stored_config(path: Path) -> dict[str, Any] | None:
+    """The values in a configuration file, which is read and not followed; None if there is none, or it is damaged."""
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        folder = Path(lock.lock_file).parent
-        raise ConfigError(f"run.dir={folder} is in use by a run that has not ended; choose another run.name") from error
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except FileNotFoundError:
+        return None
+    except Exception:  # a damaged file may be any YAML, or none
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("optim"), dict):
+        return {str(key): value for key, value in found.items()}
+    print(f"{path} is damaged", file=sys.stderr, flush=True)
+    return None
+
+
+def changes_from(former: dict[str, Any] | None, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys of what a run computes whose values differ → (former, now). A key that came later has no former value."""
+    known = flat(former) if former else {}
+    changes = differing(former, as_dict(config)) if former else {}
+    return {key: values for key, values in changes.items() if key in known and not key.startswith(ASIDE)}
+
+
+def sibling_sentence(config: Config) -> str | None:
+    """What to tell of `resume=auto` that finds no run under its name, but beside it one of the same model and
+    parameterization that may have been meant; None if there is none."""
+    folder = Path(config.run.dir)
+    if config.resume != "auto" or (folder / "run.json").exists():
+        return None
+    stem = f"{config.model.name}-{config.param['name']}"
+    beside = [path.parent for path in folder.parent.glob(f"*{stem}*/config.yaml") if path.parent != folder]
+    newest = sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True)[:8]
+    found = {path: changes_from(stored, config) for path in newest if (stored := stored_config(path / "config.yaml"))}
+    if not found:
+        return None
+    nearest = min(found, key=lambda path: len(found[path]))
+    telling = [key for key in found[nearest] if not f"{key}=".startswith(LENGTH_AND_CADENCE)]
+    values = [(key, *found[nearest][key]) for key in telling[:4]]
+    told = ", ".join(f"{key}={old} there and {new} here" for key, old, new in values)
+    return (
+        f"no run {config.run.name} yet: it starts anew. To resume {nearest.name} give run.name={nearest.name} ({told})"
+    )

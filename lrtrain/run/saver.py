@@ -61,6 +61,7 @@ class Saver:
         if bad := nonfinite(state):
             return self._refuse(run, f"{bad} is not finite")
         started = time.perf_counter()
+        run.tracker.sync()
         self.checkpointer.save(state, run.progress.step, meta_of(run))
         self.step = run.progress.step
         run.log({"perf/checkpoint_seconds": time.perf_counter() - started})
@@ -107,6 +108,7 @@ def meta_of(run: Run) -> CheckpointMeta:
         executions=run.executions,
         ranks=run.ranks,
         architecture=run.engine.model.config.to_dict(),
+        run_id=run.id,
         callbacks={name: state for name, callback in run.callbacks.items() if (state := callback.state())},
     )
 

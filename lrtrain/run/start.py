@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock
 from transformers import PreTrainedModel
 
 from lrtrain.checkpoint.meta import CheckpointMeta, Window, read_meta
@@ -21,8 +20,9 @@ from lrtrain.model.autotune import settle
 from lrtrain.model.build import make_model
 from lrtrain.model.supports import support_hash
 from lrtrain.run.batches import Batches, in_background
+from lrtrain.run.lock import RunLock
 from lrtrain.run.report import print_ledger
-from lrtrain.run.rundir import check_compatible, checkpoint_to_resume, claim, hold, known_run
+from lrtrain.run.rundir import check_compatible, checkpoint_to_resume, claim, known_run, sibling_sentence
 from lrtrain.run.saver import Saver
 from lrtrain.run.state import Run
 from lrtrain.run.stop import StopRequest
@@ -30,7 +30,12 @@ from lrtrain.tracking import Tracker, open_tracker
 
 
 def start_run(
-    config: Config, world: World, stop: StopRequest, heartbeat: Heartbeat, left_out: Sequence[Window] = ()
+    config: Config,
+    world: World,
+    stop: StopRequest,
+    heartbeat: Heartbeat,
+    lock: RunLock,
+    left_out: Sequence[Window] = (),
 ) -> Run:
     """A run that is ready for its next step. A collective.
 
@@ -40,10 +45,12 @@ def start_run(
     Raises:
         ConfigError: on every process, if a value of the configuration is wrong.
     """
-    run = Run(config, world, stop, heartbeat)
+    run = Run(config, world, stop, heartbeat, lock)
     if config.train.compile and world.device.type == "cpu":
         ask_for_vector_instructions()
     checkpoint = run_on_rank0(lambda: checkpoint_to_resume(config))
+    if world.main and not checkpoint and (told := sibling_sentence(config)):
+        print(told, flush=True)
     meta = read_meta(checkpoint) if checkpoint else None
     run.ranks = meta.ranks if meta else {}
     architecture = meta.architecture if meta else None
@@ -54,7 +61,7 @@ def start_run(
     if start and start.ranks:
         run.ranks = start.ranks
         model = make_model(config, run.ranks, architecture)
-    run_id = take_directory(run, model, meta)
+    run.id = claim_directory(run, model, meta)
     run.take_stock(model)
     if world.main:
         print_ledger(model)
@@ -72,7 +79,7 @@ def start_run(
         start.fill(state["model"])
         run.engine.load_state_dict(state)
     if world.main:
-        run.tracker = open_tracker(config.tracking, run.dir, run_id, as_dict(config), config.train.steps)
+        run.tracker = open_tracker(config.tracking, run.dir, run.id, as_dict(config), config.train.steps)
     if left_out:
         run.progress.left_out = [*left_out]
         run.log({"train/rollbacks": len(left_out)})
@@ -93,7 +100,7 @@ def read_data(run: Run, model: PreTrainedModel, checkpoint: Path | None, meta: C
         check_compatible(config, run.data.fingerprint, checkpoint, meta)
 
 
-def take_directory(run: Run, model: PreTrainedModel, meta: CheckpointMeta | None) -> str:
+def claim_directory(run: Run, model: PreTrainedModel, meta: CheckpointMeta | None) -> str:
     """Claim the run's directory, autotune its layers, and return the run's id.
 
     An execution that was measured in this dtype on such a device before is kept: another one rounds differently, and
@@ -105,17 +112,15 @@ def take_directory(run: Run, model: PreTrainedModel, meta: CheckpointMeta | None
     tokens = config.train.micro_batch_size * config.data.seq_len
 
     def claimed() -> tuple[str, dict[str, str]]:
-        known = known_run(config)
+        known = known_run(config, meta)
         executed, executions = (meta.executed, meta.executions) if meta else (None, {})
         if known and not meta:
             executed, executions = known.get("executed"), known.get("executions", {})
         executions = settle(model, tokens, dtype, device, executions if executed == run.executed else {})
-        ours = known or claim(config, {"executions": executions, "executed": run.executed}, run.data.tokenizer)
-        return ours["id"], executions
+        autotuned = {"executions": executions, "executed": run.executed}
+        return claim(config, known, autotuned, run.data.tokenizer, meta)["id"], executions
 
     run_id, run.executions = run_on_rank0(claimed)
-    run.lock = FileLock(run.dir / "lock")
-    run_on_rank0(lambda: hold(run.lock))
     return run_id
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from transformers import PreTrainedModel
 
 from lrtrain.checkpoint.meta import Progress
@@ -27,6 +26,7 @@ from lrtrain.model.structure import factorized_layers
 from lrtrain.model.supports import support_hash
 from lrtrain.run.batches import Batches
 from lrtrain.run.callbacks.base import Callback
+from lrtrain.run.lock import RunLock
 from lrtrain.run.saver import Saver
 from lrtrain.run.stop import StopRequest
 from lrtrain.tracking import Tracker
@@ -48,14 +48,15 @@ class Run:
     schedule: Callable[[int, int], float]
     tracker: Tracker
     callbacks: Mapping[str, Callback]
-    lock: FileLock
-    """Held while the run goes on: nobody else may write into its directory."""
+    id: str
+    """What tells this run from all others, of the same name too."""
 
-    def __init__(self, config: Config, world: World, stop: StopRequest, heartbeat: Heartbeat):
+    def __init__(self, config: Config, world: World, stop: StopRequest, heartbeat: Heartbeat, lock: RunLock):
         self.config = config
         self.world = world
         self.stop = stop
         self.heartbeat = heartbeat
+        self.lock = lock
         self.dir = Path(config.run.dir)
         self.progress = Progress()
 

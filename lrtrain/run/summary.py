@@ -4,7 +4,7 @@ import json
 import sys
 from typing import Any
 
-from lrtrain.checkpoint.checkpointer import write_durably
+from lrtrain.core.files import write_durably
 from lrtrain.distributed.collectives import max_over_ranks
 from lrtrain.run.report import summary_rows
 from lrtrain.run.state import Run

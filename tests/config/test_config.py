@@ -88,9 +88,11 @@ def test_directories_are_looked_at_by_a_start_and_not_by_a_plan(override: str, m
 def test_a_run_is_named_by_what_it_is_and_not_by_when():
     composed = default_composition()
     assert run_name(composed, ["model=llama_tiny", "param=sltrain", "resume=auto"]) == "llama_tiny-sltrain"
-    one = run_name(composed, ["param.rank=4", "train.steps=3"])
-    assert one == run_name(composed, ["train.steps=3", "resume=auto", "param.rank=4", "dry_run=true"])
-    assert one != run_name(composed, ["train.steps=4", "param.rank=4"])
+    one = run_name(composed, ["param.rank=4", "optim.lr=3"])
+    assert one == run_name(composed, ["optim.lr=3", "resume=auto", "param.rank=4", "dry_run=true"])
+    assert one != run_name(composed, ["optim.lr=4", "param.rank=4"])
+    longer = ["train.steps=4", "eval.every=2", "checkpoint.every=3", "spectra=full", "+spectra.every=1"]
+    assert one == run_name(composed, ["optim.lr=3", "param.rank=4", *longer])
 
 
 def test_an_experiment_names_its_run():
@@ -123,7 +125,8 @@ def test_the_command_exits_with_2_and_one_sentence(launch, tiny):
     assert done.stderr.strip() == (
         "param.rank=900 is not between 1 and min(in, out)=48 of model.layers.0.self_attn.q_proj"
     )
-    assert len(done.stdout.splitlines()) == 1 and "threads each" in done.stdout
+    threads, named = done.stdout.splitlines()  # the header, and nothing more
+    assert "threads each" in threads and named.startswith("run llama_tiny-sltrain-")
 
 
 def test_only_one_of_two_processes_speaks(tiny, tmp_path):

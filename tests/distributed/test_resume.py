@@ -167,12 +167,13 @@ def test_a_signal_to_one_process_saves_on_all_and_says_how_to_go_on(
 
 def test_a_run_directory_is_never_overwritten(tmp_path: Path, tiny: list[str], launch):
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes").touch()
     done = launch([*tiny, f"run.dir={tmp_path}/there"])
     assert done.returncode == 2
     assert done.stderr.strip() == (
         f"run.dir={tmp_path}/there exists; go on with resume=auto, or choose another run.name or run.dir"
     )
-    assert list((tmp_path / "there").iterdir()) == []
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["notes"]
 
 
 def test_a_loss_that_stays_infinite_ends_the_run_with_the_last_checkpoint_intact(
