@@ -10,7 +10,8 @@ from launching import SMALL
 from lrtrain import distributed
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
-from lrtrain.config.schema import DTYPES, Config
+from lrtrain.config.dtypes import DTYPES
+from lrtrain.config.schema import Config
 from lrtrain.distributed.sharding import twin, whole
 from lrtrain.engine.base import Engine
 from lrtrain.engine.resize import wanted_ranks
