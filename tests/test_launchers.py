@@ -16,15 +16,21 @@ from submitit.helpers import DelayedSubmission
 from lrtrain.sweeps import processes, slurm
 from lrtrain.sweeps.jobs import Job
 
-# Stands for a torchrun: says that it runs, and takes a moment to save when it is told to end.
+# Stands for a torchrun: waits for its process, which is deaf at first, and takes a moment to save.
+WAITS = """
+import pathlib, subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+pathlib.Path("running").touch()
+sys.exit(worker.wait())
+"""
 SAVES_LATE = """
 import pathlib, signal, sys, time
 def save(*_):
     time.sleep(0.5)
     pathlib.Path("saved").touch()
-    sys.exit(1)
-signal.signal(signal.SIGTERM, save)
-pathlib.Path("running").touch()
+    sys.exit()
+time.sleep(0.7)
+signal.signal(signal.SIGUSR2, save)
 time.sleep(60)
 """
 
@@ -44,8 +50,8 @@ def signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def stand_in(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "torchrun", lambda *_: [sys.executable, "-c", code])
+def stand_in(code: str, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(slurm, "torchrun", lambda *_: [sys.executable, "-c", code, *arguments])
 
 
 def signalled_when_it_runs() -> None:
@@ -56,11 +62,13 @@ def signalled_when_it_runs() -> None:
 
 def test_a_run_has_saved_before_submitit_queues_it_again(job: Job, signals, monkeypatch: pytest.MonkeyPatch):
     """submitit's handler interrupts the wait for torchrun, and leaves by SystemExit."""
-    stand_in(SAVES_LATE, monkeypatch)
+    stand_in(WAITS, monkeypatch, SAVES_LATE)
     started = slurm.Torchrun(job, 1, Path("failure"))
     queued: list[DelayedSubmission] = []
 
     def requeue(*_) -> None:
+        assert started.process is not None
+        os.kill(started.process.pid, signal.SIGUSR2)  # as Slurm does; torchrun goes on waiting
         queued.append(started.checkpoint())
         assert Path("saved").exists()
         sys.exit(-1)
@@ -78,6 +86,20 @@ def test_a_signal_after_the_end_queues_the_job_too(job: Job, signals, monkeypatc
     started = slurm.Torchrun(job, 1, Path("failure"))
     assert started() == 3
     assert started.checkpoint().function.job is job
+
+
+def test_what_does_not_save_in_time_is_queued_again_too(job: Job, monkeypatch: pytest.MonkeyPatch):
+    stand_in("import time; time.sleep(60)", monkeypatch)
+    monkeypatch.setattr(slurm, "SAVING", 0.1)
+    started = slurm.Torchrun(job, 1, Path("failure"))
+    waiting = threading.Thread(target=started, daemon=True)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # which only a main thread may
+    waiting.start()
+    while started.process is None:
+        time.sleep(0.01)
+    assert started.checkpoint().function.job is job
+    started.process.kill()
+    waiting.join()
 
 
 def test_torchrun_waits_for_a_checkpoint_within_the_90_seconds_that_submitit_leaves(job: Job):

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lrtrain.checkpoint.meta import META, CheckpointMeta
 from lrtrain.checkpoint.reader import TensorPlanner, TensorReader
 from lrtrain.core.files import sync_folder, write_durably
+from lrtrain.core.restart import note_unfinished
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.errors import ConfigError
@@ -192,6 +193,7 @@ class Checkpointer:
                     remove(final)
                 partial.rename(final)
                 sync_folder(self.folder)
+                note_unfinished()
                 self.sound.add(final.name)
                 self._retire(final)
 

@@ -12,6 +12,7 @@ from lrtrain.checkpoint.checkpointer import last_good
 from lrtrain.checkpoint.meta import Window
 from lrtrain.config.naming import fingerprint
 from lrtrain.config.schema import Config
+from lrtrain.core.restart import note_finished, note_unfinished
 from lrtrain.distributed.collectives import check_equal_on_all_ranks
 from lrtrain.distributed.heartbeat import Heartbeat
 from lrtrain.distributed.world import World
@@ -79,7 +80,10 @@ def finish(run: Run) -> dict[str, Any]:
         ended = f"stopped by {stopped}" if stopped else "ended"
         good = last_good(run.saver.checkpointer.folder)
         raise RunFailed(f"{ended} {at}, but its checkpoint could not be saved; {good}")
-    if run.world.main and stopped:
+    if run.world.main and not stopped:
+        note_finished()
+    elif run.world.main:
+        note_unfinished()
         told = f"stopped by {stopped} {at}; the checkpoint is saved: go on with the same command and resume=auto"
         print(told, flush=True)
     return summary

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import submitit
 from submitit.helpers import DelayedSubmission
 
 from lrtrain.sweeps.jobs import Job, Outcome
-from lrtrain.sweeps.processes import own_environment, reason, torchrun
+from lrtrain.sweeps.processes import SAVING, own_environment, reason, torchrun
 from lrtrain.sweeps.report import Tell
 
-PORT = 29400  # of the rendezvous, on the first node
+PORTS = range(20_000, 30_000)  # of rendezvous, on the first node: one for each of the jobs that share it
+SAVE = signal.SIGUSR2  # submitit's, which Slurm sends to every process of a job
 
 
 class Torchrun:
@@ -36,11 +38,13 @@ class Torchrun:
             options = [
                 f"--nnodes={nodes}",
                 "--rdzv-backend=c10d",
-                f"--rdzv-endpoint={first}:{PORT}",
+                f"--rdzv-endpoint={first}:{PORTS[int(job) % len(PORTS)]}",
                 f"--rdzv-id={job}",
             ]
         self.process = process = subprocess.Popen(
-            torchrun(self.job, self.nproc, *options), env=os.environ | own_environment(self.failure)
+            torchrun(self.job, self.nproc, *options),
+            env=os.environ | own_environment(self.failure),
+            preexec_fn=partial(signal.signal, SAVE, signal.SIG_IGN),  # it waits for its processes, which heed it
         )
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         return process.wait()
@@ -49,13 +53,34 @@ class Torchrun:
         """What submitit queues when Slurm preempts the job or its time is over: the same, which resumes.
 
         submitit calls it in a signal handler, and ends this process then: the run has to be saved before it returns.
+        Slurm has signalled the run's processes too, but those that were still starting did not heed it.
         """
-        if self.process is not None:
-            self.process.terminate()
-            with suppress(ChildProcessError):  # whose end has been seen already
-                # Not `process.wait()`: the handler interrupts one, whose lock it would wait for.
-                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        latest = time.monotonic() + SAVING
+        while self.process is not None and runs(self.process.pid) and time.monotonic() < latest:
+            for worker in children(self.process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(worker, SAVE)
+            time.sleep(0.5)
         return DelayedSubmission(Torchrun(self.job, self.nproc, self.failure))
+
+
+def runs(child: int) -> bool:
+    """Whether a child process has not ended.
+
+    Not by `Popen.wait`: a signal handler that interrupts one would wait for its lock.
+    """
+    try:
+        return os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+    except ChildProcessError:  # its end has been seen already
+        return False
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process has started."""
+    try:
+        return [*map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())]
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return []
 
 
 class Slurm:
