@@ -207,6 +207,7 @@ class OptunaSweeper(PretrainSweeper):
 
         space = [override for override in overrides if override.is_sweep_override()]
         fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+        assert self.config is not None  # Hydra has set it up
         refuse_nothing_held_out(self.objectives, self.config)
         search = Search(space, self.objectives, self.sampler)
         outcomes: dict[str, Outcome] = {}  # of the jobs; the same one may be proposed again

@@ -52,7 +52,7 @@ def _place(values: Any, loc: Sequence[str | int]) -> list[str | int]:
         if not (key in values if isinstance(values, dict) else isinstance(values, list) and isinstance(key, int)):
             break
         place.append(key)
-        values = values[key]
+        values = _at(values, [key])
     return place
 
 

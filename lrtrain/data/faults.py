@@ -110,7 +110,8 @@ def known(found: dict[str, Any], refuse: bool) -> Faults:
     Raises:
         ConfigError: naming the first, if there are any and they are refused.
     """
-    faults = Faults(**found | {"refuse": refuse})
+    faults = Faults(**found)
+    faults.refuse = refuse
     if faults.count and refuse:
         raise ConfigError(_refusal(faults.first))
     return faults

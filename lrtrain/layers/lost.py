@@ -20,6 +20,8 @@ from lrtrain.linalg.factors import dense_singular_values, product_singular_value
 from lrtrain.linalg.initial import best_factors, normal, one_thread
 from lrtrain.linalg.nearest import Fit, low_rank_plus_sparse
 
+Select = Literal["svd_l2", "svd_l1", "weight_l2", "random"]
+
 
 class LOSTLinear(FactorizedLinear):
     """y = γ·B σ(A x) + (1-γ)·W_s x_I + bias with A (rank, in), B (out, rank) and W_s (out, k), k = ⌊density·in⌋ or 1.
@@ -46,7 +48,7 @@ class LOSTLinear(FactorizedLinear):
         density: Share,
         gamma: Share,
         activation: Activation,
-        select: Literal["svd_l2", "svd_l1", "weight_l2", "random"],
+        select: Select,
         complement_rank: PositiveInt | None,
         init_std: PositiveFloat,
         device: torch.device | str | None = None,
@@ -154,7 +156,7 @@ class LOSTLinear(FactorizedLinear):
 
     @staticmethod
     def from_dense(
-        weight: Tensor, rank: int, density: float, gamma: float, select: str, bias: Tensor | None = None
+        weight: Tensor, rank: int, density: float, gamma: float, select: Select, bias: Tensor | None = None
     ) -> "LOSTLinear":
         """The layer, without an activation, that starts from weight (out, in) as from a draw, in weight's dtype."""
         out_features, in_features = weight.shape

@@ -32,6 +32,9 @@ def nested_linear(x: Tensor, left: Tensor, right: Tensor, rank: int, scale: floa
     return linear(z if scale == 1 else scale * z, left[:, :rank])
 
 
+Scale = Literal["none", "sqrt", "linear"]
+
+
 class NestedLinear(FactorizedLinear):
     """y = c_b·B[:, :b] (A[:b] x) + bias with A (rank, in), B (out, rank), from an ordered spectral start.
 
@@ -63,7 +66,7 @@ class NestedLinear(FactorizedLinear):
         ranks: Annotated[list[PositiveShare], Field(min_length=1)],
         sampling: Literal["shares", "uniform"],
         full_share: Share,
-        scale: Literal["none", "sqrt", "linear"],
+        scale: Scale,
         lasso: NonNegativeFloat,
         shrink_every: NonNegativeInt,
         shrink_threshold: ShareBelowOne,
@@ -175,7 +178,7 @@ class NestedLinear(FactorizedLinear):
         self.kept = rank
 
     @classmethod
-    def from_dense(cls, weight: Tensor, rank: int, bias: Tensor | None = None, scale: str = "none") -> "NestedLinear":
+    def from_dense(cls, weight: Tensor, rank: int, bias: Tensor | None = None, scale: Scale = "none") -> "NestedLinear":
         """The layer whose W_b is c_b times the best rank-b approximation of weight (out, in), for every b ≤ rank."""
         best = LowRankLinear.from_dense(weight, rank, bias)
         layer = cls(

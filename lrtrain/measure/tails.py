@@ -9,7 +9,7 @@ from lrtrain.measure.noise import product_null_edge, soft_rank, spike_count
 from lrtrain.measure.power_law import power_law_metrics
 
 
-def fits(layer: FactorizedLinear | nn.Linear, sigma: Tensor, generator: torch.Generator) -> dict[str, float]:
+def fits(layer: nn.Module, shape: tuple[int, int], sigma: Tensor, generator: torch.Generator) -> dict[str, float]:
     """Of a whole layer and its singular values: those of `power_law_metrics`; `spikes`, how many values noise does not
     explain; and `mp_soft_rank` (see `soft_rank`) where all min(out, in) values are known.
 
@@ -18,7 +18,6 @@ def fits(layer: FactorizedLinear | nn.Linear, sigma: Tensor, generator: torch.Ge
     if not is_finite(sigma) or is_zero(sigma):
         return {}
     found = power_law_metrics(sigma)
-    shape = (layer.out_features, layer.in_features)
     left = layer.left_factor() if isinstance(layer, FactorizedLinear) and layer.parts() is None else None
     if left is not None and isinstance(layer, FactorizedLinear):
         edge = product_null_edge(left.detach().cpu(), layer.right_factor().detach().cpu(), 1.0, generator)

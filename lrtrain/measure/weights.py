@@ -127,7 +127,8 @@ def tail_metrics(layers: Mapping[str, LinearLayer], spectra: Mapping[str, Tensor
     `spectra_metrics`. A collective."""
 
     def measure(name: str, layer: LinearLayer) -> dict[str, Tensor]:
-        return as_tensors(fits(_upcast(layer), spectra[name], generator_for(0, f"noise of {name}")))
+        shape = (layer.out_features, layer.in_features)
+        return as_tensors(fits(_upcast(layer), shape, spectra[name], generator_for(0, f"noise of {name}")))
 
     chosen = {name: layer for name, layer in layers.items() if name in spectra}
     found = {name: as_numbers(values) for name, values in compute_layers_across_ranks(chosen, measure)}

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -27,7 +28,8 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    flags, cudnn = torch.utils.deterministic, torch.backends.cudnn
+    flags: Any = torch.utils.deterministic  # modules whose attributes are switches
+    cudnn: Any = torch.backends.cudnn
     before = (torch.are_deterministic_algorithms_enabled(), flags.fill_uninitialized_memory, cudnn.benchmark)
     torch.use_deterministic_algorithms(True)
     # Buffers of collectives would be filled each time, though all that is read was written.

@@ -1,7 +1,7 @@
 """A search by Optuna: its space as Hydra's grammar says it, what it proposes, and what it found."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +69,7 @@ def distribution(override: Override) -> BaseDistribution:
     return CategoricalDistribution([*override.sweep_string_iterator()])
 
 
-def refuse_nothing_held_out(objectives: Sequence[str], composed: DictConfig) -> None:
+def refuse_nothing_held_out(objectives: Iterable[str], composed: DictConfig) -> None:
     """Raise ConfigError where an objective is measured on held-out text, and the configuration holds none out."""
     asked = [key for key in objectives if key.startswith("eval_")]
     if asked and not composed.data.validation_fraction and not composed.data.source.get("validation"):
@@ -79,7 +79,7 @@ def refuse_nothing_held_out(objectives: Sequence[str], composed: DictConfig) -> 
         )
 
 
-def refuse_unmeasured(objectives: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+def refuse_unmeasured(objectives: Iterable[str], outcomes: Sequence[Outcome]) -> None:
     """Raise ConfigError where a run has finished and not measured an objective: no other would."""
     for one in outcomes:
         missing = [key for key in objectives if one.status == "finished" and one.summary.get(key) is None]
