@@ -80,6 +80,7 @@ def weights_read(model: nn.Module) -> set[str]:
     return {
         f"{name}.{child}".removeprefix(".")
         for name, module in model.named_modules()
+        if not isinstance(module, FactorizedLinear)  # whose factors are its own
         for child, layer in module.named_children()
         if is_plain(layer) and child in _children_read(type(module))
     }

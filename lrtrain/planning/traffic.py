@@ -8,7 +8,6 @@ from transformers import PreTrainedModel
 
 from lrtrain.config.dtypes import DTYPES
 from lrtrain.config.schema import Config
-from lrtrain.engine.fsdp import sharded_units
 from lrtrain.errors import ConfigError
 from lrtrain.model.counts import training_flops
 from lrtrain.model.structure import blocks
@@ -34,8 +33,8 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
     """Of FSDP2 with `engine.replicas` copies of the model; with one per process that is DDP. Optimizers' own (a few
     numbers, see docs/optimizers.md) and losses are left out.
 
-    All is gathered for the forward pass and again for the backward pass, but a head of its own stays and an embedding
-    of its own is not needed again; each process has 1/shards of it. A ring that sums s bytes over r processes passes
+    All is gathered for the forward pass and again for the backward pass, but for what is no block: a head and the last
+    norm stay, and an embedding is not needed again. Each process has 1/shards of it. A ring that sums s bytes over r processes passes
     2(r − 1)/r · s through each.
 
     Raises:
@@ -48,9 +47,7 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
     passes = config.train.batch_size // (world_size * config.train.micro_batch_size)
     reduce_bytes = DTYPES[config.engine.get("reduce_dtype", "fp32")].itemsize
     others = (shards - 1) / shards
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    once = sum(rows_padded(end, shards) for end in ends if end in sharded_units(model))
-    gathers = 2 * rows_padded(model, shards) - once
+    gathers = rows_padded(model, shards) + rows_padded(blocks(model), shards)
     trained = sum(padded(p, shards) for p in model.parameters() if p.requires_grad)
     return Traffic(
         gathered=round(passes * others * gathers * dtype.itemsize),

@@ -158,9 +158,9 @@ def test_a_sound_checkpoint_is_never_removed_for_a_damaged_one(tmp_path: Path, w
     resumed = newest_sound(tmp_path)
     assert resumed is not None
     saver.load(state, resumed)
-    saver.save(state, 34, {})
+    saver.save(state, 34, meta(34))
     assert steps(tmp_path) == [34, 40] and newest_sound(tmp_path) == tmp_path / "step-00000034"
-    saver.save(state, 40, {})
+    saver.save(state, 40, meta(40))
     assert steps(tmp_path) == [40] and damage_of(tmp_path / "step-00000040") is None
 
 
@@ -172,7 +172,7 @@ def test_checkpoints_that_nobody_checked_do_not_count_for_retention(tmp_path: Pa
     state = {"w": torch.zeros(1000)}
     saver.load(state, tmp_path / "step-00000040")
     assert steps(tmp_path) == [10, 20, 30, 40]
-    saver.save(state, 50, {})
+    saver.save(state, 50, meta(50))
     saver.wait()
     assert steps(tmp_path) == [40, 50]
 

@@ -149,7 +149,9 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_difference_named(launc
 
 
 def test_a_run_that_exists_can_be_planned_but_not_started(launch, tmp_path):
-    line = ["train.steps=1", "run.dir=" + str(tmp_path)]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    line = ["train.steps=1", f"run.dir={tmp_path}/run"]
     planned, started = launch([*line, "dry_run=true"]), launch(line)
     assert planned.returncode == 0 and "memory per process" in planned.stdout, planned.stderr
     assert started.returncode == 2 and "exists; go on with resume=auto" in started.stderr

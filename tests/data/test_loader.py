@@ -167,5 +167,5 @@ def test_a_field_that_a_stream_lacks_is_named(c4):
 
 def test_a_stream_of_empty_texts_ends_with_a_sentence(tmp_path, tokenizer):
     file = write_json_gz(tmp_path / "empty.json.gz", ["", ""])
-    with pytest.raises(ConfigError, match="data.path: no text in"):
+    with pytest.raises(ConfigError, match="data.on_error=refuse: .*empty.json.gz, the whole file: it holds no text"):
         TokenStream([str(file)], "text", tokenizer, 16, Cursor(), Faults(refuse=True)).next_sequence()

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
-from lrtrain.errors import ConfigError
 from lrtrain.optim.adamw import AdamW
 
 OPTIMIZERS = ("adamw", "galore", "fira", "apollo", "muon", "dct_adamw", "loro", "spectron", "preconditioned_adamw")
@@ -75,15 +74,3 @@ def test_by_default_norms_and_biases_do_not_decay():
     optimizer.step()
     assert torch.equal(model.norm.weight, torch.ones(7))
     assert optimizer.param_groups[0]["weight_decay"] == 0.3
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"decay": "some"}, "optim.decay=some is not one of matrices, all"),
-        ({"eps_convention": "torch"}, "optim.eps_convention=torch is not one of corrected, galore"),
-    ],
-)
-def test_what_they_refuse(changes: dict, message: str):
-    with pytest.raises(ConfigError, match=message):
-        AdamW(Model(), **OPTIM | changes)

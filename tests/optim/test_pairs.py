@@ -28,7 +28,10 @@ WITHOUT = (
     "param=nested",
     "param=sst",
 )
-PARTNERS = [(Spectron, {"momentum": 0.95, "iterations": 2}), (PreconditionedAdamW, {"damping": 1e-6, "adam": True})]
+PARTNERS = [
+    (Spectron, {"momentum": 0.95, "iterations": 2, "orthogonalization": "polar_express"}),
+    (PreconditionedAdamW, {"damping": 1e-6, "adam": True}),
+]
 MADE = [*PARTNERS, (LORO, {"every": 5, "large_step": "exact", "refresh": True, "approx_scale": None})]
 every_method = pytest.mark.parametrize(("cls", "own"), MADE, ids=lambda v: getattr(v, "optim", ""))
 

@@ -11,9 +11,11 @@ from lrtrain.run.stop import StopRequest
 
 @pytest.fixture
 def stop() -> Iterator[StopRequest]:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     request = StopRequest()
     yield request
     request.restore()
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])

@@ -17,12 +17,12 @@ def test_a_core_that_is_busy_elsewhere_at_first_does_not_lower_the_peak(monkeypa
 
 
 def test_a_reading_is_of_the_steps_since_the_last_one():
-    meter = Meter(peak=1000.0, flops=Flops(model=2.0, dense_equivalent=5.0), processes=2)
+    meter, flops = Meter(peak=2000.0), Flops(model=2.0, dense_equivalent=5.0)
     meter.add(seconds=1.0, waited=0.0, tokens=10)
-    meter.read()
+    meter.read(flops)
     meter.add(seconds=2.0, waited=0.0, tokens=300)
     meter.add(seconds=1.0, waited=0.75, tokens=300)
-    assert meter.read() == {
+    assert meter.read(flops) == {
         "perf/tokens_per_second": 200.0,
         "perf/step_seconds": 1.5,
         "perf/data_wait_pct": 25.0,
