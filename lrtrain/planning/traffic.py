@@ -34,8 +34,8 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
     numbers, see docs/optimizers.md) and losses are left out.
 
     All is gathered for the forward pass and again for the backward pass, but for what is no block: a head and the last
-    norm stay, and an embedding is not needed again. Each process has 1/shards of it. A ring that sums s bytes over r processes passes
-    2(r − 1)/r · s through each.
+    norm stay, and an embedding is not needed again. Each process has 1/shards of it. A ring that sums s bytes over r
+    processes passes 2(r − 1)/r · s through each.
 
     Raises:
         ConfigError: for DeepSpeed, whose bytes depend on its own choices.
