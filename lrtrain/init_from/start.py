@@ -54,7 +54,9 @@ class Start:
         check_origin(config.init_from, self.origin, dense)
         layers = factorized_layers(model)
         check_layers(layers, self.settings.affine)
-        self.transposed = {name for name, layer in layers.items() if layer.transposed}
+        if experts := [name for name, layer in layers.items() if layer.batch > 1]:
+            self._check_experts(experts[0])
+        self.layers = layers
         self.groups: dict[str, list[str]] = in_groups([*layers])
         self.moments: dict[str, Moment] = {}
         if layers and self.settings.by == "outputs":
@@ -62,6 +64,18 @@ class Start:
         self.ranks: dict[str, int] = {}
         if layers and self.settings.budget is not None:
             self.ranks = self._allocate(layers, self.settings.budget)
+
+    def _check_experts(self, name: str) -> None:
+        """Refuse what is not there for experts, of which this is one weight."""
+        if self.settings.by == "outputs":
+            raise ConfigError(
+                f"compress.by=outputs has no inputs of {name}, which are experts; use compress.by=weights"
+            )
+        if self.settings.budget is not None:
+            raise ConfigError(
+                f"compress.budget={self.settings.budget} allocates ranks to single matrices, and {name} are experts; set "
+                "param.rank, or param.pattern so that it leaves the experts out"
+            )
 
     def _calibrate(self, dense: PreTrainedModel) -> None:
         """Run the dense model over the first sequences of the training text."""
@@ -120,9 +134,10 @@ class Start:
         return {"sigma": fit.spectrum(self._weight(name))}
 
     def _weight(self, name: str) -> Tensor:
-        """W (out, in)."""
-        weight = self.origin.tensor(f"{name}.weight").to(self.world.device, torch.float64)
-        return weight.T if name in self.transposed else weight
+        """W (out, in); of experts (experts, out, in)."""
+        layer = self.layers[name]
+        weight = self.origin.tensor(name if layer.batch > 1 else f"{name}.weight")
+        return (weight.mT if layer.transposed else weight).to(self.world.device, torch.float64)
 
     @torch.no_grad()
     def _across_ranks(self, compute: Compute) -> Iterator[tuple[str, Values]]:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from lrtrain.layers.lowrank import LowRankLinear
 
 
-def lowrank(in_features: int, out_features: int, rank: int) -> LowRankLinear:
-    return LowRankLinear(in_features, out_features, True, rank, "xavier", 0.02, False, 1.0, rebalance_at=None)
+def lowrank(in_features: int, out_features: int, rank: int, bias: bool = True) -> LowRankLinear:
+    return LowRankLinear(in_features, out_features, bias, rank, "xavier", 0.02, False, 1.0, rebalance_at=None)
 
 
 class Model(nn.Module):
