@@ -73,8 +73,8 @@ class Start:
             )
         if self.settings.budget is not None:
             raise ConfigError(
-                f"compress.budget={self.settings.budget} allocates ranks to single matrices, and {name} are experts; set "
-                "param.rank, or param.pattern so that it leaves the experts out"
+                f"compress.budget={self.settings.budget} allocates ranks to single matrices, and {name} are experts; "
+                "set param.rank, or param.pattern so that it leaves the experts out"
             )
 
     def _calibrate(self, dense: PreTrainedModel) -> None:
