@@ -4,17 +4,11 @@ DeepSpeed gathers parameters, reduces gradients and keeps this process's range o
 tensor. What it would step is stepped here, by the same optimizer as under FSDP2, as `FlatShard`s: views of that tensor.
 """
 
-import importlib
-import logging
-import os
-import warnings
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Literal
 
 import hydra
 import torch
-import torch.distributed as dist
 from pydantic import NonNegativeInt
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,7 +19,7 @@ from lrtrain.distributed.flat_shard import FlatShard
 from lrtrain.distributed.sharding import local, take_over, twin, whole
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine, Spread
-from lrtrain.engine.zero_state import flat_gradients, places, refresh
+from lrtrain.engine.zero_state import allocate, flat_gradients, places, quiet_deepspeed, refresh
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.init import fill
@@ -138,7 +132,7 @@ class DeepSpeedEngine(Engine):
         buffers = allocate(model, self.world.device, self.dtype, deepspeed, self.settings if self.stage == 3 else None)
         if self.stage == 3:
             for unit in (*blocks(model), *self.loss.heads(), *factorized_layers(model).values()):
-                unit._z3_leaf = True  # gathered as one  # pyright: ignore[reportArgumentType]
+                deepspeed.utils.set_z3_leaf_module(unit, True)  # gathered as one
         trained = [p for p in model.parameters() if p.requires_grad]
         bare = twin(model, lambda p: p)  # DeepSpeed hangs things of its own on modules
         self.deepspeed, self.zero, *_ = deepspeed.initialize(
@@ -220,45 +214,6 @@ class Stepper(torch.optim.Optimizer):
         for group in self.param_groups:
             for flat in group["params"]:
                 self.step_flat(flat)
-
-
-def quiet_deepspeed(world: World) -> ModuleType:
-    """The package, imported only here: it takes seconds, and says much."""
-    if world.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # of names that it uses
-    deepspeed = importlib.import_module("deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if world.device.type == "cpu":
-        deepspeed.ops.__compatible_ops__ = {}  # it would compile one to all-reduce through shared memory
-    groups = deepspeed.utils.groups
-    if groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_map:
-        groups._WORLD_GROUP = None  # of an earlier run in this process
-    return deepspeed
-
-
-def allocate(
-    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, deepspeed: ModuleType, cut: dict[str, Any] | None
-) -> dict[nn.Module, dict[str, Tensor | None]]:
-    """Give a model on meta its storage, parameter by parameter; with `cut` (DeepSpeed's settings) each is cut at once,
-    so no process holds the whole. Returns the buffers of each module."""
-    init = deepspeed.zero.Init(config_dict_or_path=cut, mem_efficient_linear=False) if cut else None
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
-    for module in model.modules():
-        for key, p in module._parameters.items():
-            if p is not None and p not in made:
-                made[p] = nn.Parameter(torch.zeros_like(p, device=device, dtype=dtype), p.requires_grad)
-                if init is not None:
-                    init._convert_to_zero_parameters([made[p]])
-            if p is not None:
-                module._parameters[key] = made[p]
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[key] = torch.empty_like(buffer, device=device)
-        buffers[module] = dict(module._buffers)
-    return buffers
 
 
 def everywhere(layer: FactorizedLinear) -> FactorizedLinear:

@@ -1,14 +1,60 @@
-"""Where DeepSpeed's ZeRO keeps what of a parameter."""
+"""Where DeepSpeed's ZeRO keeps what of a parameter: no other file names what is private to DeepSpeed."""
 
+import importlib
+import logging
+import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lrtrain.distributed.flat_shard import FlatShard
+from lrtrain.distributed.world import World
+
+
+def quiet_deepspeed(world: World) -> ModuleType:
+    """The package, imported only here: it takes seconds, and says much."""
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # of names that it uses
+    deepspeed = importlib.import_module("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if world.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}  # it would compile one to all-reduce through shared memory
+    groups = deepspeed.utils.groups
+    if groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_map:
+        groups._WORLD_GROUP = None  # of an earlier run in this process
+    return deepspeed
+
+
+def allocate(
+    model: PreTrainedModel, device: torch.device, dtype: torch.dtype, deepspeed: ModuleType, cut: dict[str, Any] | None
+) -> dict[nn.Module, dict[str, Tensor | None]]:
+    """Give a model on meta its storage, parameter by parameter; with `cut` (DeepSpeed's settings) each is cut at once,
+    so no process holds the whole. Returns the buffers of each module."""
+    init = deepspeed.zero.Init(config_dict_or_path=cut, mem_efficient_linear=False) if cut else None
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            if p is not None and p not in made:
+                made[p] = nn.Parameter(torch.zeros_like(p, device=device, dtype=dtype), p.requires_grad)
+                if init is not None:
+                    init._convert_to_zero_parameters([made[p]])
+            if p is not None:
+                module._parameters[key] = made[p]
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+        buffers[module] = dict(module._buffers)
+    return buffers
 
 
 @dataclass(frozen=True)

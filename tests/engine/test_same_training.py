@@ -10,7 +10,7 @@ from launching import SMALL
 from lrtrain import distributed
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
-from lrtrain.config.dtypes import DTYPES
+from lrtrain.config.dtypes import compute_dtype
 from lrtrain.config.schema import Config
 from lrtrain.distributed.sharding import twin, whole
 from lrtrain.engine.base import Engine
@@ -20,13 +20,13 @@ from lrtrain.model.build import make_model
 from lrtrain.model.structure import factorized_layers
 
 ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
-STEPS = 6
-TOLERANCE = {"sst": 1e-4}
-"""Else 2e-5; an SVD turns close singular vectors as the last bits fall."""
+STEPS = 5
+TOLERANCE = 2e-5
 METHODS = {
     "dense": ["param=dense"],
     "relora": ["param=relora", "param.merge_every=2"],
-    "sst": ["param=sst", "param.iteration=2", "param.round=2", "param.warmup=2"],
+    # No σ comes to 0, where the signs that an SVD gives its vectors are arbitrary.
+    "sst": ["param=sst", "param.iteration=2", "param.round=2", "param.warmup=2", "param.init_std=0.3"],
     "rebalanced": ["param=lowrank", "param.rebalance_at=2"],
     "shrinking": ["param=nested", "param.rank=8", "param.shrink_every=2", "param.shrink_threshold=0.3"],
 }
@@ -35,7 +35,11 @@ ZERO3 = ["engine=deepspeed", "engine.zero_stage=3"]
 
 def made(config: Config, world: distributed.world.World) -> Engine:
     engine = choice(config.engine)(
-        world=world, dtype=DTYPES[config.train.dtype], compile=False, recompute_every=0, recompute_keep="inputs"
+        world=world,
+        dtype=compute_dtype(config, world.device),
+        compile=False,
+        recompute_every=0,
+        recompute_keep="inputs",
     )
     engine.prepare(make_model(config), 0, choice(config.optim))
     return engine
@@ -44,7 +48,10 @@ def made(config: Config, world: distributed.world.World) -> Engine:
 def train(methods: list[list[str]], engine: list[str], out: Path) -> None:
     """Train each method, with an evaluation before each change, and a step that is taken back; rank 0 writes `out`."""
     world = distributed.start()
-    found = [train_one(compose(*SMALL, *method, *engine, "train.dtype=fp32"), world) for method in methods]
+    found = [
+        train_one(compose(*SMALL, "model.config.num_hidden_layers=1", *method, *engine, "train.dtype=fp32"), world)
+        for method in methods
+    ]
     if world.main:
         torch.save(found, out)
     distributed.stop()
@@ -67,7 +74,7 @@ def train_one(config: Config, world: distributed.world.World) -> dict[str, torch
             before = {part: {k: t.clone() for k, t in of.items()} for part, of in engine.state_dict().items()}
             step(done + 1)
             engine.load_state_dict(before)
-        evaluate(engine.loss, ROWS, 1, world)
+        evaluate(engine.loss, ROWS, 2, world)
         engine.revise(done + 1)
         layers = factorized_layers(engine.shards)
         ranks = wanted_ranks(layers, done + 1)
@@ -90,13 +97,17 @@ def expected(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
     return dict(zip(METHODS, torch.load(folder / "found"), strict=True))
 
 
-@pytest.mark.parametrize("engine", [
-    ["engine=fsdp"],
-    [*ZERO3],
-    [*ZERO3, "engine.persist_below=0"],
-    [*ZERO3, "engine.persist_below=1000000"],
-    ["engine=deepspeed", "engine.zero_stage=2"],
-], ids=lambda e: "-".join(e))  # fmt: skip
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ZERO3,
+        pytest.param([*ZERO3, "engine.persist_below=0"], marks=pytest.mark.full),
+        pytest.param([*ZERO3, "engine.persist_below=1000000"], marks=pytest.mark.full),
+        pytest.param(["engine=deepspeed", "engine.zero_stage=2"], marks=pytest.mark.full),
+        pytest.param(["engine=fsdp"], marks=pytest.mark.full),
+    ],
+    ids="-".join,
+)
 def test_what_changes_between_steps_is_computed_with_on_two_processes(engine: list[str], expected, tmp_path: Path):
     together(train, ([*METHODS.values()], engine, tmp_path / "found"), tmp_path)
     for method, found in zip(METHODS, torch.load(tmp_path / "found"), strict=True):
@@ -104,4 +115,4 @@ def test_what_changes_between_steps_is_computed_with_on_two_processes(engine: li
         for name, value in found.items():
             assert value.shape == expected[method][name].shape, (method, name)
             gap = (value - expected[method][name]).abs().max().item()
-            assert gap < TOLERANCE.get(method, 2e-5), (method, name, gap)
+            assert gap < TOLERANCE, (method, name, gap)
