@@ -16,7 +16,7 @@ from submitit.helpers import DelayedSubmission
 from lrtrain.sweeps import processes, slurm
 from lrtrain.sweeps.jobs import Job
 
-# Stands for a torchrun: waits for its process, which is deaf at first, and takes a moment to save.
+# Stands for a torchrun: waits for its process, which takes a while to start, and a moment to save.
 WAITS = """
 import pathlib, subprocess, sys
 worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
@@ -31,6 +31,7 @@ def save(*_):
     sys.exit()
 time.sleep(0.7)
 signal.signal(signal.SIGUSR2, save)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
 time.sleep(60)
 """
 

@@ -23,6 +23,7 @@ class StopRequest:
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         heeded = [one for one in STOPPING if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in heeded}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded)  # what came while this process started comes now
 
     @property
     def signal(self) -> str | None:

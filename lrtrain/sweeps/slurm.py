@@ -44,7 +44,7 @@ class Torchrun:
         self.process = process = subprocess.Popen(
             torchrun(self.job, self.nproc, *options),
             env=os.environ | own_environment(self.failure),
-            preexec_fn=partial(signal.signal, SAVE, signal.SIG_IGN),  # it waits for its processes, which heed it
+            preexec_fn=partial(signal.pthread_sigmask, signal.SIG_BLOCK, [SAVE]),  # its processes heed it
         )
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         return process.wait()
@@ -53,7 +53,7 @@ class Torchrun:
         """What submitit queues when Slurm preempts the job or its time is over: the same, which resumes.
 
         submitit calls it in a signal handler, and ends this process then: the run has to be saved before it returns.
-        Slurm has signalled the run's processes too, but those that were still starting did not heed it.
+        Slurm has signalled the run's processes too, but not those that torchrun had not started yet.
         """
         latest = time.monotonic() + SAVING
         while self.process is not None and runs(self.process.pid) and time.monotonic() < latest:

@@ -25,6 +25,16 @@ def test_each_signal_is_noted_by_its_name(stop: StopRequest, name: str):
     assert stop.signal == name
 
 
+def test_a_signal_that_was_blocked_while_the_process_started_is_noted():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    os.kill(os.getpid(), signal.SIGUSR2)
+    request = StopRequest()
+    try:
+        assert request.signal == "SIGUSR2"
+    finally:
+        request.restore()
+
+
 def test_a_second_interrupt_interrupts(stop: StopRequest):
     os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
