@@ -100,6 +100,7 @@ def test_bf16_computes_in_bf16_and_keeps_float32(world):
     loss = ours.forward_backward(ROWS, 64)
     ours.clip_and_step(1.0)
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)} and loss.item() / 64 == pytest.approx(math.log(128), rel=0.1)
+    assert 1e-5 < abs(loss.item() - engine(world).forward_backward(ROWS, 64).item()) / 64 < 0.02
     assert {p.dtype for p in ours.model.parameters()} == {torch.float32}
     assert all(t.dtype == torch.float32 for s in ours.optimizer.state.values() for t in s.values())
 
