@@ -183,11 +183,13 @@ class Checkpointer:
         return self.folder / f".step-{step:08d}.partial"
 
     def _committer(self, partial: Path, final: Path, meta: CheckpointMeta) -> Callable[[], None]:
+        text = meta.to_json()  # now: the run goes on, and changes its progress, while tensors are written
+
         def commit() -> None:
             if self.world.main:  # torch.distributed.checkpoint returns here only when all processes have written
                 if self.folder.stat().st_ino != self.inode:
                     raise FileNotFoundError(f"{self.folder} was removed or moved")
-                write_durably(partial / META, meta.to_json())
+                write_durably(partial / META, text)
                 write_durably(partial / MARKER, json.dumps(checksums(sorted(partial.iterdir())), indent=1))
                 if final.exists():
                     remove(final)

@@ -5,10 +5,12 @@ import os
 import pickle
 import resource
 import signal
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from crew import together
 
 from lrtrain import distributed
@@ -75,6 +77,18 @@ def test_saving_and_loading_gives_the_state_back(tmp_path: Path, world, asynchro
     saver.load(state, found)
     assert torch.equal(state["model"]["w"], before)
     assert read_meta(found) == meta(3)
+
+
+def test_what_is_said_of_a_checkpoint_is_of_the_step_that_was_saved(tmp_path: Path, world, monkeypatch):
+    """Tensors may be written for longer than the next step takes, which changes the run's progress."""
+    saver, told, written = Checkpointer(tmp_path, world, keep=2, keep_every=None, asynchronous=True), meta(3), Future()
+    real = dcp.async_save
+    monkeypatch.setattr(dcp, "async_save", lambda *args, **kwargs: real(*args, **kwargs).result() and None or written)
+    saver.save({"w": torch.zeros(2)}, 3, told)
+    told.progress.step = 4
+    written.set_result(None)
+    saver.wait()
+    assert read_meta(tmp_path / "step-00000003").progress.step == 3
 
 
 def test_the_newest_are_kept_and_the_unfinished_neither_count_nor_stay(tmp_path: Path, world):
