@@ -8,7 +8,7 @@ from runs import REVISED, gap, losses, run_jobs
 
 from lrtrain.tracking.jsonl import read_metrics
 
-DEEPSPEED = ["engine=deepspeed", "engine.persist_below=0"]
+DEEPSPEED = ["engine=deepspeed"]
 ENGINES = {
     "fsdp": ["engine=fsdp"],
     "ddp": ["engine=ddp"],
@@ -43,7 +43,7 @@ def runs(tmp_path_factory, cache, corpus) -> Path:
 
     def job(run: str, method: str, engine: str, steps: int, spectra: str = "off") -> list[str]:
         more = ["resume=auto", f"train.steps={steps}", f"spectra={spectra}", f"run.dir={folder}/{run}-{method}"]
-        return [*base, *METHODS[method], *ENGINES[engine], *more]
+        return [*base, *(METHODS | REVISED)[method], *ENGINES[engine], *more]
 
     looking = ["spectra.every=2", "checkpoint.every=2"]
     wholes = [[*job(f"whole-{engine}", "sltrain", engine, 4, "full"), *looking] for engine in ENGINES]
@@ -56,7 +56,12 @@ def runs(tmp_path_factory, cache, corpus) -> Path:
         [*job(f"bf16-reduce-{engine}", "sltrain", engine, 4), "engine.reduce_dtype=bf16"]
         for engine in ("fsdp", "zero2")
     ]
-    stays = [*[job("whole", method, "fsdp", 12) for method in METHODS], *wholes, *halves, *reduced]
+    resumed = [
+        [*job(f"{half}-zero3", method, "zero3", 4), "checkpoint.every=2", *more]
+        for method in REVISED
+        for half, more in (("whole", []), ("half", [f"resume={folder}/whole-zero3-{method}/{second}"]))
+    ]
+    stays = [*[job("whole", method, "fsdp", 12) for method in METHODS], *wholes, *halves, *reduced, *resumed]
     for processes, legs in LEGS:
         micro = ["train.micro_batch_size=2"] if processes == 3 else []  # of four rows
         moves = [
@@ -87,6 +92,13 @@ def test_from_two_processes_to_one_to_three_data_and_losses_stay(runs: Path):
 def test_an_engine_goes_on_from_a_checkpoint_as_it_went_bit_for_bit(runs: Path, engine: str):
     whole = losses(runs / f"whole-{engine}-sltrain")
     assert losses(runs / f"half-{engine}-sltrain") == {step: whole[step] for step in (3, 4)}
+
+
+@pytest.mark.parametrize("method", REVISED)
+def test_zero_3_goes_on_bit_for_bit_after_a_merge_or_a_revision(runs: Path, method: str):
+    """With small parameters whole on every process, as they are by default."""
+    whole = losses(runs / f"whole-zero3-{method}")
+    assert losses(runs / f"half-zero3-{method}") == {step: whole[step] for step in (3, 4)}
 
 
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "fsdp"])
