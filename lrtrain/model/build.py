@@ -7,6 +7,7 @@ from typing import Any
 
 import hydra
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -97,6 +98,7 @@ def build_model(
     if make_layer is not None:
         assert pattern is not None and rank is not None
         found = linears(model, pattern) | batchable_experts(model, pattern, make_layer)
+        check_untied(model, found)
         if isinstance(rank, str):
             rank = budget_rank(rank, parameter_count(model), found, make_layer)
         for name, linear in found.items():
@@ -106,6 +108,21 @@ def build_model(
             else:
                 model.set_submodule(name, layer)
     return model
+
+
+def check_untied(model: PreTrainedModel, found: Mapping[str, nn.Module]) -> None:
+    """transformers would tie the embedding to a factorized head as well, if only by a parameter of the same name.
+
+    Raises:
+        ConfigError: if the weight of one of these layers is the embedding's.
+    """
+    shared = model.get_input_embeddings().weight
+    for name, layer in found.items():
+        if getattr(layer, "weight", None) is shared:
+            raise ConfigError(
+                f"param.pattern finds {name}, whose weight is the embedding's; set "
+                f"model.config.tie_word_embeddings=false, or a pattern that leaves {name} out"
+            )
 
 
 def batchable_experts(
