@@ -53,9 +53,10 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY", help="some of the table's rows"
     )
+    parser.add_argument("--trust", nargs="+", default=[], metavar="NAME", help="the run's own _target_s that may run")
     args = parser.parse_intermixed_args()
     try:
-        run = RunWeights(args.run)
+        run = RunWeights(args.run, args.trust)
     except ConfigError as error:
         sys.exit(str(error))
     folder = run.run_dir / "compressed" / f"{args.budget:g}-{args.steps}"

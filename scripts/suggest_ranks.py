@@ -10,6 +10,7 @@ budget is Σ rank·(out + in) over the measured layers, as a share of their dens
 import argparse
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from lrtrain.config.compose import default_composition, from_stored
 from lrtrain.config.naming import differing
 from lrtrain.config.schema import Config, as_dict
 from lrtrain.core.names import projection_of
+from lrtrain.errors import ConfigError
 from lrtrain.init_from.allocation import SCORES, Shape, allocate, factor_parameters, kept_energy, uniform_ranks
 from lrtrain.model.build import make_model
 from lrtrain.model.structure import matrices
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--by", choices=SCORES, default="energy", help="what a singular value counts by")
     parser.add_argument("--param", default="lowrank", help="the parameterization that the file chooses")
     parser.add_argument("--out", type=Path, help="where to write the file")
+    parser.add_argument("--trust", nargs="+", default=[], metavar="NAME", help="the run's own _target_s that may run")
     args = parser.parse_args()
     out = args.out or EXPERIMENTS / f"{args.run.resolve().name}-{args.by}.yaml"
     if not 0 < args.budget <= 1:
@@ -51,7 +54,10 @@ def main() -> None:
     if not steps or not (args.run / "config.yaml").exists():
         parser.error(f"{args.run} has no exact spectra: train it with spectra=light spectra.exact_up_to=null")
     spectra = {name: torch.from_numpy(sigma) for name, sigma in load_spectra(args.run, steps[-1]).items()}
-    config = stored_config(args.run)
+    try:
+        config = stored_config(args.run, args.trust)
+    except ConfigError as error:
+        parser.error(str(error))
     shapes = shapes_of(config)
     if shapes.keys() - spectra.keys():
         parser.error(f"{args.run} estimated the spectra of its larger matrices: train it with spectra.exact_up_to=null")
@@ -67,9 +73,9 @@ def main() -> None:
     print(f"written: {out}\nuse it:  torchrun launch/pretrain.py experiment={out.stem}   (from conf/experiment/)")
 
 
-def stored_config(run: Path) -> Config:
-    """The run's own configuration."""
-    return from_stored(plain(OmegaConf.load(run / "config.yaml")), run)
+def stored_config(run: Path, trusted: Collection[str] = ()) -> Config:
+    """The run's own configuration; `trusted` as of `from_stored`."""
+    return from_stored(plain(OmegaConf.load(run / "config.yaml")), run, trusted)
 
 
 def plain(node: Any) -> dict[str, Any]:

@@ -4,18 +4,19 @@ Layer by layer from the checkpoint into safetensors: one layer is in memory at a
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lrtrain.checkpoint import safetensors_files
 from lrtrain.checkpoint.card import card
 from lrtrain.checkpoint.factorized_folder import config_with, description, write_description
 from lrtrain.checkpoint.new_folder import new_folder
+from lrtrain.checkpoint.published import PublishedParts
 from lrtrain.checkpoint.version4 import readable_by_4
 from lrtrain.checkpoint.weights import RunWeights, check_finite
 from lrtrain.data.tokenizer import save_tokenizer
@@ -46,7 +47,8 @@ def export_dense(run: RunWeights, out: Path, dtype: torch.dtype | None, most: in
     own = {"dtype": dtype, "architectures": [type(model).__name__], **ids}
     written = readable_by_4(config, config_with(config, own))
     with new_folder(out) as folder:
-        write_weights(folder, model, run, dtype, most, run.dense)
+        parts = PublishedParts(model, untied(model), run.dense)
+        write_weights(folder, parts.shapes, parts.take, run, dtype, most)
         (folder / "config.json").write_text(json.dumps(written, indent=2))
         write_rest(folder, tokenizer, ids, card(run, False, sum(p.numel() for p in model.parameters())))
 
@@ -67,7 +69,7 @@ def export_factorized(run: RunWeights, out: Path, dtype: torch.dtype | None, mos
     config["architecture"] = config_with(run.model.config, {"dtype": dtype, **ids})
     with new_folder(out) as folder:
         write_description(folder, config)
-        write_weights(folder, run.model, run, dtype, most, run.tensor)
+        write_weights(folder, untied(run.model), run.tensor, run, dtype, most)
         write_rest(folder, tokenizer, ids, card(run, True, sum(p.numel() for p in run.model.parameters())))
 
 
@@ -92,13 +94,13 @@ def tokenizer_of(run: RunWeights) -> tuple[PreTrainedTokenizerFast, dict[str, An
 
 def write_weights(
     folder: Path,
-    model: PreTrainedModel,
+    shapes: Mapping[str, Tensor],
+    produce: Callable[[str], Tensor],
     run: RunWeights,
     dtype: torch.dtype,
     most: int,
-    produce: Callable[[str], Tensor],
 ) -> None:
-    """All tensors of `model` (on meta) in `dtype`. Raises ConfigError for one that is not finite."""
+    """`produce(name)` in `dtype` for all names of `shapes` (on meta). Raises ConfigError for one that is not finite."""
 
     def in_dtype(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -108,7 +110,7 @@ def write_weights(
         check_finite(name, tensor, run.checkpoint)
         return tensor
 
-    safetensors_files.write(folder, {name: in_dtype(t) for name, t in untied(model).items()}, checked, most)
+    safetensors_files.write(folder, {name: in_dtype(t) for name, t in shapes.items()}, checked, most)
 
 
 def write_rest(folder: Path, tokenizer: PreTrainedTokenizerFast, ids: dict[str, Any], text: str) -> None:

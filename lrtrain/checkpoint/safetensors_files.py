@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lrtrain.errors import ConfigError
@@ -71,6 +71,14 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def opened(path: Path) -> safe_open:
+    """A file to read from. Raises ConfigError if it is missing, or is not whole."""
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+
+
 class SafetensorsFolder:
     """The tensors of a transformers checkpoint in a folder.
 
@@ -83,17 +91,17 @@ class SafetensorsFolder:
         if (folder / INDEX).is_file():
             self.files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
         elif (folder / "model.safetensors").is_file():
-            with safe_open(folder / "model.safetensors", "pt") as file:
+            with opened(folder / "model.safetensors") as file:
                 self.files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
             raise ConfigError(f"{folder} has no model.safetensors; save the model with save_pretrained")
 
     def shape(self, name: str) -> torch.Size:
         """Of one tensor; raises KeyError if there is none of this name."""
-        with safe_open(self.folder / self.files[name], "pt") as file:
+        with opened(self.folder / self.files[name]) as file:
             return torch.Size(file.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
         """One tensor; raises KeyError if there is none of this name."""
-        with safe_open(self.folder / self.files[name], "pt") as file:
+        with opened(self.folder / self.files[name]) as file:
             return file.get_tensor(name)

@@ -1,5 +1,6 @@
 """Trained weights that a run starts from: a transformers folder (or hub name), or a run or checkpoint of ours."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrtrain.checkpoint.factorized_folder import FACTORIZED
+from lrtrain.checkpoint.published import from_published, published
 from lrtrain.checkpoint.safetensors_files import SafetensorsFolder
 from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.errors import ConfigError
@@ -30,18 +32,22 @@ class Origin(Protocol):
         ...
 
 
-def open_origin(path: str) -> Origin:
+def open_origin(path: str, dense: PreTrainedModel, trusted: Collection[str]) -> Origin:
     """What `init_from` names.
 
+    Args:
+        dense: the model that is to start from it, without factors; on meta.
+        trusted: see `from_stored`.
+
     Raises:
-        ConfigError: if it cannot be had.
+        ConfigError: if it cannot be had, or would run code that is not trusted.
     """
     folder = local_folder(path)
     if (folder / FACTORIZED).is_file():
         raise ConfigError(f"init_from={path} has factors of its own; to go on with them use resume=<its run>")
     if (folder / "config.json").is_file():
-        return FolderOrigin(folder)
-    return RunOrigin(RunWeights(folder))
+        return FolderOrigin(folder, dense)
+    return RunOrigin(RunWeights(folder, trusted))
 
 
 def local_folder(path: str) -> Path:
@@ -58,19 +64,33 @@ def local_folder(path: str) -> Path:
 
 
 class FolderOrigin:
-    """A transformers checkpoint; of a bare decoder's, whose names lack the model's prefix, too."""
+    """A transformers checkpoint; of a bare decoder's, whose names lack the model's prefix, too.
 
-    def __init__(self, folder: Path):
+    Args:
+        dense: the model that is to start from it; on meta.
+    """
+
+    def __init__(self, folder: Path, dense: PreTrainedModel):
         self.files = SafetensorsFolder(folder)
+        self.dense = dense
+        self.state = dense.state_dict()
 
     def shape(self, name: str) -> torch.Size:
-        return self.files.shape(self._name(name))
+        if found := self._found(name):
+            return self.files.shape(found)
+        parts = published(self.dense, name, self.state[name])
+        if any(self.files.shape(part) != like.shape for part, like in parts.items()):
+            raise KeyError(name)
+        return self.state[name].shape
 
     def tensor(self, name: str) -> Tensor:
-        return self.files.tensor(self._name(name))
+        if found := self._found(name):
+            return self.files.tensor(found)
+        return from_published(self.dense, name, self.state[name], self.files.tensor)
 
-    def _name(self, name: str) -> str:
-        return name if name in self.files.files else name.partition(".")[2]
+    def _found(self, name: str) -> str | None:
+        """What a tensor is called in the files, if they have it as the model has it."""
+        return next((one for one in (name, name.partition(".")[2]) if one in self.files.files), None)
 
 
 class RunOrigin:

@@ -33,7 +33,7 @@ def check_stored_targets(stored: dict[str, Any], where: str, trusted: Collection
         if target is not None and target not in trusted and not belongs(section, str(target)):
             raise ConfigError(
                 f"{where} names {section}._target_={target}, which is no class of lrtrain for this; it is run only "
-                f"where the command itself names it: --trust {target}"
+                f"where the command itself names it: --trust {target}, or in the configuration of a run"
             )
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrtrain.checkpoint.source_weights import check_origin, open_origin
-from lrtrain.config.schema import Config
+from lrtrain.config.schema import Config, as_dict
+from lrtrain.config.stored import stored_targets
 from lrtrain.core.seeds import generator_for
 from lrtrain.data.prepare import prepare_data
 from lrtrain.distributed.per_layer import compute_across_ranks
@@ -30,6 +31,12 @@ from lrtrain.model.structure import factorized_layers, first_names
 
 Values = dict[str, Tensor]
 Compute = Callable[[str, Fit, Moment | None], Values]
+
+
+def named_code(config: Config) -> set[str]:
+    """What the command itself lets run, for the origin too: its `_target_`s, and a model.path that brings code."""
+    own = {str(target) for _, target in stored_targets(as_dict(config))}
+    return own | ({str(config.model.path)} if config.model.trust_remote_code else set())
 
 
 class Start:
@@ -50,7 +57,7 @@ class Start:
         self.config, self.settings = config, config.compress
         self.world = world
         dense = build_model(model.config, None, None, None)
-        self.origin = open_origin(config.init_from)
+        self.origin = open_origin(config.init_from, dense, named_code(config))
         check_origin(config.init_from, self.origin, dense)
         layers = factorized_layers(model)
         check_layers(layers, self.settings.affine)
