@@ -6,7 +6,7 @@ the positions, which stalls a GPU in every forward pass; where no mask is needed
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +20,7 @@ from lrtrain.core.cache import cache_folder, fingerprint, make_shared
 from lrtrain.core.memo import read_memo, write_memo
 from lrtrain.errors import ConfigError
 from lrtrain.model.architecture import named, new_model
+from lrtrain.model.counts import parameter_count
 
 # Every token attends to all before it. Under a name that transformers has no mask function for it makes no mask.
 CAUSAL = "lrtrain_causal"
@@ -50,6 +51,11 @@ WIDTHS = re.compile(
     r"(^|_)(size|sizes|dim|dims|width|rank|embd|head|model|ff|kv|inner|ssm|channels)(_per_layer_input)?$"
 )
 NO_WIDTHS = re.compile(r"vocab|window|chunk|kernel|state|block|patch|image|group|num_|^n_(head|kv)")
+DEPTH = re.compile(r"^(num_hidden_layers|num_(decoder_)?layers|n_layers?|num_blocks)$")
+DEPTHS = (4, 8, 16)
+"""Layers of the small copy, if all kinds of layers are among them."""
+NUMBERS = re.compile(r"^_|layer_idx|layer_id|index$|layer_num|^training$")
+"""Attributes of modules that count them."""
 WINDOWS = re.compile(r"(window|window_size|attention_chunk_size)$")
 
 
@@ -65,7 +71,7 @@ def attention_for(config: PreTrainedConfig, choices: Sequence[str] = (CAUSAL, *P
         return choices[0]
     kind = f"{type(config).__module__}.{type(config).__qualname__}"
     versions = (transformers.__version__, torch.__version__)
-    key = fingerprint(kind, config.to_json_string(use_diff=False), list(choices), versions, TOLERANCE)
+    key = fingerprint(kind, config.to_json_string(use_diff=False), list(choices), versions, TOLERANCE, DEPTHS)
     path = cache_folder() / "attention" / f"{key}.json"
     if not (found := read_memo(path)):
         found = _tried(config, choices)
@@ -101,9 +107,9 @@ def _tried(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
 
 def _sees_later_tokens(model: PreTrainedModel, rows: Tensor) -> bool:
     """Whether logits of the first half have a gradient to embeddings of the second, which a mask makes exactly zero, or
-    change with its tokens, as where experts choose among all of them."""
+    change whenever its tokens do, as where experts choose among all of them (once or twice they may by rounding, where
+    two experts are almost equal)."""
     half = LENGTH // 2
-    changed = torch.cat([rows[:, :half], rows[:, half:].roll(1, 1)], 1)
     with torch.enable_grad():
         embedded: list[Tensor] = []
         hook = model.get_input_embeddings().register_forward_hook(lambda *call: embedded.append(call[-1]))
@@ -113,20 +119,20 @@ def _sees_later_tokens(model: PreTrainedModel, rows: Tensor) -> bool:
     by_token = gradient.reshape(LENGTH, -1).abs()  # some models have the sequence first
     if not by_token[half:].max() <= EXACT * by_token[:half].max():
         return True
-    return _differ(_logits(model, changed)[:, :half], logits)
+    changed = (torch.cat([rows[:, :half], rows[:, half:].roll(i, 1)], 1) for i in (1, 2, 3))
+    return all(_differ(_logits(model, other)[:, :half], logits) for other in changed)
 
 
 def _small_copy(config: PreTrainedConfig) -> tuple[PreTrainedConfig, PreTrainedModel, Tensor]:
-    """The config with as narrow layers as its class allows, its model with eager attention, and a sequence (1, LENGTH).
+    """The config with as narrow layers as its class allows and as few as have all kinds, its model with eager
+    attention, and a sequence (1, LENGTH).
 
-    All layers and heads stay, and what they are; windows and the vocabulary become small.
+    All heads and experts stay, and what they are; windows and the vocabulary become small.
     """
     for factor in (128, 64, 32, 16, 8, 4, 2, 1):
         try:
-            small = type(config).from_dict(narrowed(config.to_dict(), factor))
-            with torch.device("meta"):
-                size = sum(p.numel() for p in new_model(copy.deepcopy(small), "eager").parameters())
-            if size > LARGEST:
+            small = _shallow(type(config).from_dict(narrowed(config.to_dict(), factor)))
+            if (size := parameter_count(_on_meta(small))) > LARGEST:
                 raise ValueError(f"{size:,} parameters are too many to try, and narrower it does not run")
             model = _rough_model(small)
             rows = torch.randint(min(3, VOCABULARY), small.get_text_config().vocab_size, (1, LENGTH))
@@ -136,6 +142,50 @@ def _small_copy(config: PreTrainedConfig) -> tuple[PreTrainedConfig, PreTrainedM
             if factor == 1:
                 raise
     raise AssertionError
+
+
+def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with the fewest layers, of those tried, that are of as many kinds."""
+    kinds = _kinds_of_layers(config)
+    for layers in DEPTHS:
+        with suppress(Exception):  # patterns of layers that cannot be cut
+            fewer = type(config).from_dict(shortened(config.to_dict(), layers))
+            if _kinds_of_layers(fewer) == kinds:
+                return fewer
+    return config
+
+
+def _kinds_of_layers(config: PreTrainedConfig) -> set[Any]:
+    """What tells the modules of a config's layers from each other, and the values that it lists for each layer."""
+    simple = (str, int, type(None))
+    return {
+        (type(module), *((key, value) for key, value in vars(module).items() if isinstance(value, simple)
+                         and not NUMBERS.search(key)))
+        for module in _on_meta(config).modules()
+    } | {(key, str(item)) for key, items in _lists_by_layer(config.to_dict()) for item in items}  # fmt: skip
+
+
+def _lists_by_layer(config: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
+    """The values in a config that are lists with an item for each layer."""
+    depth = next((value for key, value in config.items() if isinstance(value, int) and DEPTH.search(key)), None)
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _lists_by_layer(value)
+        elif isinstance(value, list) and len(value) == depth:
+            yield key, value
+
+
+def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """A config's values with so many layers at the most."""
+    lists = {key for key, _ in _lists_by_layer(config)}
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            value = shortened(value, layers)
+        elif isinstance(value, int) and DEPTH.search(key):
+            value = min(value, layers)
+        found[key] = value[:layers] if isinstance(value, list) and key in lists else value
+    return found
 
 
 def narrowed(config: dict[str, Any], factor: int) -> dict[str, Any]:
@@ -159,6 +209,11 @@ def narrowed(config: dict[str, Any], factor: int) -> dict[str, Any]:
         return min(value, max(NARROWEST, value // factor // 2 * 2)) if factor > 1 else value
 
     return {key: narrow(key, value) for key, value in config.items()}
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return new_model(copy.deepcopy(config), "eager")
 
 
 def _rough_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from lrtrain.config.compose import compose
 from lrtrain.errors import ConfigError
 from lrtrain.model.architecture import new_model
-from lrtrain.model.attention import CAUSAL, PLAIN, attention_for
+from lrtrain.model.attention import CAUSAL, PLAIN, _shallow, attention_for, narrowed
 from lrtrain.model.build import build_model, make_model
 from lrtrain.model.counts import training_flops
 from lrtrain.model.deferred import Recording, named_tensors
@@ -92,6 +92,12 @@ def test_masks_are_made_only_where_they_are_needed(kind: str, attention: str):
 def test_a_model_of_a_published_size_is_judged_by_a_small_copy():
     config = AutoConfig.for_model("mistral", num_hidden_layers=2)  # 4,096 wide, with a window of 4,096 tokens
     assert attention_for(config) == "sdpa" and attention_for(AutoConfig.for_model("llama")) == CAUSAL
+
+
+def test_a_small_copy_has_fewer_layers_but_all_kinds_of_them():
+    config = AutoConfig.for_model("gemma3_text")  # of 26 layers the sixth is the first without a window
+    small = _shallow(type(config).from_dict(narrowed(config.to_dict(), 2)))
+    assert small.num_hidden_layers == 8 and set(small.layer_types) == set(config.layer_types)
 
 
 @pytest.mark.parametrize("is_decoder", [False, True])
