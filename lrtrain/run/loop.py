@@ -92,7 +92,7 @@ def finish(run: Run) -> dict[str, Any]:
 def train_steps(run: Run) -> bool:
     """The steps, and what is due between them; returns whether no signal ended them."""
     config, progress = run.config, run.progress
-    run.each(lambda callback: callback.due(progress.step) and callback.on_step(run))
+    run.each(lambda callback: callback.on_start(run))
     while progress.step < config.train.steps:
         run.heartbeat.step = progress.step
         batch = run.batches.next()

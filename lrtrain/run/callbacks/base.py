@@ -27,6 +27,12 @@ class Callback:
         """Whether `on_step` is called when `step` steps are done."""
         return self.every > 0 and step % self.every == 0
 
+    def on_start(self, run: "Run") -> None:
+        """Before the first step of a run that starts (at step 0) or resumes. By default `on_step`, if it is due: a
+        resumed run makes up for what was due at its checkpoint's step but may not have been done."""
+        if self.due(run.progress.step):
+            self.on_step(run)
+
     def before_step(self, run: "Run") -> None:
         """Before the first forward pass of a step; `run.progress.step` steps are done."""
 
@@ -37,8 +43,7 @@ class Callback:
         """After each optimizer step."""
 
     def on_step(self, run: "Run") -> None:
-        """Every `every` steps, and at the start if the step there is a multiple of `every`: a fresh run starts at step
-        0, and a resumed one makes up for what was due at its checkpoint's step but may not have been done."""
+        """Every `every` steps."""
 
     def on_end(self, run: "Run") -> dict[str, Any]:
         """After the last step, when its checkpoint is being written; returns values for summary.json. By default

@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 class Evaluate(Callback):
     """Logs `eval/…`."""
 
-    def on_step(self, run: "Run") -> None:
-        if run.progress.step or run.config.init_from:  # a fresh model has nothing to show
+    def on_start(self, run: "Run") -> None:
+        if run.progress.step:
+            super().on_start(run)
+        elif run.config.init_from and run.config.train.steps:  # a model that was drawn has nothing to show
             self._evaluate(run)
+
+    def on_step(self, run: "Run") -> None:
+        self._evaluate(run)
 
     def on_end(self, run: "Run") -> dict[str, Any]:
         found = self._evaluate(run)
