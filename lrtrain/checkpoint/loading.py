@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,9 +99,10 @@ def load_dense(path: Path, device: torch.device, dtype: torch.dtype | None, trus
     """The model of a transformers folder."""
     settings = {"dtype": dtype or "auto", "device_map": {"": device}, "trust_remote_code": trusted}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, **settings
         )
+        model, found = loaded
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{path} holds no model that transformers loads: {reason}") from error

@@ -24,7 +24,7 @@ def readable_by_4(config: PreTrainedConfig, written: dict[str, Any]) -> dict[str
 def rope_of_4(rope: dict[str, Any]) -> dict[str, Any]:
     """The older keys of `rope_parameters`, which may be nested by layer type."""
     whole = rope.get("full_attention") or (rope if "rope_theta" in rope else {})
-    found = dict.fromkeys(GLOBAL, whole.get("rope_theta"))
+    found: dict[str, Any] = dict.fromkeys(GLOBAL, whole.get("rope_theta"))
     found |= dict.fromkeys(PARTIAL, whole.get("partial_rotary_factor"))
     found |= dict.fromkeys(LOCAL, (rope.get("sliding_attention") or {}).get("rope_theta"))
     if whole.get("rope_type", "default") != "default":

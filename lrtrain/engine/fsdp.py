@@ -77,7 +77,7 @@ class FSDPEngine(Engine):
         for module in self._sharded():
             module.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
             module.set_force_sum_reduction_for_comms(True)
-            module.register_forward_hook(_reshard_without_gradient)
+            module.register_forward_hook(_reshard_without_gradient)  # pyright: ignore[reportAttributeAccessIssue]
             if exchange is not None:
                 module.set_custom_all_gather(gloo.AllGather(exchange))  # pyright: ignore[reportArgumentType]
                 module.set_custom_reduce_scatter(gloo.ReduceScatter(exchange))  # pyright: ignore[reportArgumentType]

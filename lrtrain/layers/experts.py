@@ -30,7 +30,7 @@ class FactorizedExperts(FactorizedLinear):
         self.batch = experts
         self.per_token = per_token
         self.transposed = transposed
-        self.roles = one.roles  # pyright: ignore[reportIncompatibleUnannotatedOverride]
+        self.roles = one.roles  # pyright: ignore  (those of its class)
         for key, p in one.named_parameters():
             holder, name = self._holder(key)
             holder.register_parameter(name, nn.Parameter(_stack_of(p, experts), p.requires_grad))
@@ -49,11 +49,11 @@ class FactorizedExperts(FactorizedLinear):
         return holder, name
 
     @property
-    def execution(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def execution(self) -> str | None:  # pyright: ignore
         return self.one[0].execution
 
     @execution.setter
-    def execution(self, value: str | None) -> None:
+    def execution(self, value: str | None) -> None:  # pyright: ignore
         self.one[0].execution = value
 
     def each(self) -> list[FactorizedLinear]:

@@ -130,4 +130,5 @@ def batchable_experts(
 ) -> dict[str, DenseExperts]:
     """The weights of experts that `pattern` finds, where layers of this class can be batched; else they stay dense."""
     found = dense_experts(model, pattern)
-    return found if any(factorized(experts, make_layer, 1).one[0].batchable for experts in found.values()) else {}
+    made = [factorized(experts, make_layer, 1) for experts in found.values()]
+    return found if any(isinstance(layer, FactorizedExperts) and layer.one[0].batchable for layer in made) else {}
