@@ -77,7 +77,7 @@ def test_a_run_that_left_out_a_spike_is_one_that_never_saw_those_batches(tmp_pat
     for run, engine in (*((engine, engine) for engine in ENGINES), ("halves", "fsdp")):
         expected = losses(tmp_path / f"never-{engine}")
         assert len(expected) == 11 and losses(tmp_path / run) == expected, run
-        progress = read_meta(whole_checkpoints(tmp_path / run / "checkpoints")[-1])["progress"]
+        progress = read_meta(whole_checkpoints(tmp_path / run / "checkpoints")[-1]).progress
         assert progress.left_out == [LEFT_OUT] and progress.position == 11 * 8 + 16
         assert series(tmp_path / run / "metrics.jsonl", "train/rollbacks")[1].tolist() == [1]
 
