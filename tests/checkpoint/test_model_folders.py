@@ -1,12 +1,14 @@
 """A folder with a model is whole, says what it holds, and chooses no code."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
-from launching import SMALL
+from launching import ROOT, SMALL
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -46,6 +48,26 @@ def test_a_loaded_model_is_saved_as_it_is_loaded_with_the_values_that_it_has_by_
         AutoModelForCausalLM.from_pretrained(tmp_path / "again")
 
 
+@pytest.mark.full
+def test_trainer_fine_tunes_a_loaded_model_and_saves_what_is_loaded_again(saved: Path, tmp_path: Path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    model = lrtrain.load(str(saved))
+    before = model(input_ids=IDS).logits.detach()
+    out = tmp_path / "trainer"
+    settings = {"max_steps": 2, "save_steps": 2, "learning_rate": 0.01, "per_device_train_batch_size": 2}
+    quiet = {"report_to": [], "use_cpu": True, "disable_tqdm": True}
+    rows = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+    Trainer(model, TrainingArguments(str(out), **settings, **quiet), train_dataset=rows).train()  # pyright: ignore
+    model.eval().save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        assert (expected - before).abs().max() > 1e-3
+        for folder in (tmp_path / "again", out / "checkpoint-2"):
+            assert torch.equal(lrtrain.load(str(folder))(input_ids=IDS).logits, expected)
+
+
 def test_factors_beside_the_config_of_a_dense_model_are_not_taken_for_it(saved: Path):
     architecture = json.loads((saved / FACTORIZED).read_text())["architecture"]
     (saved / "config.json").write_text(json.dumps(architecture))
@@ -72,6 +94,18 @@ def test_a_model_that_is_not_finite_is_refused_by_the_name_of_the_parameter(save
     save_file(tensors, saved / "model.safetensors")
     with pytest.raises(ConfigError, match="NaN or infinite values in model.norm.weight"):
         lrtrain.load(str(saved))
+
+
+@pytest.mark.parametrize("script", ["evaluate", "generate"])
+def test_the_scripts_end_with_1_and_the_name_of_the_parameter(saved: Path, script: str, monkeypatch):
+    tensors = load_file(saved / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, saved / "model.safetensors")
+    arguments = {"evaluate": ["data=local", "data.path=."], "generate": ["--prompt", "def"]}[script]
+    monkeypatch.setattr(sys, "argv", [script, str(saved), *arguments])
+    with pytest.raises(SystemExit, match="NaN or infinite values in model.norm.weight") as ended:
+        runpy.run_path(str(ROOT / "scripts" / f"{script}.py"), run_name="__main__")
+    assert isinstance(ended.value.code, str)  # which is printed, and exit code 1
 
 
 @pytest.mark.parametrize(
