@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.config.naming import flat
 from lrtrain.config.schema import Config, as_dict
+from lrtrain.config.stored import add_trust
 from lrtrain.errors import ConfigError
 from lrtrain.measure.evaluate import perplexity
 from lrtrain.sweeps.jobs import quoted
@@ -53,7 +54,7 @@ def main() -> None:
     parser.add_argument(
         "--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY", help="some of the table's rows"
     )
-    parser.add_argument("--trust", nargs="+", default=[], metavar="NAME", help="the run's own _target_s that may run")
+    add_trust(parser)
     args = parser.parse_intermixed_args()
     try:
         run = RunWeights(args.run, args.trust)

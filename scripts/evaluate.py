@@ -29,6 +29,7 @@ from lrtrain.config.compose import compose, default_composition
 from lrtrain.config.dtypes import DTYPES
 from lrtrain.config.naming import flat
 from lrtrain.config.schema import Config, as_dict
+from lrtrain.config.stored import add_trust
 from lrtrain.data.prepare import Data, check_data, prepare_data
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
@@ -49,13 +50,7 @@ def main() -> None:
     parser.add_argument("--include_path", type=Path, metavar="DIR", help="a folder with more tasks")
     parser.add_argument("--limit", type=int, help="samples of each task at the most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results too")
-    parser.add_argument(
-        "--trust",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="your own _target_s, or model.path, that may run",
-    )
+    add_trust(parser)
     args = parser.parse_intermixed_args()
     try:
         world = distributed.start()

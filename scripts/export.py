@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain.checkpoint.export import export_dense, export_factorized
 from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.config.dtypes import DTYPES
+from lrtrain.config.stored import add_trust
 from lrtrain.errors import ConfigError
 
 FORMS = {"hf-dense": export_dense, "hf-factorized": export_factorized}
@@ -25,13 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the folder to write; default: RUN/export/<--to>")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were trained")
     parser.add_argument("--shard", type=float, default=5.0, metavar="GB", help="size of a file; default: %(default)s")
-    parser.add_argument(
-        "--trust",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="your own _target_s, or model.path, that may run",
-    )
+    add_trust(parser)
     args = parser.parse_args()
     try:
         run = RunWeights(args.run, args.trust)

@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.checkpoint.loading import Loaded, load
+from lrtrain.config.stored import add_trust
 from lrtrain.errors import ConfigError
 
 
@@ -23,13 +24,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest; default: %(default)s")
     parser.add_argument("--samples", type=int, default=1, help="how many texts; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
-    parser.add_argument(
-        "--trust",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="your own _target_s, or model.path, that may run",
-    )
+    add_trust(parser)
     args = parser.parse_args()
     try:
         loaded = load(args.path, "cuda" if torch.cuda.is_available() else "cpu", None, args.trust)

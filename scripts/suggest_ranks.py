@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain.config.compose import default_composition, from_stored
 from lrtrain.config.naming import differing
 from lrtrain.config.schema import Config, as_dict
+from lrtrain.config.stored import add_trust
 from lrtrain.core.names import projection_of
 from lrtrain.errors import ConfigError
 from lrtrain.init_from.allocation import SCORES, Shape, allocate, factor_parameters, kept_energy, uniform_ranks
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--by", choices=SCORES, default="energy", help="what a singular value counts by")
     parser.add_argument("--param", default="lowrank", help="the parameterization that the file chooses")
     parser.add_argument("--out", type=Path, help="where to write the file")
-    parser.add_argument("--trust", nargs="+", default=[], metavar="NAME", help="the run's own _target_s that may run")
+    add_trust(parser)
     args = parser.parse_args()
     out = args.out or EXPERIMENTS / f"{args.run.resolve().name}-{args.by}.yaml"
     if not 0 < args.budget <= 1:

@@ -73,6 +73,12 @@ def check_in_backward(config: Config, world_size: int) -> None:
             f"spectra.gradients={config.spectra.gradients} looks at the gradients of a whole step, which "
             f"optim.in_backward=true never keeps; set spectra.gradients=null"
         )
+    for name, node in config.callbacks.items():
+        if getattr(hydra.utils.get_object(node["_target_"]), "needs_gradients", False):
+            raise ConfigError(
+                f"callbacks.{name} reads the gradients of a whole step, which optim.in_backward=true never keeps; set "
+                f"optim.in_backward=false, or leave it out with ~callbacks.{name}"
+            )
 
 
 def check_directories(config: Config) -> None:

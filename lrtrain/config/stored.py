@@ -1,5 +1,6 @@
 """What a configuration that was read from a model folder or a checkpoint may run: lrtrain's own classes."""
 
+import argparse
 import inspect
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -17,6 +18,12 @@ KINDS = {
     "callbacks": ("lrtrain.run.callbacks", None),
 }
 """Section → the package, and the class, that a `_target_` there belongs to when it was read from a file."""
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Give a script the option `--trust`: what of the user's own it may run."""
+    told = "your own _target_s, or model.path, that may run"
+    parser.add_argument("--trust", nargs="+", default=[], metavar="NAME", help=told)
 
 
 def check_stored_targets(stored: dict[str, Any], where: str, trusted: Collection[str]) -> None:

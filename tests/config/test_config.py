@@ -170,6 +170,22 @@ def test_updates_in_backward_refuse_to_accumulate():
         check(config, 2)
 
 
+class Looks:
+    """A callback that reads gradients."""
+
+    needs_gradients = True
+
+
+def test_updates_in_backward_refuse_a_callback_that_needs_gradients():
+    config = compose(
+        "optim.in_backward=true", "train.clip_by=parameter", "train.batch_size=8", "train.micro_batch_size=8"
+    )
+    check(config, 1)
+    config.callbacks["mine"] = {"_target_": f"{__name__}.Looks"}
+    with pytest.raises(ConfigError, match="callbacks.mine reads the gradients of a whole step"):
+        check(config, 1)
+
+
 def test_updates_in_backward_keep_no_gradients_to_look_at():
     config = compose("optim.in_backward=true", "train.clip_by=parameter", "spectra=full")
     with pytest.raises(ConfigError, match="spectra.gradients=. looks at the gradients of a whole step, .* set spectra"):

@@ -19,7 +19,7 @@ class Log(Callback):
     `train/loss` is the mean over the steps since the last row, those that were skipped aside.
     """
 
-    def __init__(self, every: int = 10):
+    def __init__(self, every: int):
         super().__init__(every)
         self.meter: Meter | None = None
         self.sums: dict[str, float] = {}

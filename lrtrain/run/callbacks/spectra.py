@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Spectra(Callback):
     """Logs `spectra/…`, `hidden/…`, `updates/…` and, in the first and last step too, `gradients/…`."""
 
-    def __init__(self, every: int = 0):
+    def __init__(self, every: int):
         super().__init__(every)
         self.monitor: Monitor | None = None
         self.gradients: dict[str, float] = {}
