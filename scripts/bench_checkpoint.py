@@ -129,6 +129,9 @@ def read(path: Path) -> None:
 
 def forget(folder: Path) -> None:
     """Have the system drop what it holds of the files in memory, so that they are read from the disk."""
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        print("reading is timed from memory: this system drops no files from it", file=sys.stderr)
+        return
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

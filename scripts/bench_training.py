@@ -43,6 +43,7 @@ from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.config.dtypes import compute_dtype
 from lrtrain.distributed.collectives import sum_over_ranks
+from lrtrain.distributed.threads import usable_cores
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.model.autotune import settle
 from lrtrain.model.build import architecture, make_model
@@ -224,7 +225,7 @@ def serve(args: argparse.Namespace) -> None:
 def plain_loop(overrides: list[str], method: str, rows: Tensor) -> tuple[Step, PreTrainedModel]:
     """One step of the loop that anyone would write first, on this process's share of the rows, and its model."""
     size = environment_world_size()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) // size)
+    torch.set_num_threads(max(1, usable_cores() // size))
     dense = method in ("dense", "galore")
     config = compose(*overrides, f"param={'dense' if dense else method}")
     if dense:

@@ -41,6 +41,8 @@ from lrtrain.analysis.compare_methods import (
     runs_ahead,
     table_rows,
 )
+from lrtrain.core.files import read_object, write_durably
+from lrtrain.distributed.threads import usable_cores
 from lrtrain.sweeps.jobs import quoted
 from lrtrain.sweeps.processes import PRETRAIN, Running, failure_file, reason, run_parallel, start
 
@@ -66,7 +68,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parallel",
         type=int,
-        default=len(os.sched_getaffinity(0)),
+        default=usable_cores(),
         help="runs at a time; default: %(default)s, the cores",
     )
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -114,7 +116,7 @@ def run(study: Study, parallel: int) -> dict[str, str]:
 def claim(study: Study) -> None:
     """Let a folder hold runs of one study only."""
     path = study.folder / "study.json"
-    known = json.loads(path.read_text()) if path.exists() else {"common": study.common, "arms": {}}
+    known = read_object(path) or {"common": study.common, "arms": {}}
     changed = [arm for arm in study.arms if known["arms"].get(arm, study.arms[arm]) != study.arms[arm]]
     if known["common"] != study.common or changed:
         sys.exit(
@@ -123,7 +125,7 @@ def claim(study: Study) -> None:
             "choose another --out"
         )
     (study.folder / "logs").mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"common": study.common, "arms": known["arms"] | study.arms}, indent=1))
+    write_durably(path, json.dumps({"common": study.common, "arms": known["arms"] | study.arms}, indent=1))
 
 
 def lacking(study: Study) -> list[Trial]:
@@ -149,7 +151,7 @@ def conclude(study: Study, trial: Trial, code: int) -> str | None:
     """Note how a run ended; why its arm cannot be run, if so."""
     run_dir, log = study.folder / trial.name, log_file(study, trial)
     if code and "train.max_skipped" in (why := reason(failure_file(log), log)):
-        diverged_file(run_dir).write_text(why + "\n")
+        write_durably(diverged_file(run_dir), why + "\n")
     elif (trial.lr, trial.seed) not in read_results(study, trial.arm):
         return f"{reason(failure_file(log), log)} (exit code {code}, {log})"
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)

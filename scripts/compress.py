@@ -24,6 +24,7 @@ from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.config.naming import flat
 from lrtrain.config.schema import Config, as_dict
 from lrtrain.config.stored import add_trust
+from lrtrain.core.files import read_object
 from lrtrain.errors import ConfigError
 from lrtrain.measure.evaluate import perplexity
 from lrtrain.sweeps.jobs import quoted
@@ -61,7 +62,9 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(str(error))
     folder = run.run_dir / "compressed" / f"{args.budget:g}-{args.steps}"
-    before = json.loads((run.run_dir / "summary.json").read_text())
+    before = read_object(run.run_dir / "summary.json")
+    if before is None:
+        sys.exit(f"{run.run_dir} has no summary.json, which a run has at its end; let it end first")
     rows = [("the dense run", f"{before['parameters']:,}", "", f"{before['eval_perplexity']:.2f}")]
     for way in args.ways:
         rows.append(result(way, heal(run, way, args, folder / re.sub(r"\W+", "-", way))))
@@ -70,7 +73,7 @@ def main() -> None:
 
 def heal(run: RunWeights, way: str, args: argparse.Namespace, out: Path) -> Path:
     """Run one way to its end."""
-    if not (out / "summary.json").is_file():
+    if read_object(out / "summary.json") is None:
         budget = [] if "param=dense" in WAYS[way] else [f"compress.budget={args.budget}"]
         settings = ["tracking=none", "spectra.every=0", *WAYS[way], *budget, f"train.steps={args.steps}"]
         where = [f"init_from={quoted(str(run.checkpoint))}", f"run.dir={quoted(str(out))}", f"run.name={out.name}"]

@@ -1,7 +1,6 @@
 """One table of runs, and pictures of what each costs and gives, from their files alone."""
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -16,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from omegaconf import OmegaConf
 
 from lrtrain.analysis.plots import load_run
+from lrtrain.core.files import read_object
 from lrtrain.measure.evaluate import perplexity
 from lrtrain.plotting.style import HEADLINE, INK, RUN_COLORS, STYLE, compact_count
 
@@ -51,8 +51,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 def read_row(run_dir: Path) -> Row:
     """A run's row: of its summary, or while it has none of its last metrics."""
     config: Any = OmegaConf.load(run_dir / "config.yaml")
-    run, path = load_run(run_dir), run_dir / "summary.json"
-    summary: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    run, summary = load_run(run_dir), read_object(run_dir / "summary.json") or {}
     step, tokens = (run.rows[-1][key] if run.rows else 0 for key in ("step", "tokens"))
     loss, rank = run.last("eval/loss"), summary.get("rank", config.param.rank)
     return Row(

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from lrtrain.analysis.plots import load_run
+from lrtrain.core.files import read_object
 from lrtrain.plotting.style import HEADLINE, RUN_COLORS, STYLE
 
 Results = Mapping[tuple[float, int], float]
@@ -103,8 +104,8 @@ def read_results(study: Study, arm: str) -> dict[tuple[float, int], float]:
         lr, seed = folder.name.removeprefix(f"{arm}-lr").split("-seed")
         if diverged_file(folder).exists():
             results[float(lr), int(seed)] = math.inf
-        elif (summary := folder / "summary.json").exists():
-            found = json.loads(summary.read_text())["eval_perplexity"]
+        elif summary := read_object(folder / "summary.json"):
+            found = summary["eval_perplexity"]
             if found is not None:  # a signal may have cut its evaluation short
                 results[float(lr), int(seed)] = found if math.isfinite(found) else math.inf
     return results

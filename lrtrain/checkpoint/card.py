@@ -1,9 +1,9 @@
 """The model card of an export."""
 
-import json
 from typing import Any
 
 from lrtrain.checkpoint.weights import RunWeights
+from lrtrain.core.files import read_object
 from lrtrain.model.counts import parameter_count
 
 HOW = {
@@ -34,10 +34,7 @@ def card(run: RunWeights, factorized: bool, parameters: int) -> str:
 
 def losses(run: RunWeights) -> dict[str, str]:
     """Those of the run's summary, if it ended at the exported step."""
-    try:
-        summary = json.loads((run.run_dir / "summary.json").read_text())
-    except (OSError, ValueError):
-        return {}
+    summary = read_object(run.run_dir / "summary.json") or {}
     if summary.get("step") != run.meta.step:
         return {}
     return {key: f"{value:.4f}" for key, value in summary.items() if key.endswith("loss") and isinstance(value, float)}

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lrtrain.checkpoint.meta import META, CheckpointMeta
 from lrtrain.checkpoint.reader import TensorPlanner, TensorReader
-from lrtrain.core.files import sync_folder, write_durably
+from lrtrain.core.files import make_folder_durably, sync_folder, write_durably
 from lrtrain.core.restart import note_unfinished
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
@@ -131,7 +131,7 @@ class Checkpointer:
         self.sound: set[str] = set()
         """Names of the checkpoints that were written or checked by this process: retention counts no others."""
         if world.main:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder_durably(folder)
             for leftover in folder.glob(".step-*"):
                 shutil.rmtree(leftover)
             self.inode = folder.stat().st_ino

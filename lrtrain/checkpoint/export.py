@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from lrtrain.checkpoint import safetensors_files
 from lrtrain.checkpoint.card import card
@@ -79,14 +79,7 @@ def tokenizer_of(run: RunWeights) -> tuple[PreTrainedTokenizerFast, dict[str, An
     Raises:
         ConfigError: if it cannot be read.
     """
-    folder = run.run_dir / "tokenizer"
-    try:
-        if not (folder / "tokenizer.json").is_file():
-            raise OSError("tokenizer.json is missing")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the parsers of a damaged file raise bare ones
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"the run's tokenizer in {folder} cannot be read: {reason}") from error
+    tokenizer = run.tokenizer()
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer, {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -20,6 +19,7 @@ from lrtrain.checkpoint.factorized_folder import FACTORIZED, saves_its_factors
 from lrtrain.checkpoint.safetensors_files import SafetensorsFolder
 from lrtrain.checkpoint.weights import RunWeights, check_finite
 from lrtrain.config.stored import check_stored_targets
+from lrtrain.data.tokenizer import read_tokenizer
 from lrtrain.distributed.sharding import keep_shard
 from lrtrain.errors import ConfigError
 from lrtrain.model.attention import PLAIN, attention_for
@@ -54,12 +54,13 @@ def load(
             the path of a model that brings code.
 
     Raises:
-        ConfigError: if there is none of these, if its weights are not exactly those of its architecture or not finite,
-            or for code that is not trusted.
+        ConfigError: if there is none of these, if its tokenizer cannot be read, if its weights are not exactly those of
+            its architecture or not finite, or for code that is not trusted.
     """
     model, run = load_model(path, device, dtype, trusted)
-    folder = run.run_dir / "tokenizer" if run else Path(path)
-    return Loaded(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=str(path) in trusted), run)
+    if run:
+        return Loaded(model, run.tokenizer(), run)
+    return Loaded(model, read_tokenizer(path, f"the tokenizer in {path}", str(path) in trusted), None)
 
 
 def load_model(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lrtrain.checkpoint.checkpointer import sync_folder
+from lrtrain.core.files import make_folder_durably, sync_file, sync_folder
 from lrtrain.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     partial = out.with_name(f".{out.name}.partial")
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder_durably(out.parent)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(f"--out {out} is being written by another process; choose another folder") from error
@@ -36,7 +36,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
-        sync_files(partial)
+        for file in partial.iterdir():
+            sync_file(file)
+        sync_folder(partial)
         partial.rename(out)
         sync_folder(out.parent)
     except OSError as error:
@@ -52,11 +54,3 @@ def check_new(out: Path) -> None:
     if os.path.lexists(out):
         what = "exists" if out.exists() else "is a link to nothing"
         raise ConfigError(f"--out {out} {what}; choose another folder")
-
-
-def sync_files(folder: Path) -> None:
-    """Make the files in a folder, and their names, durable."""
-    for file in folder.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    sync_folder(folder)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lrtrain.checkpoint.checkpointer import find_checkpoint
 from lrtrain.checkpoint.meta import CheckpointMeta, read_meta
@@ -20,6 +20,7 @@ from lrtrain.checkpoint.reader import TensorPlanner, TensorReader
 from lrtrain.config.compose import from_stored
 from lrtrain.config.schema import Config
 from lrtrain.core.seeds import generator_for
+from lrtrain.data.tokenizer import read_tokenizer
 from lrtrain.distributed.sharding import take_over
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
@@ -66,6 +67,13 @@ class RunWeights:
     def run_dir(self) -> Path:
         """The run's directory."""
         return self.checkpoint.parent.parent
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The run's tokenizer. Raises ConfigError if it cannot be read; resuming the run writes it anew."""
+        folder = self.run_dir / "tokenizer"
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(f"the run's tokenizer in {folder} is missing; resuming the run writes it anew")
+        return read_tokenizer(folder, f"the run's tokenizer in {folder}")
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Whole tensors of the model's state by name, as they were saved, on the CPU."""

@@ -1,9 +1,12 @@
 """Files that are on the disk, whole, under their names: a crash or a power cut leaves the old one or the new one."""
 
+import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -19,6 +22,20 @@ def write_durably(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)  # on a full disk half a file is only in the way
         raise
     sync_folder(path.parent)
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is no such file, or it is damaged, which is said."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        pass
+    print(f"{path} is damaged and left aside", file=sys.stderr, flush=True)
+    return None
 
 
 def write_folder_durably(folder: Path, fill: Callable[[Path], object]) -> None:
@@ -43,6 +60,14 @@ def write_folder_durably(folder: Path, fill: Callable[[Path], object]) -> None:
 
 def _contents(folder: Path) -> dict[str, bytes] | None:
     return {file.name: file.read_bytes() for file in folder.iterdir()} if folder.is_dir() else None
+
+
+def make_folder_durably(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there; on the disk when this returns."""
+    if not folder.is_dir():
+        make_folder_durably(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_file(path: Path) -> None:

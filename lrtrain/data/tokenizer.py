@@ -64,11 +64,7 @@ def load_tokenizer(
 
 def load_saved(path: str) -> PreTrainedTokenizerFast:
     """The tokenizer that AutoTokenizer finds at `path`. Raises ConfigError without one, or without EOS."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise ConfigError(f"data.tokenizer.path={path} cannot be loaded ({reason})") from error
+    tokenizer = read_tokenizer(os.path.expanduser(path), f"data.tokenizer.path={path}")
     if not tokenizer.is_fast:
         raise ConfigError(f"data.tokenizer.path={path} is slow; give one that has a tokenizer.json")
     if tokenizer.eos_token_id is None:
@@ -76,6 +72,23 @@ def load_saved(path: str) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()  # saved settings of either would change the documents
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def read_tokenizer(path: str | Path, named: str, trusted: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer that AutoTokenizer finds at `path`.
+
+    Args:
+        named: the path as the error names it.
+        trusted: whether code that comes with it may run.
+
+    Raises:
+        ConfigError: if there is none, or it is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
+    except Exception as error:  # the parsers of a damaged file raise bare ones
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"{named} cannot be loaded: {reason}") from error
 
 
 def trained_size(cfg: TokenizerConfig) -> int:

@@ -21,6 +21,7 @@ from lrtrain.core.memo import read_memo, write_memo
 from lrtrain.errors import ConfigError
 from lrtrain.model.architecture import named, new_model
 from lrtrain.model.counts import parameter_count
+from lrtrain.model.loss import has_other_terms
 
 # Every token attends to all before it. Under a name that transformers has no mask function for it makes no mask.
 CAUSAL = "lrtrain_causal"
@@ -28,6 +29,9 @@ AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 PLAIN = ("sdpa", "eager")
 """transformers' own implementations, which heed masks and caches."""
+
+CHOICES = (CAUSAL, *PLAIN)
+"""What is tried for training, the cheapest first."""
 
 KNOWN = (LlamaConfig, OPTConfig)
 """Configs whose every model attends to all earlier tokens and nothing else, so that nothing is tried."""
@@ -46,6 +50,8 @@ EXACT = 1e-6
 """Of gradients that a mask makes zero, relative to the others."""
 LARGEST = 5e8
 """Parameters of a copy at the most."""
+TRIED = 2
+"""Counts the changes of what is tried: verdicts of an older version do not hold."""
 
 WIDTHS = re.compile(
     r"(^|_)(size|sizes|dim|dims|width|rank|embd|head|model|ff|kv|inner|ssm|channels)(_per_layer_input)?$"
@@ -59,7 +65,7 @@ NUMBERS = re.compile(r"^_|layer_idx|layer_id|index$|layer_num|^training$")
 WINDOWS = re.compile(r"(window|window_size|attention_chunk_size)$")
 
 
-def attention_for(config: PreTrainedConfig, choices: Sequence[str] = (CAUSAL, *PLAIN)) -> str:
+def attention_for(config: PreTrainedConfig, choices: Sequence[str] = CHOICES) -> str:
     """The first of the attention implementations whose logits are those of transformers' eager one.
 
     What was found is kept in the cache.
@@ -69,27 +75,43 @@ def attention_for(config: PreTrainedConfig, choices: Sequence[str] = (CAUSAL, *P
     """
     if type(config) in KNOWN:
         return choices[0]
+    found = _kept(config, choices)
+    if "refused" in found:
+        raise ConfigError(f"{named(config)} is no causal language model of token ids alone: {found['refused']}")
+    return found["attention"]
+
+
+def check_loss(config: PreTrainedConfig) -> None:
+    """Raises ConfigError if transformers trains the model with terms that `TokenLoss` has not."""
+    if type(config) not in KNOWN and "other_terms" in _kept(config, CHOICES):
+        raise ConfigError(
+            f"{named(config)} has in transformers more terms in its loss, such as a z-loss, than cross-entropy and a "
+            "router's auxiliary loss, which are all that is trained here; set their coefficients to 0"
+        )
+
+
+def _kept(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
+    """What `_tried` finds, from the cache if it is there."""
     kind = f"{type(config).__module__}.{type(config).__qualname__}"
     versions = (transformers.__version__, torch.__version__)
-    key = fingerprint(kind, config.to_json_string(use_diff=False), list(choices), versions, TOLERANCE, DEPTHS)
+    key = fingerprint(kind, config.to_json_string(use_diff=False), list(choices), versions, TOLERANCE, DEPTHS, TRIED)
     path = cache_folder() / "attention" / f"{key}.json"
     if not (found := read_memo(path)):
         found = _tried(config, choices)
         with suppress(OSError):
             make_shared(path.parent)
             write_memo(path, found)
-    if "refused" in found:
-        raise ConfigError(f"{named(config)} is no causal language model of token ids alone: {found['refused']}")
-    return found["attention"]
+    return found
 
 
 def _tried(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
-    """What `attention_for` keeps: `attention`, or why it is `refused`."""
+    """The `attention`, or why the model is `refused`; and `other_terms` if its own loss has some."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
             small, model, rows = _small_copy(config)
             leaks = _sees_later_tokens(model, rows)
+            loss = {"other_terms": "yes"} if has_other_terms(model, rows) else {}
         except Exception as error:  # whatever the model's code raises
             reason = (str(error).strip().splitlines() or [""])[0]
             return {"refused": f"it does not run ({type(error).__name__}: {reason})"}
@@ -101,8 +123,8 @@ def _tried(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
                 other = new_model(copy.deepcopy(small), choice).eval()
                 other.load_state_dict(model.state_dict())
                 if not _differ(_logits(other, rows), logits):
-                    return {"attention": choice}
-    return {"attention": "eager"}
+                    return {"attention": choice} | loss
+    return {"attention": "eager"} | loss
 
 
 def _sees_later_tokens(model: PreTrainedModel, rows: Tensor) -> bool:

@@ -18,7 +18,7 @@ from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.experts import FactorizedExperts
 from lrtrain.model.architecture import architecture, new_model
-from lrtrain.model.attention import attention_for
+from lrtrain.model.attention import attention_for, check_loss
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.experts import DenseExperts, dense_experts, replace_experts
 from lrtrain.model.rank import budget_rank, factorized, layer_rank
@@ -87,9 +87,11 @@ def build_model(
         ranks: exact ranks by layer name, which come before `rank`.
 
     Raises:
-        ConfigError: if it is no causal language model, the pattern matches no linear, or a rank does not fit its layer.
+        ConfigError: if it is no causal language model, has a loss of its own, the pattern matches no linear, or a rank
+            does not fit its layer.
     """
     attention = attention_for(config)
+    check_loss(config)
     with torch.device("meta"):
         model = new_model(config, attention)
     for module in model.modules():

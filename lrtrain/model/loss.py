@@ -110,6 +110,24 @@ def next_token_loss(model: PreTrainedModel, rows: Tensor) -> Tensor:
     return TokenLoss(model).token_loss(rows)[0]
 
 
+def has_other_terms(model: PreTrainedModel, rows: Tensor) -> bool:
+    """Whether the model's own loss, as transformers trains it, has terms that `TokenLoss` has not, as a z-loss.
+
+    Args:
+        model: in eval mode. What is not of transformers may have any loss, and is not asked for it.
+        rows: token ids (sequences, tokens), int64.
+    """
+    if not type(model).__module__.startswith("transformers.models."):
+        return False
+    output = model(input_ids=rows, labels=rows, use_cache=False)
+    logits = output.logits.float()
+    shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+    by_user = F.cross_entropy(logits.flatten(0, 1), rows.flatten())  # decoders that leave the shift to their users
+    auxiliary = getattr(output, "aux_loss", None)
+    more = 0.0 if auxiliary is None else _auxiliary_coefficient(model) * auxiliary
+    return not any(torch.isclose(output.loss, one + more, rtol=1e-5) for one in (shifted, by_user))
+
+
 def _is_known(model: PreTrainedModel) -> bool:
     """Whether LOGITS says how logits come about, and no auxiliary loss is wanted of the model."""
     own = type(model).__module__.startswith("transformers.models.")

@@ -11,7 +11,7 @@ import torch
 from lrtrain.errors import ConfigError
 
 # What torch says of an operation (with its name) and of cuBLAS.
-WITHOUT = re.compile(r"^(?:(\S+) does not have a deterministic implementation|Deterministic behavior was enabled)")
+WITHOUT = re.compile(r"(\S+) does not have a deterministic|Deterministic behavior was enabled")
 
 
 @contextmanager
@@ -27,18 +27,21 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
+    from torch._inductor import config as inductor  # takes a while to import
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     flags: Any = torch.utils.deterministic  # modules whose attributes are switches
     cudnn: Any = torch.backends.cudnn
     before = (torch.are_deterministic_algorithms_enabled(), flags.fill_uninitialized_memory, cudnn.benchmark)
     torch.use_deterministic_algorithms(True)
+    chosen_by_time, inductor.deterministic = inductor.deterministic, True  # else torch.compile times kernels to choose
     # Buffers of collectives would be filled each time, though all that is read was written.
     flags.fill_uninitialized_memory = False
     cudnn.benchmark = False
     try:
         yield
     except RuntimeError as error:
-        if (found := WITHOUT.match(str(error))) is None:
+        if (found := WITHOUT.search(str(error))) is None:
             raise
         what = found[1] or f"cuBLAS with CUBLAS_WORKSPACE_CONFIG={os.environ['CUBLAS_WORKSPACE_CONFIG']}"
         raise ConfigError(
@@ -47,4 +50,5 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
         ) from error
     finally:
         enabled, flags.fill_uninitialized_memory, cudnn.benchmark = before
+        inductor.deterministic = chosen_by_time
         torch.use_deterministic_algorithms(enabled)

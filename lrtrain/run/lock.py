@@ -7,6 +7,7 @@ from filelock import FileLock, Timeout
 
 from lrtrain.config.check import is_taken
 from lrtrain.config.schema import Config
+from lrtrain.core.files import make_folder_durably
 from lrtrain.distributed.collectives import run_on_rank0
 from lrtrain.errors import ConfigError
 
@@ -35,7 +36,7 @@ class RunLock:
 
     def _take(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder_durably(self.folder)
             check_kinds(self.folder)
             self.lock.acquire(timeout=0)
         except Timeout as error:

@@ -1,6 +1,7 @@
 """Tokens per second, memory, model FLOPs utilization, and the peak that it is a share of."""
 
 import resource
+import sys
 import time
 from functools import cache
 
@@ -16,7 +17,8 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory this process has held: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 @cache

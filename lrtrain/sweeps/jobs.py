@@ -16,6 +16,7 @@ from lrtrain.config.check import check, check_directories
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import typed
 from lrtrain.config.naming import DEFAULT, run_name, short_hash, telling
+from lrtrain.core.files import make_folder_durably, read_object, write_durably
 from lrtrain.errors import ConfigError
 
 FAILURE = "LRTRAIN_FAILURE"  # names the file in which the process of a job leaves the sentence that it fails with
@@ -36,9 +37,9 @@ class Job:
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """What summary.json says of a finished job; None if it has not finished."""
-        path = self.run_dir / "summary.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        """What summary.json says of a finished job; None if it has not finished, or the file is damaged: then the job
+        goes on from its last checkpoint, and writes it anew."""
+        return read_object(self.run_dir / "summary.json")
 
 
 Status = Literal["finished", "failed", "stopped", "submitted", "not started"]
@@ -175,7 +176,7 @@ def problem(job: Job, world_size: int) -> str | None:
 def write_outcomes(folder: Path, outcomes: Sequence[Outcome]) -> None:
     """Note in `<sweep>/jobs.json` how jobs ended; what other sweeps left there stays."""
     path = folder / "jobs.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_object(path) or {}
     known |= {one.job: {"status": one.status, "detail": one.detail} for one in outcomes if one.status != "not started"}
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known, indent=1))
+    make_folder_durably(folder)
+    write_durably(path, json.dumps(known, indent=1))

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lrtrain.core.files import sync_folder
+from lrtrain.core.files import make_folder_durably, sync_folder
 
 PARTS = ("low_rank", "sparse", "low_rank_null", "sparse_null")
 
 
 def save_spectra(run_dir: Path, step: int, spectra: Mapping[str, np.ndarray]) -> None:
     path = _path(run_dir, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder_durably(path.parent)
     unfinished = path.with_suffix(".tmp")
     arrays = {layer: np.asarray(sigma, dtype=np.float32) for layer, sigma in spectra.items()}
     try:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import lrtrain
 from lrtrain.checkpoint.factorized_folder import FACTORIZED, saves_its_factors
+from lrtrain.checkpoint.loading import load
 from lrtrain.checkpoint.new_folder import new_folder
 from lrtrain.config.compose import compose
 from lrtrain.config.stored import check_stored_targets
@@ -94,6 +95,14 @@ def test_a_model_that_is_not_finite_is_refused_by_the_name_of_the_parameter(save
     save_file(tensors, saved / "model.safetensors")
     with pytest.raises(ConfigError, match="NaN or infinite values in model.norm.weight"):
         lrtrain.load(str(saved))
+
+
+def test_a_damaged_tokenizer_is_named_in_one_sentence(saved: Path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # as a power cut may leave them
+        (saved / name).touch()
+    with pytest.raises(ConfigError, match=f"the tokenizer in {saved} cannot be loaded: .") as refused:
+        load(saved)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("script", ["evaluate", "generate"])

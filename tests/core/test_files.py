@@ -1,11 +1,13 @@
 """What is under its final name was on the disk before it got it."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from lrtrain.core.files import write_durably, write_folder_durably
+from lrtrain.core.files import make_folder_durably, read_object, write_durably, write_folder_durably
+from lrtrain.sweeps.jobs import Outcome, write_outcomes
 
 
 @pytest.fixture
@@ -52,6 +54,33 @@ def test_a_folder_is_synced_with_its_files_before_it_gets_its_name(tmp_path: Pat
         "tokenizer",
         "tokenizer/a.json",
     ]
+
+
+def test_the_names_of_new_folders_are_synced_from_the_outermost_on(tmp_path: Path, calls):
+    make_folder_durably(tmp_path / "runs" / "a" / "checkpoints")
+    assert calls == [("fsync", tmp_path.name), ("fsync", "runs"), ("fsync", "a")]
+    make_folder_durably(tmp_path / "runs" / "a")
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 100_000])
+def test_a_damaged_object_is_named_and_left_aside(tmp_path: Path, text: str, capsys):
+    (tmp_path / "jobs.json").write_text(text)
+    assert read_object(tmp_path / "jobs.json") is None
+    assert capsys.readouterr().err == f"{tmp_path}/jobs.json is damaged and left aside\n"
+    assert read_object(tmp_path / "none.json") is None and not capsys.readouterr().err
+
+
+def test_how_jobs_ended_is_on_the_disk_before_it_replaces_what_was_known(tmp_path: Path, calls):
+    write_outcomes(tmp_path, [Outcome("a", "finished")])
+    (tmp_path / "jobs.json").write_text((tmp_path / "jobs.json").read_text().replace("finished", "failed"))
+    calls.clear()
+    write_outcomes(tmp_path, [Outcome("b", "stopped")])
+    assert calls == [("fsync", ".jobs.json.unfinished"), ("rename", "jobs.json"), ("fsync", tmp_path.name)]
+    assert '"a": {\n  "status": "failed"' in (tmp_path / "jobs.json").read_text()
+    (tmp_path / "jobs.json").write_text("")  # of a power cut before files were synced
+    write_outcomes(tmp_path, [Outcome("b", "finished")])
+    assert [*json.loads((tmp_path / "jobs.json").read_text())] == ["b"]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,5 @@
 """A head that is measured, tied to the embedding or not, or factorized, under every engine: losses, evaluations and
-spectra are those of one process, and the run can be exported."""
+spectra are those of one process, and the run is exported. A tied head stays dense, whatever becomes of other layers."""
 
 from pathlib import Path
 
@@ -7,8 +7,11 @@ import pytest
 import torch
 from launching import TINY
 from runs import REVISED, gap, losses, run_jobs
+from transformers import AutoModelForCausalLM
 
+from lrtrain.checkpoint.export import export_dense, export_factorized
 from lrtrain.checkpoint.loading import load
+from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.tracking.jsonl import read_metrics
 
 pytestmark = pytest.mark.full
@@ -17,6 +20,7 @@ TIED = "model.config.tie_word_embeddings=true"
 HEADS = {
     "measured": ["param=dense"],
     "measured-tied": ["param=dense", TIED],
+    "revised-tied": [*REVISED["relora"], TIED, "param.pattern=layers"],
     "lowrank": ["param=lowrank"],
     "relora": REVISED["relora"],
     "sst": REVISED["sst"],
@@ -74,3 +78,19 @@ def test_what_was_trained_with_a_head_of_any_kind_loads_as_on_one_process(runs: 
     with torch.no_grad():
         found, expected = (load(runs / f"{name}-{head}").model.eval()(ids).logits for name in (engine, "one"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_a_head_of_any_kind_is_exported_as_it_was_trained(runs: Path, tmp_path: Path, engine: str, head: str):
+    run = RunWeights(runs / f"{engine}-{head}")
+    export_dense(run, tmp_path / "dense", None, most=10**9)
+    export_factorized(run, tmp_path / "factorized", None, most=10**9)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    ids = torch.arange(24)[None]
+    with torch.no_grad():
+        expected = load(runs / f"{engine}-{head}").model(ids).logits
+        for found in (plain, load(tmp_path / "factorized").model):
+            torch.testing.assert_close(found.eval()(ids).logits, expected, rtol=0, atol=1e-5)
+    tied = plain.get_input_embeddings().weight is plain.get_output_embeddings().weight
+    assert tied == head.endswith("tied")

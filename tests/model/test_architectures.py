@@ -112,6 +112,18 @@ def test_an_encoder_is_refused_by_name_unless_it_decodes(is_decoder: bool):
             build_model(config, None, None, None)
 
 
+@pytest.mark.parametrize("coefficient", [0.0, 1e-4])
+def test_a_loss_that_has_a_z_loss_in_transformers_is_refused(coefficient: float):
+    mamba = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1, "mamba_d_state": 8, "attn_layer_indices": [1]}
+    config = AutoConfig.for_model("bamba", **LLAMA_LIKE, **mamba, z_loss_coefficient=coefficient)
+    if coefficient:
+        with pytest.raises(ConfigError, match="model_type=bamba has in transformers more terms in its loss"):
+            build_model(config, None, None, None)
+        assert attention_for(config, PLAIN) in PLAIN  # to be evaluated and generated with
+    else:
+        build_model(config, None, None, None)
+
+
 def test_what_was_found_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
     found = attention_for(tiny("bloom"))
     monkeypatch.setattr("lrtrain.model.attention._tried", None)  # cannot be called

@@ -13,7 +13,8 @@ from lrtrain.run.determinism import deterministic_algorithms
 def test_torch_is_held_to_deterministic_algorithms_and_let_go():
     with deterministic_algorithms(True):
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
-    assert not torch.are_deterministic_algorithms_enabled()
+        assert torch._inductor.config.deterministic  # torch.compile chooses no kernel by its time
+    assert not torch.are_deterministic_algorithms_enabled() and not torch._inductor.config.deterministic
     with deterministic_algorithms(False):
         assert not torch.are_deterministic_algorithms_enabled()
 
@@ -26,6 +27,12 @@ def test_what_has_no_deterministic_form_is_named():
         with deterministic_algorithms(True):
             raise RuntimeError("Deterministic behavior was enabled with either …, but this operation uses CuBLAS")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_it_is_named_by_what_torch_compile_says_of_it_too():
+    with pytest.raises(ConfigError, match="train.deterministic=true: histc_cuda has no deterministic form"):
+        with deterministic_algorithms(True):
+            raise RuntimeError("backend='inductor' raised:\nRuntimeError: histc_cuda does not have a deterministic …")
 
 
 def test_torch_says_it_in_these_words():
