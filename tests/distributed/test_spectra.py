@@ -128,7 +128,7 @@ def documented() -> set[str]:
             for first, second in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE):
                 names = re.findall("`(.+?)`", first)
                 names = [names[0].rpartition("_")[0] + name if name[0] == "_" else name for name in names]
-                names += [f"{name}_stderr" for name in names if "the same with `_stderr`" in second]
+                names += [f"{name}_stderr" for name in names if "with `_stderr` appended" in second]
                 found |= {f"{section}/{name.replace('…', end)}" for name in names for end in ("start", "last")}
     return found
 
