@@ -42,7 +42,7 @@ def export_dense(run: RunWeights, out: Path, dtype: torch.dtype | None, most: in
         check_mergeable(name, layer)
     tokenizer, ids = tokenizer_of(run)
     config = run.model.config
-    model = build_model(config, None, None, None)
+    model = build_model(config)
     dtype = dtype or next(run.model.parameters()).dtype
     own = {"dtype": dtype, "architectures": [type(model).__name__], **ids}
     written = readable_by_4(config, config_with(config, own))

@@ -25,6 +25,7 @@ from lrtrain.errors import ConfigError
 from lrtrain.model.attention import PLAIN, attention_for
 from lrtrain.model.build import architecture, factorized_model
 from lrtrain.model.init import materialize
+from lrtrain.model.rank import RankPlan
 from lrtrain.model.structure import factorized_layers, untied
 from lrtrain.model.supports import support_hash
 
@@ -136,7 +137,7 @@ def load_factorized(
         raise ConfigError(f"{path / FACTORIZED} is damaged: {error!r}") from error
     check_stored_targets({"param": param}, str(path / FACTORIZED), trusted)
     shape = architecture(None, config["architecture"])
-    model = factorized_model(shape, param, config["ranks"], dtype or saved)
+    model = factorized_model(shape, param, RankPlan(param["rank"], config["ranks"]), dtype or saved)
     files, wanted = SafetensorsFolder(path), untied(model).keys()
     check_names(path, type(model).__name__, wanted - files.files.keys(), files.files.keys() - wanted)
     fill(model, files.tensor, seed, device)

@@ -58,7 +58,7 @@ class CheckpointMeta:
     executions: dict[str, str] = field(default_factory=dict)
     """The execution of each layer that was autotuned."""
     ranks: dict[str, int] = field(default_factory=dict)
-    """Ranks of the layers whose rank is not the one that `param.rank` gives."""
+    """The exact ranks of the model's `RankPlan`."""
     architecture: dict[str, Any] | None = None
     """The config of the transformers model."""
     run_id: str = ""
@@ -72,9 +72,9 @@ class CheckpointMeta:
     @classmethod
     def from_json(cls, text: str) -> "CheckpointMeta":
         plain = json.loads(text)
-        plain["progress"] = _known(Progress, plain["progress"])
-        plain["data"] = _known(DataState, plain["data"])
-        return _known(cls, plain)
+        plain["progress"] = of_known_fields(Progress, plain["progress"])
+        plain["data"] = of_known_fields(DataState, plain["data"])
+        return of_known_fields(cls, plain)
 
 
 def read_meta(checkpoint: Path) -> CheckpointMeta:
@@ -89,7 +89,7 @@ def read_meta(checkpoint: Path) -> CheckpointMeta:
         raise ConfigError(f"{checkpoint / META} is damaged: {error}") from error
 
 
-def _known(kind: type[T], values: dict[str, Any]) -> T:
+def of_known_fields(kind: type[T], values: dict[str, Any]) -> T:
     """An instance made of the values that the dataclass knows; checkpoints of other versions may have more."""
     names = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
     return kind(**{name: value for name, value in values.items() if name in names})

@@ -25,6 +25,7 @@ from lrtrain.distributed.sharding import take_over
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.build import make_model
+from lrtrain.model.rank import RankPlan
 from lrtrain.model.structure import factorized_layers
 from lrtrain.model.supports import hash_of_supports
 
@@ -50,7 +51,8 @@ class RunWeights:
         self.checkpoint = find_checkpoint(path, "")
         self.meta: CheckpointMeta = read_meta(self.checkpoint)
         self.config: Config = from_stored(self.meta.config, self.checkpoint, trusted)
-        self.model: PreTrainedModel = make_model(self.config, self.meta.ranks, self.meta.architecture)
+        rank_plan = RankPlan(self.config.param["rank"], self.meta.ranks)
+        self.model: PreTrainedModel = make_model(self.config, rank_plan, self.meta.architecture)
         """On meta."""
         self.layers = factorized_layers(self.model)
         self.reader = TensorReader(self.checkpoint)

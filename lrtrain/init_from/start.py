@@ -6,6 +6,7 @@ One rank computes the values of a layer and broadcasts them; each rank keeps its
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from lrtrain.layers.base import FactorizedLinear
 from lrtrain.linalg.initial import one_thread
 from lrtrain.linalg.nearest import Fit
 from lrtrain.model.build import build_model, make_model
+from lrtrain.model.rank import RankPlan
 from lrtrain.model.structure import factorized_layers, first_names
 
 Values = dict[str, Tensor]
@@ -46,7 +48,7 @@ class Start:
         model: the one of the configuration, on meta.
 
     Attributes:
-        ranks: of the layers, where a budget decides on them; else empty.
+        rank_plan: of the layers, where a budget decides on it; else the configuration's.
 
     Raises:
         ConfigError: if the weights cannot be had or do not fit the model, or the layers stand for no matrices.
@@ -56,7 +58,7 @@ class Start:
         assert config.init_from is not None
         self.config, self.settings = config, config.compress
         self.world = world
-        dense = build_model(model.config, None, None, None)
+        dense = build_model(model.config)
         self.origin = open_origin(config.init_from, dense, named_code(config))
         check_origin(config.init_from, self.origin, dense)
         layers = factorized_layers(model)
@@ -68,9 +70,9 @@ class Start:
         self.moments: dict[str, Moment] = {}
         if layers and self.settings.by == "outputs":
             self._calibrate(dense)
-        self.ranks: dict[str, int] = {}
+        self.rank_plan = RankPlan(config.param["rank"])
         if layers and self.settings.budget is not None:
-            self.ranks = self._allocate(layers, self.settings.budget)
+            self.rank_plan = replace(self.rank_plan, exact=self._allocate(layers, self.settings.budget))
 
     def _check_experts(self, name: str) -> None:
         """Refuse what is not there for experts, of which this is one weight."""
@@ -113,7 +115,7 @@ class Start:
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
         """Give the tensors of the model's state, whole or shards, their values in place."""
-        model = make_model(self.config, self.ranks)
+        model = make_model(self.config, self.rank_plan)
         layers, firsts = factorized_layers(model), first_names(model)
         inside = tuple(f"{name}." for name in layers)
         for name, tensor in state.items():

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import hydra
@@ -21,19 +20,17 @@ from lrtrain.model.architecture import architecture, new_model
 from lrtrain.model.attention import attention_for, check_loss
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.experts import DenseExperts, dense_experts, replace_experts
-from lrtrain.model.rank import budget_rank, factorized, layer_rank
+from lrtrain.model.rank import RankPlan, factorized
 from lrtrain.model.structure import linears, matrices
-
-RankRule = int | float | str | dict[str, int | float]
 
 
 def make_model(
-    config: Config, ranks: Mapping[str, int] | None = None, known: dict[str, Any] | None = None
+    config: Config, rank_plan: RankPlan | None = None, known: dict[str, Any] | None = None
 ) -> PreTrainedModel:
     """The model of the configuration, factorized as `param` says, on the meta device.
 
     Args:
-        ranks: of layers that have others than `param.rank`.
+        rank_plan: None: the one that `param.rank` gives.
         known: the transformers config as a checkpoint keeps it, so that what model.path names is not needed again,
             unless for its code.
 
@@ -45,17 +42,18 @@ def make_model(
         shape = architecture(None, known)
     else:
         shape = architecture(model.path, model.config, model.trust_remote_code)
-    made = factorized_model(shape, config.param, ranks or {}, parameter_dtype(config))
+    rank_plan = rank_plan or RankPlan(config.param["rank"])
+    made = factorized_model(shape, config.param, rank_plan, parameter_dtype(config))
     hydra.utils.get_object(config.engine["_target_"]).check_model(config, made)
     return made
 
 
 def factorized_model(
-    shape: PreTrainedConfig, param: dict[str, Any], ranks: Mapping[str, int], dtype: torch.dtype
+    shape: PreTrainedConfig, param: dict[str, Any], rank_plan: RankPlan, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The model of a transformers config, factorized as `param` says, with parameters of `dtype` on the meta device."""
     make_layer = choice(param) if param["_target_"] else None
-    model = build_model(shape, make_layer, param["pattern"], param["rank"], ranks)
+    model = build_model(shape, make_layer, param["pattern"], rank_plan)
     if zeros := param.get("zero_init"):
         found = [layer for name, layer in matrices(model, r"\.\d+\.").items() if re.search(zeros, name)]
         if dense := [name for name in dense_experts(model, zeros)]:
@@ -73,18 +71,16 @@ def factorized_model(
 
 def build_model(
     config: PreTrainedConfig,
-    make_layer: Callable[..., FactorizedLinear] | None,
-    pattern: str | None,
-    rank: RankRule | None,
-    ranks: Mapping[str, int] = MappingProxyType({}),
+    make_layer: Callable[..., FactorizedLinear] | None = None,
+    pattern: str | None = None,
+    rank_plan: RankPlan | None = None,
 ) -> PreTrainedModel:
     """The causal language model of `config` on meta, with the linears and experts that `pattern` finds factorized.
 
     Args:
         make_layer: called with in_features, out_features, bias, rank and device; None leaves the model dense.
         pattern: regular expression searched in each linear's qualified name.
-        rank: see `layer_rank`.
-        ranks: exact ranks by layer name, which come before `rank`.
+        rank_plan: of the layers.
 
     Raises:
         ConfigError: if it is no causal language model, has a loss of its own, the pattern matches no linear, or a rank
@@ -98,13 +94,11 @@ def build_model(
         if isinstance(module, Conv1D):  # as `nn.Linear` names them
             module.in_features, module.out_features = module.nx, module.nf  # pyright: ignore
     if make_layer is not None:
-        assert pattern is not None and rank is not None
+        assert pattern is not None and rank_plan is not None
         found = linears(model, pattern) | batchable_experts(model, pattern, make_layer)
         check_untied(model, found)
-        if isinstance(rank, str):
-            rank = budget_rank(rank, parameter_count(model), found, make_layer)
-        for name, linear in found.items():
-            layer = factorized(linear, make_layer, ranks.get(name) or layer_rank(rank, name, linear))
+        for name, rank in rank_plan.ranks(parameter_count(model), found, make_layer).items():
+            layer = factorized(found[name], make_layer, rank)
             if isinstance(layer, FactorizedExperts):
                 replace_experts(model, name, layer)
             else:

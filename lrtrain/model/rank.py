@@ -4,6 +4,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -13,6 +14,36 @@ from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.counts import parameter_count, trainable_count
 from lrtrain.model.experts import DenseExperts
 from lrtrain.model.structure import factorized_layers
+
+RankRule = int | float | str | dict[str, int | float]
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The rank of each layer of a model, from composition through start and resize to checkpoint and resume."""
+
+    rule: RankRule | None
+    """`param.rank`: see `budget_rank` for a string, else `layer_rank`. None only of a model that is dense."""
+    exact: Mapping[str, int] = field(default_factory=dict)
+    """Ranks by layer name, which come before the rule: allocated at the start, or smaller since a resize."""
+
+    def ranks(
+        self, dense: int, found: Mapping[str, nn.Linear | DenseExperts], make_layer: Callable[..., FactorizedLinear]
+    ) -> dict[str, int]:
+        """The rank of each layer by name.
+
+        Args:
+            dense: parameters of the dense model.
+            found: the linears that are replaced.
+
+        Raises:
+            ConfigError: if the rule gives no rank that fits.
+        """
+        rule = self.rule
+        assert rule is not None
+        if isinstance(rule, str):
+            rule = budget_rank(rule, dense, found, make_layer)
+        return {name: self.exact.get(name) or layer_rank(rule, name, linear) for name, linear in found.items()}
 
 
 def budget_rank(

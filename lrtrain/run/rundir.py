@@ -1,9 +1,7 @@
 """The run directory: what is resumed from it, what it is refused for, and the small files that a run has there."""
 
-import json
 import re
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from lrtrain.config.stored import stored_targets
 from lrtrain.core.files import write_durably, write_folder_durably
 from lrtrain.data.tokenizer import save_tokenizer
 from lrtrain.errors import ConfigError
+from lrtrain.run.identity import RUN, RunIdentity
 
 ASIDE = ("resume", "dry_run", "run.", "tracking.")
 """Keys that change nothing of what a run computes."""
@@ -68,48 +67,21 @@ def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, me
         )
 
 
-def known_run(config: Config, meta: CheckpointMeta | None) -> dict[str, Any] | None:
-    """What identifies the run that `resume=auto` resumes: run.json, or where that is damaged the checkpoint; None if
-    there is none yet."""
-    if config.resume != "auto":
-        return None
-    path = Path(config.run.dir) / "run.json"
-    try:
-        found = json.loads(path.read_text())
-        if isinstance(found["id"], str) and isinstance(found.get("executions", {}), dict):
-            return found
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        print(f"{path} is damaged and written anew", file=sys.stderr, flush=True)
-    return {"id": meta.run_id, "name": config.run.name} if meta and meta.run_id else None
-
-
 def claim(
-    config: Config,
-    known: dict[str, Any] | None,
-    autotuned: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    meta: CheckpointMeta | None,
-) -> dict[str, Any]:
-    """Write, or bring up to date, the configuration, tokenizer and identity of a run in its directory; returns the
-    last, which is what is `known` of it where it has been there before.
-
-    How layers are executed belongs to it where it was `autotuned`: another execution rounds differently, and resuming
-    would not be exact.
+    config: Config, identity: RunIdentity, tokenizer: PreTrainedTokenizerBase, meta: CheckpointMeta | None
+) -> None:
+    """Write, or bring up to date, the configuration, tokenizer and identity of a run in its directory.
 
     Raises:
         ConfigError: if the directory cannot be written.
     """
     folder = Path(config.run.dir)
-    run = known or {"id": uuid.uuid4().hex[:12], "name": config.run.name}
     try:
         keep_config(config, folder, meta)
         write_folder_durably(folder / "tokenizer", lambda beside: save_tokenizer(tokenizer, beside))
-        write_durably(folder / "run.json", json.dumps(autotuned | run))
+        identity.write(folder)
     except OSError as error:
         raise ConfigError(f"run.dir={folder} cannot be written: {error.strerror}") from error
-    return run
 
 
 def keep_config(config: Config, folder: Path, meta: CheckpointMeta | None) -> None:
@@ -157,7 +129,7 @@ def sibling_sentence(config: Config) -> str | None:
     """What to tell of `resume=auto` that finds no run under its name, but beside it one of the same model and
     parameterization that may have been meant; None if there is none."""
     folder = Path(config.run.dir)
-    if config.resume != "auto" or (folder / "run.json").exists():
+    if config.resume != "auto" or (folder / RUN).exists():
         return None
     stem = f"{config.model.name}-{config.param['name']}"
     beside = [path.parent for path in folder.parent.glob(f"*{stem}*/config.yaml") if path.parent != folder]

@@ -102,13 +102,13 @@ def meta_of(run: Run) -> CheckpointMeta:
         data=DataState(run.data.fingerprint, run.data.train.state(run.progress.position)),
         config=as_dict(run.config),
         support_hash=run.support_hash,
-        executed=run.executed,
+        executed=run.identity.executed,
         versions={name: version(name) for name in ("torch", "transformers", "datasets")},
         world_size=run.world.size,
-        executions=run.executions,
-        ranks=run.ranks,
+        executions=run.identity.executions,
+        ranks=dict(run.rank_plan.exact),
         architecture=run.engine.model.config.to_dict(),
-        run_id=run.id,
+        run_id=run.identity.id,
         callbacks={name: state for name, callback in run.callbacks.items() if (state := callback.state())},
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from lrtrain.distributed.world import World
 from lrtrain.init_from.start import Start
 from lrtrain.model.autotune import settle
 from lrtrain.model.build import make_model
+from lrtrain.model.rank import RankPlan
 from lrtrain.model.supports import support_hash
 from lrtrain.run.batches import Batches, in_background
+from lrtrain.run.identity import RunIdentity, known_run
 from lrtrain.run.lock import RunLock
 from lrtrain.run.report import print_ledger
-from lrtrain.run.rundir import check_compatible, checkpoint_to_resume, claim, known_run, sibling_sentence
+from lrtrain.run.rundir import check_compatible, checkpoint_to_resume, claim, sibling_sentence
 from lrtrain.run.saver import Saver
 from lrtrain.run.state import Run
 from lrtrain.run.stop import StopRequest
@@ -52,16 +55,16 @@ def start_run(
     if world.main and not checkpoint and (told := sibling_sentence(config)):
         print(told, flush=True)
     meta = read_meta(checkpoint) if checkpoint else None
-    run.ranks = meta.ranks if meta else {}
+    run.rank_plan = RankPlan(config.param["rank"], meta.ranks if meta else {})
     architecture = meta.architecture if meta else None
-    model = make_model(config, run.ranks, architecture)
+    model = make_model(config, run.rank_plan, architecture)
     choice(config.optim)(model)  # on meta: what the optimizer refuses is said before anything is built
     read_data(run, model, checkpoint, meta)
     start = Start(config, model, world) if config.init_from and not checkpoint else None
-    if start and start.ranks:
-        run.ranks = start.ranks
-        model = make_model(config, run.ranks, architecture)
-    run.id = claim_directory(run, model, meta)
+    if start and start.rank_plan.exact:
+        run.rank_plan = start.rank_plan
+        model = make_model(config, run.rank_plan, architecture)
+    claim_directory(run, model, meta)
     run.take_stock(model)
     if world.main:
         print_ledger(model)
@@ -79,7 +82,7 @@ def start_run(
         start.fill(state["model"])
         run.engine.load_state_dict(state)
     if world.main:
-        run.tracker = open_tracker(config.tracking, run.dir, run.id, as_dict(config), config.train.steps)
+        run.tracker = open_tracker(config.tracking, run.dir, run.identity.id, as_dict(config), config.train.steps)
     if left_out:
         run.progress.left_out = [*left_out]
         run.log({"train/rollbacks": len(left_out)})
@@ -100,28 +103,27 @@ def read_data(run: Run, model: PreTrainedModel, checkpoint: Path | None, meta: C
         check_compatible(config, run.data.fingerprint, checkpoint, meta)
 
 
-def claim_directory(run: Run, model: PreTrainedModel, meta: CheckpointMeta | None) -> str:
-    """Claim the run's directory, autotune its layers, and return the run's id.
+def claim_directory(run: Run, model: PreTrainedModel, meta: CheckpointMeta | None) -> None:
+    """Claim the run's directory for its id, and autotune its layers.
 
     An execution that was measured in this dtype on such a device before is kept: another one rounds differently, and
     resuming would not be exact.
     """
     config, device = run.config, run.world.device
     dtype = compute_dtype(config, device)
-    run.executed = f"{dtype} on {device.type}"
+    executed = f"{dtype} on {device.type}"
     tokens = config.train.micro_batch_size * config.data.seq_len
 
-    def claimed() -> tuple[str, dict[str, str]]:
+    def claimed() -> RunIdentity:
         known = known_run(config, meta)
-        executed, executions = (meta.executed, meta.executions) if meta else (None, {})
-        if known and not meta:
-            executed, executions = known.get("executed"), known.get("executions", {})
-        executions = settle(model, tokens, dtype, device, executions if executed == run.executed else {})
-        autotuned = {"executions": executions, "executed": run.executed}
-        return claim(config, known, autotuned, run.data.tokenizer, meta)["id"], executions
+        before = meta or known
+        measured = before.executions if before and before.executed == executed else {}
+        found = known or RunIdentity(uuid.uuid4().hex[:12], config.run.name)
+        found.executed, found.executions = executed, settle(model, tokens, dtype, device, measured)
+        claim(config, found, run.data.tokenizer, meta)
+        return found
 
-    run_id, run.executions = run_on_rank0(claimed)
-    return run_id
+    run.identity = run_on_rank0(claimed)
 
 
 def build_engine(run: Run, model: PreTrainedModel, fresh: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from lrtrain.engine.resize import wanted_ranks
 from lrtrain.measure.evaluate import Evaluation, evaluate, evenly_spaced
 from lrtrain.model.build import make_model
 from lrtrain.model.counts import dense_parameter_count, parameter_count, trainable_count, training_flops
-from lrtrain.model.rank import mean_rank
+from lrtrain.model.rank import RankPlan, mean_rank
 from lrtrain.model.structure import factorized_layers
 from lrtrain.model.supports import support_hash
 from lrtrain.run.batches import Batches
 from lrtrain.run.callbacks.base import Callback
+from lrtrain.run.identity import RunIdentity
 from lrtrain.run.lock import RunLock
 from lrtrain.run.saver import Saver
 from lrtrain.run.stop import StopRequest
@@ -36,20 +38,14 @@ class Run:
     """Filled by `lrtrain.run.start.start_run`, in the order in which the parts depend on each other."""
 
     data: Data
-    ranks: dict[str, int]
-    """Ranks of the layers whose rank is not the one that `param.rank` gives."""
-    executions: dict[str, str]
-    """The execution of each layer that was autotuned."""
-    executed: str
-    """The dtype and device that `executions` were measured with."""
+    rank_plan: RankPlan
     engine: Engine
     saver: Saver
     batches: Batches
     schedule: Callable[[int, int], float]
     tracker: Tracker
     callbacks: Mapping[str, Callback]
-    id: str
-    """What tells this run from all others, of the same name too."""
+    identity: RunIdentity
 
     def __init__(self, config: Config, world: World, stop: StopRequest, heartbeat: Heartbeat, lock: RunLock):
         self.config = config
@@ -64,7 +60,7 @@ class Run:
         """Keep the layers, FLOPs and counts of a model (on meta) that is about to be trained."""
         self.layers = factorized_layers(model)
         for name, layer in self.layers.items():
-            layer.execution = self.executions.get(name)
+            layer.execution = self.identity.executions.get(name)
         self.flops = training_flops(model, self.config.data.seq_len)
         self.counts = {
             "rank": mean_rank(model),
@@ -105,8 +101,8 @@ class Run:
         if all(layer.rank == ranks[name] for name, layer in self.layers.items()):
             return
         before = self.counts["parameters"]
-        self.ranks = ranks
-        model = make_model(self.config, ranks, self.engine.model.config.to_dict())
+        self.rank_plan = replace(self.rank_plan, exact=ranks)
+        model = make_model(self.config, self.rank_plan, self.engine.model.config.to_dict())
         self.take_stock(model)
         self.engine.resize(model, choice(self.config.optim))
         self.support_hash = support_hash(self.engine.model)

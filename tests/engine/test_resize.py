@@ -16,6 +16,7 @@ from lrtrain.engine.fsdp import FSDPEngine
 from lrtrain.engine.resize import carry_over, wanted_ranks
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
+from lrtrain.model.rank import RankPlan
 from lrtrain.model.structure import factorized_layers
 from lrtrain.run.rundir import check_compatible
 
@@ -50,9 +51,13 @@ def train(engine: FSDPEngine, step: int) -> float:
     return loss
 
 
+def planned(ranks: dict[str, int]) -> RankPlan:
+    return RankPlan(CONFIG.param["rank"], ranks)
+
+
 def resize(engine: FSDPEngine, step: int = 2) -> dict[str, int]:
     ranks = wanted_ranks(factorized_layers(engine.model), step)
-    engine.resize(make_model(CONFIG, ranks), choice(CONFIG.optim))
+    engine.resize(make_model(CONFIG, planned(ranks)), choice(CONFIG.optim))
     return ranks
 
 
@@ -105,7 +110,7 @@ def test_training_goes_on_and_the_smaller_model_is_saved_and_loaded(engine: FSDP
         replicas=1,
         reduce_dtype="fp32",
     )
-    other.prepare(make_model(CONFIG, ranks), 1, choice(CONFIG.optim))
+    other.prepare(make_model(CONFIG, planned(ranks)), 1, choice(CONFIG.optim))
     other.load_state_dict(copy.deepcopy(engine.state_dict()))
     assert [train(other, step) for step in range(12, 15)] == [train(engine, step) for step in range(12, 15)]
 
@@ -121,7 +126,7 @@ def test_ranks_are_wanted_only_when_due_and_only_smaller_within_the_threshold(en
 def test_a_state_of_another_shape_than_its_parameter_begins_anew_where_it_is_cut(engine: FSDPEngine):
     for p in engine.model.parameters():
         engine.optimizer.state[p]["exp_avg"] = torch.ones(3)  # as a quantized one might be
-    model = make_model(CONFIG, wanted_ranks(factorized_layers(engine.model), 2)).to_empty(device="cpu")
+    model = make_model(CONFIG, planned(wanted_ranks(factorized_layers(engine.model), 2))).to_empty(device="cpu")
     optimizer = choice(CONFIG.optim)(model)
     carry_over(engine.model, engine.optimizer, model, optimizer)
     kept = {name for name, p in model.named_parameters() if optimizer.state[p]["exp_avg"].shape == (3,)}

@@ -17,6 +17,7 @@ from lrtrain.engine.base import Engine
 from lrtrain.engine.resize import wanted_ranks
 from lrtrain.measure.evaluate import evaluate
 from lrtrain.model.build import make_model
+from lrtrain.model.rank import RankPlan
 from lrtrain.model.structure import factorized_layers
 
 ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
@@ -79,7 +80,7 @@ def train_one(config: Config, world: distributed.world.World) -> dict[str, torch
         layers = factorized_layers(engine.shards)
         ranks = wanted_ranks(layers, done + 1)
         if any(layer.rank != ranks[name] for name, layer in layers.items()):
-            engine.resize(make_model(config, ranks), choice(config.optim))
+            engine.resize(make_model(config, RankPlan(config.param["rank"], ranks)), choice(config.optim))
     parameters = {name: whole(p).float().clone() for name, p in engine.shards.named_parameters()}
     for name, layer in factorized_layers(engine.shards).items():
         complete = twin(layer, whole)

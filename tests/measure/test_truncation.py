@@ -13,6 +13,7 @@ from lrtrain.model.build import make_model
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.init import materialize
 from lrtrain.model.loss import TokenLoss
+from lrtrain.model.rank import RankPlan
 from lrtrain.model.structure import factorized_layers
 
 ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
@@ -25,7 +26,7 @@ def world():
 
 
 def materialized(*overrides: str, ranks: dict[str, int] | None = None):
-    model = make_model(compose(*overrides, *SMALL, "param.rank=8"), ranks)
+    model = make_model(compose(*overrides, *SMALL, "param.rank=8"), RankPlan(8, ranks or {}))
     materialize(model, 0, torch.device("cpu"))
     return model
 

@@ -54,7 +54,7 @@ def tiny(kind: str, **changes: object) -> PreTrainedConfig:
 
 
 def started(config: PreTrainedConfig, seed: int = 0):
-    model = build_model(config, None, None, None)
+    model = build_model(config)
     torch.use_deterministic_algorithms(True)  # what is allocated holds NaN
     try:
         materialize(model, seed, CPU)
@@ -109,7 +109,7 @@ def test_an_encoder_is_refused_by_name_unless_it_decodes(is_decoder: bool):
         assert started(config)(input_ids=torch.randint(128, (1, 8))).logits.isfinite().all()
     else:
         with pytest.raises(ConfigError, match="model.path=some/bert .* depend on later tokens"):
-            build_model(config, None, None, None)
+            build_model(config)
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 1e-4])
@@ -189,14 +189,14 @@ def test_a_recorded_construction_is_replayed_exactly():
 
 
 def test_only_plain_linears_are_replaced_and_none_whose_weight_is_read():
-    model = build_model(tiny("mamba"), None, None, None)
+    model = build_model(tiny("mamba"))
     assert {name.rpartition(".")[2] for name in weights_read(model)} >= {"out_proj", "dt_proj", "x_proj"}
     assert {name.rpartition(".")[2] for name in linears(model, r"\.\d+\.")} == {"in_proj"}
 
     class Router(nn.Linear):
         pass
 
-    model = build_model(tiny("llama"), None, None, None)
+    model = build_model(tiny("llama"))
     model.set_submodule("model.layers.0.mlp.up_proj", Router(64, 96, device="meta"))
     assert "model.layers.0.mlp.up_proj" not in linears(model, r"\.\d+\.")
     assert "model.layers.1.mlp.up_proj" in linears(model, r"\.\d+\.")
@@ -219,7 +219,7 @@ def test_gpt2_is_factorized_and_merges_into_plain_transformers(tmp_path):
 
 
 def test_blocks_are_not_the_experts():
-    model = build_model(tiny("mixtral"), None, None, None)
+    model = build_model(tiny("mixtral"))
     model.get_submodule("model.layers.0.mlp").experts_list = nn.ModuleList(nn.Identity() for _ in range(9))
     assert blocks(model) is model.get_submodule("model.layers")
 
