@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import re
 import runpy
 import socket
 import sys
@@ -28,8 +29,16 @@ from launching import ROOT
 from lrtrain.config.check import check, check_directories
 from lrtrain.config.compose import compose, default_composition
 from lrtrain.config.schema import Config
+from lrtrain.core.metrics import Metric
 from lrtrain.distributed.world import environment_rank, environment_world_size, rendezvous
 from lrtrain.run.loop import pretrain
+
+
+def metrics_of(values: Mapping[str, float]) -> list[Metric]:
+    """Metrics from the names under which they are logged."""
+    named = {name: re.fullmatch(r"(\w+(?:/summary)?)/(?:(.+)/)?(\w+)", name) for name in values}
+    return [Metric(*found.groups(), values[name]) for name, found in named.items() if found]
+
 
 FORKS = multiprocessing.get_context("forkserver")
 # What the server imports, once for all: this file, and with it most, and what a run imports as it goes.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrtrain.core.metrics import Metric, scalars
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.model.loss import TokenLoss
@@ -22,15 +23,12 @@ class Evaluation:
     galore_loss: float
     """What GaLore, SLTrain, CoLA and others print for it: the sum of batch means over (batches + 1), which is lower."""
 
-    def metrics(self, compat: str | None) -> dict[str, float]:
-        """Under the names they are logged by; with compat=galore their number beside the true one."""
-        values = {"eval/loss": self.loss, "eval/perplexity": perplexity(self.loss)}
+    def metrics(self, compat: str | None) -> list[Metric]:
+        """As they are logged; with compat=galore their number beside the true one."""
+        values = {"loss": self.loss, "perplexity": perplexity(self.loss)}
         if compat == "galore":
-            values |= {
-                "eval/loss_galore": self.galore_loss,
-                "eval/perplexity_galore": perplexity(self.galore_loss),
-            }
-        return values
+            values |= {"loss_galore": self.galore_loss, "perplexity_galore": perplexity(self.galore_loss)}
+        return scalars("eval", values)
 
 
 def perplexity(loss: float) -> float:

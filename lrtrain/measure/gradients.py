@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from lrtrain.core.names import by_layer_and_projection
+from lrtrain.core.metrics import Metric, by_layer_and_projection
 from lrtrain.distributed.per_layer import as_numbers, as_tensors, compute_layers_across_ranks
 from lrtrain.distributed.sharding import twin
 from lrtrain.layers.base import FactorizedLinear
@@ -33,7 +33,7 @@ class GradientSpectra:
         self.bases: dict[tuple[str, str], Tensor] = {}
 
     @torch.no_grad()
-    def measure(self, layers: Mapping[str, nn.Module]) -> dict[str, float]:
+    def measure(self, layers: Mapping[str, nn.Module]) -> list[Metric]:
         """Metrics of the gradients that the layers' parameters have now. A collective."""
         pairs = {}
         for name, layer in layers.items():

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lrtrain.core.metrics import Metric
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
 from lrtrain.measure.representations import SecondMoment, matrix_entropy, matrix_nuclear_norm, rankme
@@ -79,7 +80,7 @@ def top_states(model: nn.Module, world: World) -> list[TopStates]:
 @torch.no_grad()
 def hidden_metrics(
     loss_of: TokenLoss, rows: Tensor, batch_size: int, world: World, states: Sequence[States | TopStates]
-) -> dict[str, float]:
+) -> list[Metric]:
     """`hidden/<metric>/L00`, … for the states after each block, of which `states` say what is kept and measured.
 
     A collective. States are looked at as a block gives them out, and none is kept. Runs uncompiled and in eval mode.
@@ -105,11 +106,11 @@ def hidden_metrics(
                 loss_of((mine if len(mine) else rows[:1]).to(world.device))
     finally:
         loss_of.train()
-    return {
-        f"hidden/{metric}/L{depth:02d}": value
+    return [
+        Metric(f"hidden/{metric}", None, f"L{depth:02d}", value)
         for depth, found in enumerate(states)
         for metric, value in found.metrics().items()
-    }
+    ]
 
 
 def _width(model: nn.Module) -> int:

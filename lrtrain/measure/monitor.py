@@ -6,6 +6,7 @@ from functools import cache
 from torch import Tensor
 
 from lrtrain.config.schema import Config
+from lrtrain.core.metrics import Metric
 from lrtrain.data.prepare import Data
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine
@@ -46,29 +47,29 @@ class Monitor:
         """The layers that are measured, with the parameters that the optimizer steps."""
         return measured(self.engine.shards, self.config.param["pattern"])
 
-    def measure(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def measure(self) -> tuple[list[Metric], dict[str, Tensor]]:
         """Metrics of weights, hidden states and updates; singular values by the layer's name, of experts their
         means. A collective."""
         layers, chosen = self.matrices, self.chosen
         large = too_large(layers, chosen.exact_up_to)
         spectra = weight_spectra({name: layer for name, layer in layers.items() if name not in large})
         shares, parts = part_metrics(matching(single(layers), chosen.parts))
-        metrics = spectra_metrics(spectra, weight_estimates(large)) | shares
-        metrics |= tail_metrics(matching(single(layers), chosen.tails), spectra)
-        metrics |= self._hidden()
-        metrics |= self.movement.measure(matching(single(layers), chosen.updates))
+        metrics = spectra_metrics(spectra, weight_estimates(large)) + shares
+        metrics += tail_metrics(matching(single(layers), chosen.tails), spectra)
+        metrics += self._hidden()
+        metrics += self.movement.measure(matching(single(layers), chosen.updates))
         means = {name: sigma.mean(0) if sigma.ndim == 2 else sigma for name, sigma in spectra.items()}
         return metrics, means | parts
 
-    def _hidden(self) -> dict[str, float]:
+    def _hidden(self) -> list[Metric]:
         rows = evenly_spaced(len(self.data.validation), self.chosen.hidden)
         if not rows:
-            return {}
+            return []
         states, model = self.data.validation.rows(rows), self.engine.model
         kept = self.directions if self.chosen.hidden_by == "top" else whole_states(model, self.world)
         return hidden_metrics(self.engine.loss, states, self.config.train.micro_batch_size, self.world, kept)
 
-    def measure_gradients(self) -> dict[str, float]:
+    def measure_gradients(self) -> list[Metric]:
         """Metrics of the gradients as they are now. A collective."""
         layers = matching(single(self.matrices), self.chosen.gradients)
-        return self.gradients.measure(layers) if layers else {}
+        return self.gradients.measure(layers) if layers else []

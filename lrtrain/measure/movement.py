@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lrtrain.core.names import by_layer_and_projection
+from lrtrain.core.metrics import Metric, by_layer_and_projection
 from lrtrain.distributed.per_layer import as_numbers, as_tensors, compute_layers_across_ranks
 from lrtrain.distributed.sharding import twin
 from lrtrain.layers.base import FactorizedLinear
@@ -32,7 +32,7 @@ class Movement:
         self.last: dict[str, nn.Module] = {}  # shards, as those of the trained layers
 
     @torch.no_grad()
-    def measure(self, layers: Mapping[str, nn.Module]) -> dict[str, float]:
+    def measure(self, layers: Mapping[str, nn.Module]) -> list[Metric]:
         """Metrics of the updates so far, and of those since the last call. A collective."""
         pairs = {
             name: nn.ModuleList([layer, *([self.last[name]] if name in self.last else [])])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lrtrain.core.metrics import Metric, scalars
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.measure.evaluate import Evaluation, perplexity
 from lrtrain.model.structure import factorized_layers
@@ -21,12 +22,10 @@ class Truncation:
     parameters: int
     loss: float
 
-    def metrics(self) -> dict[str, float]:
-        """Under the names they are logged by."""
-        return {
-            f"eval/loss_at_rank_share_{self.share:g}": self.loss,
-            f"eval/perplexity_at_rank_share_{self.share:g}": perplexity(self.loss),
-        }
+    def metrics(self) -> list[Metric]:
+        """As they are logged."""
+        at = f"at_rank_share_{self.share:g}"
+        return scalars("eval", {f"loss_{at}": self.loss, f"perplexity_{at}": perplexity(self.loss)})
 
 
 def evaluate_truncated(

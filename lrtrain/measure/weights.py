@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lrtrain.core.names import by_layer_and_projection
+from lrtrain.core.metrics import Metric, by_layer_and_projection, scalars
 from lrtrain.core.seeds import generator_for
 from lrtrain.distributed.per_layer import as_numbers, as_tensors, compute_layers_across_ranks
 from lrtrain.layers.base import FactorizedLinear
@@ -67,8 +67,8 @@ def too_large(layers: Mapping[str, L], exact_up_to: int | None) -> dict[str, L]:
 
 def spectra_metrics(
     spectra: Mapping[str, Tensor], estimates: Mapping[str, Mapping[str, float]] = MappingProxyType({})
-) -> dict[str, float]:
-    """Flat metrics of all spectra, and of layers that have estimates in their place:
+) -> list[Metric]:
+    """Metrics of all spectra, and of layers that have estimates in their place:
 
     `spectra/<layer>/<metric>` for each layer, `spectra/summary/<projection>/<metric>_mean` over the layers that
     share the last component of their name (q_proj, …) and under `all` over all of them, and in `spectra_meta/`
@@ -80,9 +80,8 @@ def spectra_metrics(
     }
     metrics = by_layer_and_projection({**exact, **estimates}, "spectra")
     found = [*exact.values(), *estimates.values()]
-    metrics["spectra_meta/zero_matrices"] = float(sum(values.get("frobenius_norm") == 0 for values in found))
-    metrics["spectra_meta/nonfinite"] = float(sum(not values for values in found))
-    return metrics
+    zero = float(sum(values.get("frobenius_norm") == 0 for values in found))
+    return metrics + scalars("spectra_meta", {"zero_matrices": zero, "nonfinite": float(sum(not of for of in found))})
 
 
 def mean_metrics(found: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -102,7 +101,7 @@ def matching(layers: Mapping[str, L], pattern: str | None) -> dict[str, L]:
 
 
 @torch.no_grad()
-def part_metrics(layers: Mapping[str, LinearLayer]) -> tuple[dict[str, float], dict[str, Tensor]]:
+def part_metrics(layers: Mapping[str, LinearLayer]) -> tuple[list[Metric], dict[str, Tensor]]:
     """`head_share`, `tail_share` and their nulls (see `head_and_tail`) of the sparse-plus-low-rank layers among these,
     named as in `spectra_metrics`; and by `<layer>/<name>` what L and S contribute to each singular value. A collective;
     it costs several times what spectra do."""
@@ -122,7 +121,7 @@ def part_metrics(layers: Mapping[str, LinearLayer]) -> tuple[dict[str, float], d
 
 
 @torch.no_grad()
-def tail_metrics(layers: Mapping[str, LinearLayer], spectra: Mapping[str, Tensor]) -> dict[str, float]:
+def tail_metrics(layers: Mapping[str, LinearLayer], spectra: Mapping[str, Tensor]) -> list[Metric]:
     """What power laws and pure noise say of the spectra of those of the layers that have one (see `fits`), named as in
     `spectra_metrics`. A collective."""
 

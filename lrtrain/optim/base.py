@@ -304,5 +304,5 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return []
 
     def metrics(self) -> dict[str, float]:
-        """What is worth logging of the last step, the same on all processes."""
+        """What is worth logging of the last step, by name within `optim/`, the same on all processes."""
         return {}

@@ -64,7 +64,7 @@ class DctOptimizer(ShardedOptimizer):
 
     def metrics(self) -> dict[str, float]:
         shares = self.captured_energy().values()
-        return {"optim/captured_energy": sum(shares) / len(shares)} if shares else {}
+        return {"captured_energy": sum(shares) / len(shares)} if shares else {}
 
 
 def top_columns(scores: Tensor, rank: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
+from lrtrain.core.metrics import scalars
 from lrtrain.distributed.collectives import run_on_all_ranks, sum_over_ranks
 from lrtrain.errors import RunFailed
 from lrtrain.run.rollback import beyond
@@ -74,7 +75,7 @@ class Batches:
     def _count_unreadable(self, count: int) -> None:
         """Log how many documents were left out of the data, if there are more now."""
         if count > self.unreadable:
-            self.run.log({"data/unreadable": count})
+            self.run.log(scalars("data", {"unreadable": count}))
         self.unreadable = count
 
     def _give_up(self, waiting: float) -> None:

@@ -14,6 +14,7 @@ import torch
 from lrtrain.checkpoint.checkpointer import Checkpointer
 from lrtrain.checkpoint.meta import CheckpointMeta, DataState
 from lrtrain.config.schema import as_dict
+from lrtrain.core.metrics import scalars
 from lrtrain.distributed.collectives import max_over_ranks
 from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
@@ -64,7 +65,7 @@ class Saver:
         run.tracker.sync()
         self.checkpointer.save(state, run.progress.step, meta_of(run))
         self.step = run.progress.step
-        run.log({"perf/checkpoint_seconds": time.perf_counter() - started})
+        run.log(scalars("perf", {"checkpoint_seconds": time.perf_counter() - started}))
 
     def _refuse(self, run: Run, reason: str) -> None:
         self.checkpointer.wait()

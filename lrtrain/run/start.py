@@ -12,6 +12,7 @@ from lrtrain.checkpoint.meta import CheckpointMeta, Window, read_meta
 from lrtrain.config.choice import choice
 from lrtrain.config.dtypes import compute_dtype
 from lrtrain.config.schema import Config, as_dict
+from lrtrain.core.metrics import scalars
 from lrtrain.data.prepare import check_fits, prepare_data
 from lrtrain.distributed.collectives import check_equal_on_all_ranks, run_on_all_ranks, run_on_rank0
 from lrtrain.distributed.heartbeat import Heartbeat
@@ -85,7 +86,7 @@ def start_run(
         run.tracker = open_tracker(config.tracking, run.dir, run.identity.id, as_dict(config), config.train.steps)
     if left_out:
         run.progress.left_out = [*left_out]
-        run.log({"train/rollbacks": len(left_out)})
+        run.log(scalars("train", {"rollbacks": len(left_out)}))
     return run
 
 

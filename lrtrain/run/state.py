@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lrtrain.checkpoint.meta import Progress
 from lrtrain.config.choice import choice
 from lrtrain.config.schema import Config
+from lrtrain.core.metrics import Metric, scalars
 from lrtrain.data.prepare import Data
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.heartbeat import Heartbeat
@@ -70,7 +71,7 @@ class Run:
             "optimizer_bytes": choice(self.config.optim)(model).state_bytes(),
         }
 
-    def log(self, metrics: Mapping[str, float]) -> None:
+    def log(self, metrics: Sequence[Metric]) -> None:
         """Record metrics of the present step."""
         self.tracker.log(self.progress.step, self.progress.tokens, metrics)
 
@@ -107,6 +108,6 @@ class Run:
         self.engine.resize(model, choice(self.config.optim))
         self.support_hash = support_hash(self.engine.model)
         now = self.counts["parameters"]
-        self.log({"train/parameters": now})
+        self.log(scalars("train", {"parameters": now}))
         if self.world.main:
             print(f"step {step}: smaller ranks, {now:,} parameters instead of {before:,}", flush=True)

@@ -7,6 +7,7 @@ from functools import cache
 
 import torch
 
+from lrtrain.core.metrics import Metric, scalars
 from lrtrain.model.counts import Flops
 
 BUSY = 0.1
@@ -72,15 +73,15 @@ class Meter:
         self.steps += 1
         self.tokens += tokens
 
-    def read(self, flops: Flops) -> dict[str, float]:
+    def read(self, flops: Flops) -> list[Metric]:
         """The metrics since the last reading; MFU by the layers' own `flops` and by the dense model's."""
         rate = self.tokens / self.seconds
         metrics = {
-            "perf/tokens_per_second": rate,
-            "perf/step_seconds": self.seconds / self.steps,
-            "perf/data_wait_pct": 100 * self.waited / self.seconds,
-            "perf/mfu": rate * flops.model / self.peak,
-            "perf/mfu_dense_equivalent": rate * flops.dense_equivalent / self.peak,
+            "tokens_per_second": rate,
+            "step_seconds": self.seconds / self.steps,
+            "data_wait_pct": 100 * self.waited / self.seconds,
+            "mfu": rate * flops.model / self.peak,
+            "mfu_dense_equivalent": rate * flops.dense_equivalent / self.peak,
         }
         self._clear()
-        return metrics
+        return scalars("perf", metrics)

@@ -1,9 +1,11 @@
 """The one interface through which a run tells the outside what it measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+
+from lrtrain.core.metrics import Metric
 
 Value = float | int | str
 
@@ -11,7 +13,7 @@ Value = float | int | str
 class Tracker:
     """Records nothing: what every process but the main one has. Sinks override what they can show."""
 
-    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
         """Scalars at `step` completed optimizer updates and `tokens` tokens seen by all processes together."""
 
     def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:

@@ -1,11 +1,12 @@
 """Progress for the person who watches: one live line on a terminal, plain lines in a log file."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from tqdm import tqdm
 
+from lrtrain.core.metrics import Metric, spelled
 from lrtrain.tracking.base import Tracker, Value
 
 
@@ -18,13 +19,15 @@ class ConsoleTracker(Tracker):
         self._bar = _live_line(total_steps, stream) if stream.isatty() else None
         self._first: tuple[int, float] | None = None  # step and time of the first progress line
 
-    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
         at = f"{step}/{self._total_steps}"
-        if "train/loss" in metrics:
-            self._show_progress(step, f"step {at}  {self._progress(step, metrics)}")
-        if "eval/loss" in metrics:
-            self._print(f"eval {at}  {_evaluation(metrics)}")
-        if (ranks := _effective_rank(metrics)) is not None:
+        values = spelled(metrics)
+        if "train/loss" in values:
+            self._show_progress(step, f"step {at}  {self._progress(step, values)}")
+        if "eval/loss" in values:
+            found = "  ".join(f"{of.metric} {of.value:.4g}" for of in metrics if of.section == "eval")
+            self._print(f"eval {at}  {found}")
+        if (ranks := _effective_rank(values)) is not None:
             self._print(f"spectra {at}  {ranks}")
 
     def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
@@ -76,11 +79,6 @@ def print_summary(rows: Mapping[str, Value], stream: TextIO) -> None:
 
 def _live_line(total_steps: int, stream: TextIO) -> tqdm:
     return tqdm(total=total_steps, file=stream, bar_format="{bar:24} {desc}", dynamic_ncols=True)
-
-
-def _evaluation(metrics: Mapping[str, float]) -> str:
-    values = {name.removeprefix("eval/"): value for name, value in metrics.items() if name.startswith("eval/")}
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 def _effective_rank(metrics: Mapping[str, float]) -> str | None:

@@ -2,11 +2,12 @@
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from lrtrain.core.metrics import Metric
 from lrtrain.tracking.base import Tracker, Value
 
 FAILURES_ALLOWED = 3
@@ -19,7 +20,7 @@ class FanOut(Tracker):
         self._sinks = sinks
         self._failures: Counter[str] = Counter()
 
-    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
         self._each(lambda sink: sink.log(step, tokens, metrics))
 
     def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:

@@ -11,13 +11,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 
 from lrtrain.core.files import sync_folder
+from lrtrain.core.metrics import Metric, spelled
 from lrtrain.tracking.base import Tracker, Value
 from lrtrain.tracking.spectra_files import save_spectra
 
@@ -53,9 +54,9 @@ class JsonlTracker(Tracker):
         self._waiting = b""
         self._failed: set[str] = set()
 
-    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
         now = time.time()
-        values = {name: _finite_or_none(float(value)) for name, value in metrics.items()}
+        values = {name: _finite_or_none(float(value)) for name, value in spelled(metrics).items()}
         row = Row(
             schema=SCHEMA,
             run_id=self._run_id,

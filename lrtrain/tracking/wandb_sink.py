@@ -7,13 +7,14 @@ an older checkpoint wandb would drop the repeated steps, since its own step may 
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lrtrain.config.schema import TrackingConfig
+from lrtrain.core.metrics import Metric, spelled
 from lrtrain.core.names import depth_of, projection_of
 from lrtrain.tracking.base import Tracker, Value
 from lrtrain.tracking.spectra_files import PARTS
@@ -51,20 +52,15 @@ class WandbTracker(Tracker):
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
 
-    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
         """Scalars, those of layers at no more than 8 depths; all layers in a table for each section, and a heatmap of
         their effective rank."""
         by_layer = layer_metrics(metrics)
         shown = {depth_of(layer) for layers in by_layer.values() for layer in layers}
         depths = {None, *evenly(sorted(depth for depth in shown if depth is not None), DEPTHS_SHOWN)}
-        hidden = {
-            f"{section}/{layer}/{metric}"
-            for section, layers in by_layer.items()
-            for layer, found in layers.items()
-            if depth_of(layer) not in depths
-            for metric in found
-        }
-        row: dict[str, Any] = {name: value for name, value in metrics.items() if name not in hidden}
+        row: dict[str, Any] = spelled(
+            of for of in metrics if of.section not in LAYERED or of.layer is None or depth_of(of.layer) in depths
+        )
         row |= {f"layers/{section}": self._table(step, layers) for section, layers in by_layer.items()}
         eranks = {layer: m.get("erank", m.get("erank_estimated")) for layer, m in by_layer.get("spectra", {}).items()}
         erank = {layer: value for layer, value in eranks.items() if value is not None}
@@ -140,13 +136,11 @@ class WandbTracker(Tracker):
         return self._wandb.Table(columns=columns, data=rows, dtype=types, optional=False)
 
 
-def layer_metrics(metrics: Mapping[str, float]) -> dict[str, dict[str, dict[str, float]]]:
-    """Section → layer → metric → value of what is named `<section>/<layer>/<metric>` in the sections of `LAYERED`."""
+def layer_metrics(metrics: Sequence[Metric]) -> dict[str, dict[str, dict[str, float]]]:
+    """Section → layer → metric → value of what the sections of `LAYERED` have of layers."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for name, value in metrics.items():
-        section, _, rest = name.partition("/")
-        layer, _, metric = rest.partition("/")
-        if section in LAYERED and metric and layer != "summary":
+    for section, layer, metric, value in metrics:
+        if section in LAYERED and layer is not None:
             found.setdefault(section, {}).setdefault(layer, {})[metric] = value
     return found
 

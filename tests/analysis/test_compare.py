@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from crew import Command
+from crew import Command, metrics_of
 from launching import ROOT
 from omegaconf import OmegaConf
 
@@ -17,7 +17,7 @@ def run(folder: Path, method: str, rank: int | None, loss: float, parameters: in
     """The files of a run of 4 steps that has come to step `last`."""
     tracker = JsonlTracker(folder, "id")
     for step in range(1, last + 1):
-        tracker.log(step, 1000 * step, {"train/loss": loss + 4 - step, "eval/loss": loss + 4 - step})
+        tracker.log(step, 1000 * step, metrics_of({"train/loss": loss + 4 - step, "eval/loss": loss + 4 - step}))
     tracker.log_spectra(last, {"model.layers.0.mlp.up_proj": np.geomspace(1, 0.1, 8)})
     tracker.finish({}, 0)
     config = {"param": {"name": method, "rank": rank}, "train": {"steps": 4}}

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from crew import Command
+from crew import Command, metrics_of
 from launching import ROOT, TINY
 
 from lrtrain.analysis.compare_methods import (
@@ -82,7 +82,7 @@ def finish(folder: Path, trial: Trial, perplexity: float, **more) -> None:
     run_dir = folder / trial.name
     tracker = JsonlTracker(run_dir, "id")
     for step in (1, 2):
-        tracker.log(step, 1000 * step, {"eval/loss": math.log(perplexity) + 2 - step})
+        tracker.log(step, 1000 * step, metrics_of({"eval/loss": math.log(perplexity) + 2 - step}))
     tracker.finish({}, 0)
     summary = {"eval_perplexity": perplexity, "parameters": 2_000_000, "tokens": 2000, "tokens_per_second": 100.0}
     summary |= {"optimizer_bytes": 3 * 2**20, "effective_rank": None, "skipped": 0}

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from crew import Command
+from crew import Command, metrics_of
 from matplotlib.image import imread
 
 from lrtrain.analysis.plots import load_run, plot_run, plot_runs
@@ -19,9 +19,9 @@ def train(run_dir: Path, steps: int = 6, rank: int = 12, evaluate: bool = True, 
     """The files of a run whose first spectra are zero, as those of layers with B = 0."""
     tracker = JsonlTracker(run_dir, "id")
     for step in range(steps + 1):
-        tracker.log(step, 1000 * step, {"train/loss": 10 / (step + 1)})
+        tracker.log(step, 1000 * step, metrics_of({"train/loss": 10 / (step + 1)}))
         if evaluate and step % 2 == 0:
-            tracker.log(step, 1000 * step, {"eval/loss": 11 / (step + 1)})
+            tracker.log(step, 1000 * step, metrics_of({"eval/loss": 11 / (step + 1)}))
         if spectra and step % 2 == 0:
             sigma = {
                 f"model.layers.{depth}.{projection}": step * np.geomspace(3, 0.1, length)
@@ -60,7 +60,7 @@ def test_a_run_whose_matrices_all_stay_zero_has_a_picture(tmp_path: Path):
     tracker = JsonlTracker(tmp_path, "id")
     for step in (0, 1):
         sigma = {f"model.layers.{depth}.{kind}_proj": torch.zeros(4) for depth in range(2) for kind in "qkvo"}
-        tracker.log(step, 1000 * step, {"train/loss": 1.0} | spectra_metrics(sigma))
+        tracker.log(step, 1000 * step, [*metrics_of({"train/loss": 1.0}), *spectra_metrics(sigma)])
         tracker.log_spectra(step, {name: values.numpy() for name, values in sigma.items()})
     tracker.finish({}, 0)
     assert is_a_picture(plot_run(tmp_path))
@@ -73,7 +73,7 @@ def test_runs_of_different_ranks_are_compared_in_one_picture(tmp_path: Path):
 
 def test_spectra_that_a_resume_took_back_are_not_shown(tmp_path: Path):
     train(tmp_path, steps=6)
-    JsonlTracker(tmp_path, "id").log(3, 3000, {"train/loss": 1.0})
+    JsonlTracker(tmp_path, "id").log(3, 3000, metrics_of({"train/loss": 1.0}))
     assert list(load_run(tmp_path).spectra) == [0, 2]
 
 

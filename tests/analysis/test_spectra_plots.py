@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from crew import Command
+from crew import Command, metrics_of
 from launching import ROOT
 from matplotlib.figure import Figure
 
@@ -22,7 +22,7 @@ def made_up(run_dir: Path, depth: int, rank: int, projections: list[str], steps:
     for step in steps:
         layers = [f"model.layers.{i}.self_attn.{p}" for i in range(depth) for p in projections]
         eranks = {f"spectra/{layer}/erank": 10.0 * int(layer.split(".")[2]) + step for layer in layers}
-        tracker.log(step, step, {"train/loss": 3.0, **(eranks if step else {}), **more})
+        tracker.log(step, step, metrics_of({"train/loss": 3.0, **(eranks if step else {}), **more}))
         spectra = {layer: np.geomspace(1, 0.1, rank) * step for layer in layers}
         parts = {f"{layer}/{part}": 0.5 * sigma for layer, sigma in spectra.items() for part in PARTS if more}
         tracker.log_spectra(step, spectra | parts)

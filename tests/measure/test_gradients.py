@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lrtrain.core.metrics import spelled
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.measure.gradients import GradientSpectra, with_gradients
 from lrtrain.measure.metrics import effective_rank
@@ -22,7 +23,7 @@ def low_rank_layer(in_features: int, out_features: int, rank: int) -> LowRankLin
 
 def test_a_dense_gradient_is_measured_as_an_svd_would():
     layer = dense_layer(12, 20)
-    metrics = GradientSpectra().measure({"h.0.q_proj": layer})
+    metrics = spelled(GradientSpectra().measure({"h.0.q_proj": layer}))
     sigma = torch.linalg.svdvals(layer.weight.grad.double())
     expected = {
         "nuclear_norm": sigma.sum(),
@@ -39,12 +40,13 @@ def test_a_dense_gradient_is_measured_as_an_svd_would():
 def test_the_overlap_is_that_of_leading_singular_vectors(shape):
     layer, spectra = dense_layer(*shape), GradientSpectra()
     spectra.measure({"a": layer})
-    assert spectra.measure({"a": layer})["gradients/a/overlap"] == pytest.approx(1, abs=1e-6)
+    assert spelled(spectra.measure({"a": layer}))["gradients/a/overlap"] == pytest.approx(1, abs=1e-6)
     before, now = layer.weight.grad, dense_layer(*shape, seed=1).weight.grad
     layer.weight.grad = now
     sides = [g if shape[0] < shape[1] else g.T for g in (before, now)]
     u, v = (torch.linalg.svd(g.double()).U[:, :3] for g in sides)
-    assert spectra.measure({"a": layer})["gradients/a/overlap"] == pytest.approx(float((u.T @ v).square().sum()) / 3)
+    found = spelled(spectra.measure({"a": layer}))
+    assert found["gradients/a/overlap"] == pytest.approx(float((u.T @ v).square().sum()) / 3)
 
 
 def test_the_gradients_of_factors_and_what_they_make_of_the_product():
@@ -54,7 +56,7 @@ def test_the_gradients_of_factors_and_what_they_make_of_the_product():
         layer.A.weight.copy_(torch.tensor([[1.0, 1, 0], [0, 1, 1]]))
     dense = torch.diag(torch.tensor([1.0, 2, 1]))  # of the product: T = G_B A + B G_A has σ = 17.059042, 3.998636, 0
     (layer.dense_weight() * dense).sum().backward()
-    metrics = GradientSpectra().measure({"a": layer})
+    metrics = spelled(GradientSpectra().measure({"a": layer}))
     assert metrics["gradients/a/induced_erank"] == pytest.approx(
         effective_rank(torch.tensor([17.059042, 3.998636], dtype=torch.float64)), rel=1e-5
     )
@@ -67,7 +69,7 @@ def test_the_gradients_of_factors_and_what_they_make_of_the_product():
 def test_gradients_that_are_zero_not_finite_or_missing_have_no_metrics(bad):
     layer = dense_layer(4, 6)
     layer.weight.grad = None if bad is None else torch.full((4, 6), bad)
-    assert GradientSpectra().measure({"a": layer}) == {}
+    assert GradientSpectra().measure({"a": layer}) == []
 
 
 def test_the_twin_leaves_the_layer_as_it_is():

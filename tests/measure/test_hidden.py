@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrtrain import distributed
+from lrtrain.core.metrics import spelled
 from lrtrain.measure.hidden import hidden_metrics, top_states, whole_states
 from lrtrain.measure.representations import matrix_entropy, matrix_nuclear_norm, rankme
 from lrtrain.model.loss import TokenLoss
@@ -35,7 +36,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_the_metrics_are_those_of_all_states(world, model: LlamaForCausalLM, batch_size: int):
-    found = hidden_metrics(TokenLoss(model), ROWS, batch_size, world, whole_states(model, world))
+    found = spelled(hidden_metrics(TokenLoss(model), ROWS, batch_size, world, whole_states(model, world)))
     assert len(found) == 3 * 4
     with torch.no_grad():
         states = copy.deepcopy(model).eval()(ROWS[:, :-1], output_hidden_states=True).hidden_states
@@ -83,13 +84,13 @@ def test_states_that_are_not_finite_give_nan_and_no_more_when_they_are_again(wor
     sound = weight.detach().clone()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.fill_(torch.inf)
-    found = hidden_metrics(TokenLoss(model), ROWS, 2, world, whole_states(model, world))
+    found = spelled(hidden_metrics(TokenLoss(model), ROWS, 2, world, whole_states(model, world)))
     assert found["hidden/rankme/L00"] > 1
     assert found["hidden/rankme/L01"] != found["hidden/rankme/L01"]
-    shares = hidden_metrics(TokenLoss(model), ROWS, 2, world, kept)
+    shares = spelled(hidden_metrics(TokenLoss(model), ROWS, 2, world, kept))
     assert all(math.isnan(shares[f"hidden/{share}_share/L01"]) for share in ("top", "mean"))
     weight.data.copy_(sound)
-    after, expected = (hidden_metrics(TokenLoss(model), ROWS, 2, world, states) for states in (kept, other))
+    after, expected = (spelled(hidden_metrics(TokenLoss(model), ROWS, 2, world, states)) for states in (kept, other))
     assert all(after[name] == expected[name] for name in after if not name.endswith("L00"))  # which was always finite
 
 
@@ -99,11 +100,11 @@ def test_the_leading_direction_is_found_from_measurement_to_measurement(world, m
     energies = torch.linalg.svdvals(states.double()) ** 2
     mean = float(len(states) * states.mean(0).square().sum() / energies.sum())
     kept = top_states(model, world)
-    found = [hidden_metrics(TokenLoss(model), ROWS, 2, world, kept) for _ in range(8)]
+    found = [spelled(hidden_metrics(TokenLoss(model), ROWS, 2, world, kept)) for _ in range(8)]
     assert set(found[0]) == {f"hidden/{m}/L0{i}" for m in ("top_share", "mean_share", "mnn") for i in range(3)}
     assert found[0]["hidden/mean_share/L00"] == found[-1]["hidden/mean_share/L00"] == pytest.approx(mean, rel=1e-4)
     truth = float(energies[0] / energies.sum())
     first, last = (abs(f["hidden/top_share/L00"] / truth - 1) for f in (found[0], found[-1]))
     assert last < 0.05 and last < first < 0.5
-    whole = hidden_metrics(TokenLoss(model), ROWS, 2, world, whole_states(model, world))
+    whole = spelled(hidden_metrics(TokenLoss(model), ROWS, 2, world, whole_states(model, world)))
     assert found[0]["hidden/mnn/L00"] == pytest.approx(whole["hidden/mnn/L00"])

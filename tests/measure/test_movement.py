@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lrtrain.core.metrics import spelled
 from lrtrain.measure.metrics import effective_rank
 from lrtrain.measure.movement import Movement, compare
 
@@ -41,11 +42,11 @@ def test_the_start_and_the_last_measurement_are_told_apart():
     layer = nn.Linear(6, 4, bias=False)
     start = copy.deepcopy(layer)
     movement = Movement(lambda name: start)
-    assert movement.measure({"a": layer}) == {}
+    assert movement.measure({"a": layer}) == []
     for step in (1, 2):
         with torch.no_grad():
             layer.weight[0, 0] += 0.5
-        found = movement.measure({"a": layer})
+        found = spelled(movement.measure({"a": layer}))
         assert found["updates/a/spectral_norm_since_start"] == pytest.approx(0.5 * step, rel=1e-6)
         assert found["updates/a/spectral_norm_since_last"] == pytest.approx(0.5, rel=1e-6)
         assert found["updates/summary/all/erank_since_last_mean"] == pytest.approx(1, abs=1e-5)

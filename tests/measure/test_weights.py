@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lrtrain import distributed
+from lrtrain.core.metrics import spelled
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
@@ -90,7 +91,7 @@ def test_processes_with_sharded_weights_get_the_spectra_of_one(tmp_path: Path, p
         assert list(found["spectra"]) == list(alone)
         for name, sigma in alone.items():
             torch.testing.assert_close(found["spectra"][name], sigma, rtol=1e-9, atol=1e-12)
-    parts, _ = part_metrics(layers)
+    parts = spelled(part_metrics(layers)[0])
     assert results[0]["parts"] == results[-1]["parts"] == pytest.approx(parts, rel=1e-9)
 
     # All but the owner send: a Gram without its lower half in float64, or their share of B's rows in float32.
@@ -106,7 +107,8 @@ def test_processes_with_sharded_weights_get_the_spectra_of_one(tmp_path: Path, p
 
 def test_head_and_tail_are_told_of_the_chosen_sparse_plus_low_rank_layers_alone():
     layers = linear_layers(small_model())
-    metrics, arrays = part_metrics(matching(layers, r"^1\."))
+    found, arrays = part_metrics(matching(layers, r"^1\."))
+    metrics = spelled(found)
     of_layers = {name.split("/")[1] for name in metrics if not name.startswith("spectra/summary/")}
     assert of_layers == {"1.gate_proj"}
     names = ("head_share", "tail_share", "head_share_null", "tail_share_null", "sparse_over_low_rank")
@@ -126,8 +128,8 @@ def test_large_matrices_are_estimated_under_names_that_say_so():
     large = too_large(layers, 11)
     assert {name[2:] for name in large} == {"up_proj", "down_proj"}  # by the factors' rank, or the shorter side
     assert too_large(layers, None) == {}
-    metrics = spectra_metrics({}, weight_estimates(large))
-    exact = spectra_metrics(weight_spectra(large))
+    metrics = spelled(spectra_metrics({}, weight_estimates(large)))
+    exact = spelled(spectra_metrics(weight_spectra(large)))
     for name in large:
         for metric in ("nuclear_norm", "erank"):
             of = f"spectra/{name}/{metric}"
@@ -146,7 +148,7 @@ def test_tails_are_held_against_noise():
     with torch.no_grad():
         planted.weight += torch.randn(120, 2) @ torch.randn(2, 90)  # two directions that noise does not explain
     layers: dict[str, LinearLayer] = {"0.q_proj": product, "0.up_proj": noise, "1.up_proj": planted}
-    metrics = tail_metrics(layers, weight_spectra(layers))
+    metrics = spelled(tail_metrics(layers, weight_spectra(layers)))
     assert [metrics[f"spectra/{name}/spikes"] for name in layers] == [pytest.approx(0, abs=1), 0, 2]
     assert metrics["spectra/1.up_proj/mp_soft_rank"] < 0.1 < metrics["spectra/0.up_proj/mp_soft_rank"]
     assert "spectra/0.q_proj/mp_soft_rank" not in metrics and metrics["spectra/0.q_proj/alpha"] > 1
@@ -177,7 +179,7 @@ def measure_sharded(folder: Path) -> None:
         found["spectra"] = weight_spectra(layers)
     with counted() as sent_as_rows, patch("lrtrain.measure.weights.sends_gram", lambda layer: False):
         weight_spectra(layers)
-    found |= {"sent": sum(sent), "sent_as_rows": sum(sent_as_rows), "parts": part_metrics(layers)[0]}
+    found |= {"sent": sum(sent), "sent_as_rows": sum(sent_as_rows), "parts": spelled(part_metrics(layers)[0])}
     torch.save(found, folder / f"{world.dist_rank}.pt")
     with torch.no_grad():
         model.get_parameter("0.q_proj.B.weight").zero_()  # no Gram resolves what it is a factor of
@@ -203,12 +205,14 @@ def counted() -> Iterator[list[int]]:
 
 
 def test_metrics_are_named_by_layer_and_averaged_by_projection():
-    metrics = spectra_metrics(
-        {
-            "layers.0.q_proj": torch.tensor([2.0, 2.0]),
-            "layers.1.q_proj": torch.tensor([4.0, 0.0]),
-            "layers.1.up_proj": torch.tensor([1.0, 1.0, 1.0, 1.0]),
-        }
+    metrics = spelled(
+        spectra_metrics(
+            {
+                "layers.0.q_proj": torch.tensor([2.0, 2.0]),
+                "layers.1.q_proj": torch.tensor([4.0, 0.0]),
+                "layers.1.up_proj": torch.tensor([1.0, 1.0, 1.0, 1.0]),
+            }
+        )
     )
     assert metrics["spectra/layers.0.q_proj/erank"] == pytest.approx(2)
     assert metrics["spectra/layers.1.q_proj/erank_rel"] == pytest.approx(0.5)
@@ -219,12 +223,14 @@ def test_metrics_are_named_by_layer_and_averaged_by_projection():
 
 
 def test_zero_and_broken_matrices_are_counted_and_left_out_of_the_means():
-    metrics = spectra_metrics(
-        {
-            "0.q_proj": torch.zeros(3),
-            "1.q_proj": torch.full((3,), math.nan),
-            "2.q_proj": torch.ones(3),
-        }
+    metrics = spelled(
+        spectra_metrics(
+            {
+                "0.q_proj": torch.zeros(3),
+                "1.q_proj": torch.full((3,), math.nan),
+                "2.q_proj": torch.ones(3),
+            }
+        )
     )
     assert metrics["spectra_meta/zero_matrices"] == 1
     assert metrics["spectra_meta/nonfinite"] == 1

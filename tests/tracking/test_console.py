@@ -3,6 +3,7 @@
 import io
 
 import pytest
+from crew import metrics_of
 
 from lrtrain.tracking import console
 from lrtrain.tracking.console import ConsoleTracker, print_summary
@@ -26,9 +27,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def test_a_plain_line_per_log_interval(clock: list[float]):
     out = io.StringIO()
     tracker = ConsoleTracker(800, out)
-    tracker.log(110, 0, TRAIN)
+    tracker.log(110, 0, metrics_of(TRAIN))
     clock[0] = 1.735
-    tracker.log(120, 0, TRAIN)
+    tracker.log(120, 0, metrics_of(TRAIN))
     assert out.getvalue().splitlines() == [
         "step 110/800  loss 4.213  lr 2.9e-3  12.3k tok/s",
         "step 120/800  loss 4.213  lr 2.9e-3  12.3k tok/s  eta 1m58s",
@@ -38,9 +39,15 @@ def test_a_plain_line_per_log_interval(clock: list[float]):
 def test_evaluations_and_spectra_have_lines_of_their_own():
     out = io.StringIO()
     tracker = ConsoleTracker(800, out)
-    tracker.log(100, 0, {"eval/loss": 4.061, "eval/perplexity": 58.03})
-    tracker.log(100, 0, {"spectra/summary/all/erank_mean": 101.23, "spectra/summary/all/erank_rel_mean": 0.791})
-    tracker.log(100, 0, {"perf/memory_gib": 1.0})
+    tracker.log(100, 0, metrics_of({"eval/loss": 4.061, "eval/perplexity": 58.03}))
+    tracker.log(
+        100,
+        0,
+        metrics_of(
+            {f"spectra/summary/all/{of}": value for of, value in (("erank_mean", 101.23), ("erank_rel_mean", 0.791))}
+        ),
+    )
+    tracker.log(100, 0, metrics_of({"perf/memory_gib": 1.0}))
     assert out.getvalue().splitlines() == [
         "eval 100/800  loss 4.061  perplexity 58.03",
         "spectra 100/800  mean effective rank 101.2, 79% of the possible",
@@ -49,7 +56,7 @@ def test_evaluations_and_spectra_have_lines_of_their_own():
 
 def test_spectra_that_are_all_estimated_have_a_line_too():
     out = io.StringIO()
-    ConsoleTracker(800, out).log(100, 0, {"spectra/summary/all/erank_estimated_mean": 1012.34})
+    ConsoleTracker(800, out).log(100, 0, metrics_of({"spectra/summary/all/erank_estimated_mean": 1012.34}))
     assert out.getvalue() == "spectra 100/800  mean effective rank 1012.3, estimated\n"
 
 
@@ -57,8 +64,8 @@ def test_a_terminal_has_one_live_line(clock: list[float]):
     terminal = Terminal()
     tracker = ConsoleTracker(10, terminal)
     for step in range(1, 11):
-        tracker.log(step, 0, TRAIN)
-    tracker.log(10, 0, {"eval/loss": 4.061})
+        tracker.log(step, 0, metrics_of(TRAIN))
+    tracker.log(10, 0, metrics_of({"eval/loss": 4.061}))
     tracker.finish({}, 0)
     shown = terminal.getvalue()
     assert "step 10/10  loss 4.213" in shown

@@ -1,11 +1,13 @@
 """A sink that fails is told of once, switched off after three failures, and stops nobody."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from crew import metrics_of
 
 import lrtrain.tracking as tracking
+from lrtrain.core.metrics import Metric
 from lrtrain.tracking import Tracker, TrackingConfig, open_tracker
 from lrtrain.tracking.fanout import FanOut
 from lrtrain.tracking.jsonl import read_metrics
@@ -16,7 +18,7 @@ class Recording(Tracker):
         self.steps: list[int] = []
         self.finished = False
 
-    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
         self.steps.append(step)
 
     def finish(self, summary, exit_code) -> None:
@@ -24,7 +26,7 @@ class Recording(Tracker):
 
 
 class Failing(Recording):
-    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
         super().log(step, tokens, metrics)
         raise OSError("disk full")
 
@@ -33,7 +35,7 @@ def test_a_failing_sink_is_switched_off_and_the_others_go_on(capsys: pytest.Capt
     broken, healthy = Failing(), Recording()
     tracker = FanOut({"broken": broken, "healthy": healthy})
     for step in range(6):
-        tracker.log(step, step, {})
+        tracker.log(step, step, [])
     tracker.finish({}, 0)
 
     assert healthy.steps == [0, 1, 2, 3, 4, 5]
@@ -45,7 +47,7 @@ def test_a_failing_sink_is_switched_off_and_the_others_go_on(capsys: pytest.Capt
 
 def test_an_interrupt_is_not_a_failure():
     class Interrupted(Tracker):
-        def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -58,7 +60,7 @@ def config(wandb: str) -> TrackingConfig:
 
 def test_without_wandb_there_are_jsonl_and_console(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tracker = open_tracker(config("disabled"), tmp_path, "id", {}, total_steps=10)
-    tracker.log(1, 100, {"train/loss": 2.0})
+    tracker.log(1, 100, metrics_of({"train/loss": 2.0}))
     tracker.finish({}, 0)
     assert read_metrics(tmp_path / "metrics.jsonl")[0]["metrics"] == {"train/loss": 2.0}
     assert "step 1/10  loss 2.000" in capsys.readouterr().out
@@ -72,6 +74,6 @@ def test_a_run_starts_without_wandb_if_wandb_cannot(
 
     monkeypatch.setattr(tracking, "WandbTracker", no_network)
     tracker = open_tracker(config("online"), tmp_path, "id", {}, total_steps=10)
-    tracker.log(1, 100, {"train/loss": 2.0})
+    tracker.log(1, 100, metrics_of({"train/loss": 2.0}))
     assert "no network" in capsys.readouterr().err
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1

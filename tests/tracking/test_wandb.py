@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from crew import metrics_of
 from offline import STEP, history, of_type, segments
 
 from lrtrain.config.schema import TrackingConfig
@@ -35,7 +36,7 @@ def open_run(run_dir: Path) -> WandbTracker:
 def test_a_run_comes_back_as_it_was_logged(tmp_path: Path):
     run = open_run(tmp_path)
     for step in (10, 20):
-        run.log(step, 100 * step, {"train/loss": 4.0 - step / 10})
+        run.log(step, 100 * step, metrics_of({"train/loss": 4.0 - step / 10}))
     run.finish({"eval/loss": 1.5, "method": "lowrank"}, exit_code=0)
 
     (folder,) = segments(tmp_path)
@@ -56,7 +57,7 @@ def test_a_resumed_run_goes_on_under_the_same_id(tmp_path: Path):
     for first_step in (1, 2):  # the second start repeats step 2, as after a crash
         run = open_run(tmp_path)
         for step in (first_step, first_step + 1):
-            run.log(step, step, {"train/loss": float(step)})
+            run.log(step, step, metrics_of({"train/loss": float(step)}))
         run.finish({}, exit_code=0)
         time.sleep(1.1)  # wandb names folders by the second
 
@@ -72,12 +73,13 @@ import time
 from pathlib import Path
 import numpy as np
 from lrtrain.config.schema import TrackingConfig
+from lrtrain.core.metrics import Metric
 from lrtrain.tracking.wandb_sink import WandbTracker
 config = TrackingConfig("offline", "p", None, None, [])
 run = WandbTracker(config, Path({str(tmp_path)!r}), "run-id", {{}})
 for step in range(10):
     run.log_spectra(step, {{"layers.0.q_proj": np.ones(8)}})
-    run.log(step, step, {{"train/loss": 1.0, "spectra/layers.0.q_proj/erank": 8.0}})
+    run.log(step, step, [Metric("train", None, "loss", 1.0), Metric("spectra", "layers.0.q_proj", "erank", 8.0)])
 time.sleep(3)
 print("flushed", flush=True)
 time.sleep(60)
@@ -119,7 +121,9 @@ def test_metrics_of_layers_are_scalars_a_table_and_a_heatmap(tmp_path: Path):
     run = open_run(tmp_path)
     for step in (0, 10):
         run.log(
-            step, step, of_layers(20) | {"spectra/summary/all/erank_mean": 1.0, "gradients/layers.0.q_proj/erank": 2.0}
+            step,
+            step,
+            metrics_of(of_layers(20) | {"spectra/summary/all/erank_mean": 1.0, "gradients/layers.0.q_proj/erank": 2.0}),
         )
     run.finish({}, exit_code=0)
 
@@ -144,7 +148,8 @@ def test_metrics_of_layers_are_scalars_a_table_and_a_heatmap(tmp_path: Path):
 def test_a_few_layers_are_all_shown():
     assert evenly([0, 1, 2], 8) == [0, 1, 2]
     assert evenly(list(range(32)), 8) == [0, 4, 9, 13, 18, 22, 27, 31]
-    found = layer_metrics({**of_layers(1), "train/loss": 1.0, "spectra_meta/nonfinite": 0.0, "hidden/rankme/L00": 2.0})
+    others = {"train/loss": 1.0, "spectra_meta/nonfinite": 0.0, "spectra/summary/all/erank_mean": 2.0}
+    found = layer_metrics(metrics_of({**of_layers(1), **others}))
     assert found == {"spectra": {"layers.0.q_proj": {"erank": 0.5}, "layers.0.up_proj": {"erank": 0.5}}}
 
 
@@ -163,7 +168,7 @@ def test_images_are_kept_with_their_step(tmp_path: Path):
 
 def test_the_api_key_stays_out_of_the_run_directory(tmp_path: Path):
     run = open_run(tmp_path)
-    run.log(1, 1, {"x": 1.0})
+    run.log(1, 1, metrics_of({"train/x": 1.0}))
     run.finish({}, exit_code=0)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not any(SECRET.encode() in path.read_bytes() for path in files)

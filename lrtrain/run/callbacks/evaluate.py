@@ -3,6 +3,7 @@
 import time
 from typing import TYPE_CHECKING, Any
 
+from lrtrain.core.metrics import scalars
 from lrtrain.measure.evaluate import perplexity
 from lrtrain.measure.truncation import evaluate_truncated
 from lrtrain.run.callbacks.base import Callback
@@ -29,7 +30,7 @@ class Evaluate(Callback):
             return {}
         truncations = evaluate_truncated(run.engine.model, run.counts["parameters"], run.held_out_loss)
         if truncations:
-            run.log({key: value for truncation in truncations for key, value in truncation.metrics().items()})
+            run.log([metric for truncation in truncations for metric in truncation.metrics()])
         return {
             "eval_loss": found,
             "eval_perplexity": perplexity(found),
@@ -43,5 +44,6 @@ class Evaluate(Callback):
         found = run.held_out_loss()
         if found is None:
             return None
-        run.log(found.metrics(run.config.eval.compat) | {"perf/eval_seconds": time.perf_counter() - started})
+        seconds = time.perf_counter() - started
+        run.log(found.metrics(run.config.eval.compat) + scalars("perf", {"eval_seconds": seconds}))
         return found.loss

@@ -3,6 +3,7 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lrtrain.core.metrics import scalars
 from lrtrain.distributed.collectives import max_over_ranks
 from lrtrain.measure.evaluate import perplexity
 from lrtrain.run.callbacks.base import Callback
@@ -42,14 +43,14 @@ class Log(Callback):
         if not self.sums:  # every step since the last row was skipped
             self._add(log)
         steps = self.sums.pop("steps")
-        losses = {f"train/{name}": value / steps for name, value in self.sums.items()}
-        ppl = perplexity(losses.pop("train/cross_entropy"))
+        losses = {name: value / steps for name, value in self.sums.items()}
+        ppl = perplexity(losses.pop("cross_entropy"))
         (memory,) = max_over_ranks(peak_memory_gib(run.world.device))
         run.log(
-            losses
-            | {"train/ppl": ppl, "train/grad_norm": log.grad_norm, "train/lr": log.lr, "perf/memory_gib": memory}
-            | run.engine.optimizer.metrics()
-            | self.meter.read(run.flops)
+            scalars("train", losses | {"ppl": ppl, "grad_norm": log.grad_norm, "lr": log.lr})
+            + scalars("perf", {"memory_gib": memory})
+            + scalars("optim", run.engine.optimizer.metrics())
+            + self.meter.read(run.flops)
         )
         self.sums = {}
 
@@ -63,7 +64,7 @@ class Log(Callback):
         step = run.progress.step
         if run.world.main:
             print(f"step {step} skipped: its loss or gradient is not finite", file=sys.stderr, flush=True)
-        run.log({"train/skipped": run.progress.skipped})
+        run.log(scalars("train", {"skipped": run.progress.skipped}))
 
     def state(self) -> dict[str, Any]:
         return dict(self.sums)

@@ -3,6 +3,7 @@
 import time
 from typing import TYPE_CHECKING, Any
 
+from lrtrain.core.metrics import Metric, scalars, spelled
 from lrtrain.measure.monitor import Monitor
 from lrtrain.run.callbacks.base import Callback
 
@@ -17,7 +18,7 @@ class Spectra(Callback):
     def __init__(self, every: int):
         super().__init__(every)
         self.monitor: Monitor | None = None
-        self.gradients: dict[str, float] = {}
+        self.gradients: list[Metric] = []
         self.seconds = 0.0
         """Time that measuring took so far."""
 
@@ -32,13 +33,15 @@ class Spectra(Callback):
     def after_step(self, run: "Run", log: "StepLog") -> None:
         if self.gradients:
             run.log(self.gradients)
-        self.gradients = {}
+        self.gradients = []
 
     def on_step(self, run: "Run") -> None:
         self._measure(run)
 
     def on_end(self, run: "Run") -> dict[str, Any]:
-        return {"effective_rank": self._measure(run).get("spectra/summary/all/erank_mean")} if self.every else {}
+        if not self.every:
+            return {}
+        return {"effective_rank": spelled(self._measure(run)).get("spectra/summary/all/erank_mean")}
 
     def state(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -46,15 +49,15 @@ class Spectra(Callback):
     def load_state(self, state: dict[str, Any]) -> None:
         self.seconds = state.get("seconds", 0.0)
 
-    def _measure(self, run: "Run") -> dict[str, float]:
+    def _measure(self, run: "Run") -> list[Metric]:
         started = time.perf_counter()
         metrics, arrays = self._monitor(run).measure()
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        metrics["perf/spectra_seconds"] = seconds
+        cost = {"spectra_seconds": seconds}
         if run.progress.seconds:
-            metrics["perf/spectra_pct"] = 100 * self.seconds / (run.progress.seconds + self.seconds)
-        run.log(metrics)
+            cost["spectra_pct"] = 100 * self.seconds / (run.progress.seconds + self.seconds)
+        run.log(metrics + scalars("perf", cost))
         if arrays:
             run.tracker.log_spectra(run.progress.step, {name: values.numpy() for name, values in arrays.items()})
         return metrics
