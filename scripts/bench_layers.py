@@ -28,11 +28,12 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.functional import linear, silu
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from published import FORMULAS, PLAIN, Contender, costs
 
 from lrtrain.config.compose import compose
 from lrtrain.config.dtypes import DTYPES
@@ -40,13 +41,6 @@ from lrtrain.distributed.sharding import take_over
 from lrtrain.errors import ConfigError
 from lrtrain.layers.autotune import device_name, seconds
 from lrtrain.layers.base import FactorizedLinear
-from lrtrain.layers.cola import CoLALinear
-from lrtrain.layers.lost import LOSTLinear
-from lrtrain.layers.lowrank import LowRankLinear
-from lrtrain.layers.relora import ReLoRALinear
-from lrtrain.layers.sltrain import SLTrainLinear
-from lrtrain.layers.sparse_support import flat_positions
-from lrtrain.layers.sst import SSTLinear
 from lrtrain.model.build import make_model
 from lrtrain.model.structure import blocks
 
@@ -54,148 +48,10 @@ MIB = 2**20
 Shape = tuple[int, int]  # (out, in)
 
 
-# --- the methods as published, and what they should take ---------------------------------------------------------
-
-
-@dataclass
-class Contender:
-    """One linear in one form."""
-
-    forward: Callable[[Tensor], Tensor]
-    parameters: list[Tensor]
-    flops: int
-    stored: int
-    """Bytes of parameters and supports."""
-    formula: int | None = None
-    """What these should be."""
-
-
-def plain_lowrank(layer: LowRankLinear) -> Contender:
-    return Contender(lambda x: linear(linear(x, layer.A.weight), layer.B.weight), *costs(layer))
-
-
-class PublishedSLTrain(torch.autograd.Function):
-    """SLTrain's own: W is composed in both passes and its gradient formed; s is a factor of A."""
-
-    @staticmethod
-    def forward(ctx, x, left, right, values, index):
-        ctx.save_for_backward(x, left, right, values, index)
-        weight = left @ right
-        weight.view(-1).scatter_add_(0, index, values)
-        return x @ weight.T
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (g,) = grad_outputs
-        x, left, right, values, index = ctx.saved_tensors
-        weight = left @ right
-        weight.view(-1).scatter_add_(0, index, values)
-        gradient = g.T @ x
-        return g @ weight, gradient @ right.T, left.T @ gradient, gradient.view(-1).gather(0, index), None
-
-
-def plain_sltrain(layer: SLTrainLinear) -> Contender:
-    index = flat_positions(layer.crow, layer.col, layer.block, layer.in_features)  # 64-bit
-    parameters, flops, stored = costs(layer)
-    stored += index.nbytes - sum(b.nbytes for b in layer.buffers())
-
-    def forward(x: Tensor) -> Tensor:
-        return PublishedSLTrain.apply(x, layer.B.weight, layer.scale * layer.A.weight, layer.values, index)  # type: ignore
-
-    return Contender(forward, parameters, flops, stored)
-
-
-def plain_cola(layer: CoLALinear) -> Contender:
-    def forward(x: Tensor) -> Tensor:
-        return silu(x @ layer.A.weight.T) @ layer.B.weight.T
-
-    return Contender(forward, *costs(layer))
-
-
-def plain_lost(layer: LOSTLinear) -> Contender:
-    def forward(x: Tensor) -> Tensor:
-        low_rank = linear(silu(linear(x, layer.A.weight)), layer.B.weight)
-        return layer.gamma * low_rank + (1 - layer.gamma) * (x[:, layer.columns] @ layer.sparse.T)
-
-    return Contender(forward, *costs(layer))
-
-
-def plain_sst(layer: SSTLinear) -> Contender:
-    """U(σ∘(Vᵀx)) with the gradients of all vectors, of which those of the active ones are used."""
-    left, right = torch.cat([layer.left, layer.left_frozen]), torch.cat([layer.right, layer.right_frozen])
-    left, right = left.detach().requires_grad_(), right.detach().requires_grad_()
-    _, flops, stored = costs(layer)
-    return Contender(lambda x: (x @ right.T * layer.sigma) @ left, [left, right, layer.sigma], flops, stored)
-
-
-def plain_relora(layer: ReLoRALinear) -> Contender:
-    def forward(x: Tensor) -> Tensor:
-        return linear(x, layer.weight) + layer.scale * linear(linear(x, layer.A.weight), layer.B.weight)
-
-    return Contender(forward, *costs(layer))
-
-
-def lowrank_bytes(layer: FactorizedLinear, itemsize: int) -> int:
-    return itemsize * layer.rank * (layer.in_features + layer.out_features)
-
-
-def lost_bytes(layer: LOSTLinear, itemsize: int) -> int:
-    return lowrank_bytes(layer, itemsize) + (itemsize * layer.out_features + 8) * layer.count
-
-
-def sst_bytes(layer: SSTLinear, itemsize: int) -> int:
-    m, n = layer.out_features, layer.in_features
-    return min(m, n) * (itemsize * (m + n + 1) + 8)
-
-
-def relora_bytes(layer: ReLoRALinear, itemsize: int) -> int:
-    return lowrank_bytes(layer, itemsize) + itemsize * layer.in_features * layer.out_features
-
-
-def sltrain_bytes(layer: SLTrainLinear, itemsize: int) -> int:
-    m, n, b = layer.out_features, layer.in_features, layer.block
-    columns = (2 if n // b <= 2**16 else 4) * layer.nnz // b**2
-    pointers = 4 * (m + 1) if layer.support == "uniform" else 0
-    return itemsize * (layer.rank * (m + n) + layer.nnz) + columns + pointers
-
-
-# By name in conf/param; a method needs none of these to be measured.
-PLAIN: dict[str, Callable[..., Contender]] = {
-    "lowrank": plain_lowrank,
-    "sltrain": plain_sltrain,
-    "lost": plain_lost,
-    "sst": plain_sst,
-    "cola": plain_cola,
-    "nested": plain_lowrank,
-    "relora": plain_relora,
-}
-FORMULAS: dict[str, Callable[..., int]] = {
-    "lowrank": lowrank_bytes,
-    "sltrain": sltrain_bytes,
-    "lost": lost_bytes,
-    "sst": sst_bytes,
-    "cola": lowrank_bytes,
-    "dlr": lowrank_bytes,
-    "nested": lowrank_bytes,
-    "relora": relora_bytes,
-}
 EXECUTIONS = {"sltrain": ("materialize", "factored")}  # what `auto` chooses from
 
 
 # --- the contenders ----------------------------------------------------------------------------------------------
-
-
-def costs(module: nn.Module) -> tuple[list[Tensor], int, int]:
-    """Trained parameters, FLOPs of a forward and backward pass per token, and bytes of parameters and supports."""
-    tensors = [*module.parameters(), *module.buffers()]
-    trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-    if not isinstance(module, FactorizedLinear):
-        flops = 6 * tensors[0].numel()
-    elif len(trained) < len(list(module.parameters())):
-        flops = module.training_flops(1)
-    else:
-        flops = 3 * module.flops(1)  # at full rank, which `nested` does not always train
-    return trained, flops, sum(t.nbytes for t in tensors)
 
 
 def block_layers(model: str, overrides: list[str], method: str) -> dict[Shape, tuple[FactorizedLinear, int]]:

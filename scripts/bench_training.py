@@ -32,11 +32,13 @@ import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from published import PLAIN, PublishedGaLore
 
 from lrtrain import distributed
 from lrtrain.config.choice import choice
@@ -231,8 +233,6 @@ def plain_loop(overrides: list[str], method: str, rows: Tensor) -> tuple[Step, P
     if dense:
         model = AutoModelForCausalLM.from_config(architecture(config.model.path, config.model.config)).float()
     else:
-        from bench_layers import PLAIN
-
         model = make_model(config)
         materialize(model, 0, torch.device("cpu"))
         model.set_attn_implementation("sdpa")
@@ -259,32 +259,6 @@ def plain_loop(overrides: list[str], method: str, rows: Tensor) -> tuple[Step, P
         loss.item()
 
     return step, model
-
-
-class PublishedGaLore:
-    """GaLore's AdamW as its repository has it: one matrix after another, an SVD of the whole gradient every `gap`."""
-
-    def __init__(self, parameters: list[nn.Parameter], rank: int, gap: int):
-        self.parameters, self.rank, self.gap, self.steps = parameters, rank, gap, 0
-        self.state: dict[Tensor, list[Tensor]] = {}
-
-    @torch.no_grad()
-    def step(self, lr: float) -> None:
-        for p in self.parameters:
-            assert p.grad is not None
-            tall = p.shape[0] >= p.shape[1]
-            if self.steps % self.gap == 0:
-                u, _, vh = torch.linalg.svd(p.grad, full_matrices=False)
-                basis = vh[: self.rank] if tall else u[:, : self.rank]
-                low = torch.zeros(p.shape[0], self.rank) if tall else torch.zeros(self.rank, p.shape[1])
-                self.state[p] = [basis, *self.state.get(p, [basis, low, low.clone()])[1:]]
-            basis, first, second = self.state[p]
-            gradient = p.grad @ basis.T if tall else basis.T @ p.grad
-            first.mul_(0.9).add_(gradient, alpha=0.1)
-            second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-            scaled = first / second.sqrt().add_(1e-6)
-            p.add_(0.25 * (scaled @ basis if tall else basis @ scaled), alpha=-lr)
-        self.steps += 1
 
 
 def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTrainedModel]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from inspect import getsource
 from typing import Any
 
 import torch
@@ -52,8 +51,8 @@ def keeping_latents(model: PreTrainedModel) -> Callable[[], Any]:
     shape."""
     shapes = sorted({(layer.in_features, layer.rank) for layer in factorized_layers(model).values()})
     contexts = partial(create_selective_checkpoint_contexts, partial(latents_only, shapes))
-    # With it compiled graphs are kept on disk, and only taken for this policy.
-    contexts.cache_hash = f"{getsource(latents_only)} {shapes}"  # pyright: ignore[reportAttributeAccessIssue]
+    # With it compiled graphs are kept on disk. They are taken for the same name only: a policy that changes needs another.
+    contexts.cache_hash = f"lrtrain latents 1 {shapes}"  # pyright: ignore[reportAttributeAccessIssue]
     return contexts
 
 
