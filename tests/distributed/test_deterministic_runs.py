@@ -27,7 +27,7 @@ def test_every_method_gives_the_same_bits_twice(tmp_path: Path, corpus: Path, pr
     compiled = ("lowrank", "sltrain", "cola") if processes == 1 else ("lowrank", "sltrain")
     jobs |= {f"{param}-compiled": [*jobs[f"{param}-{[*optims][-1]}"], "train.compile=true"] for param in compiled}
     engines = {"ddp": ["engine=ddp"], "zero3": ["engine=deepspeed", "engine.zero_stage=3"]} if processes == 2 else {}
-    jobs |= {f"sltrain-{name}": [*jobs["sltrain-galore"], *engine] for name, engine in engines.items()}
+    jobs |= {f"sltrain-{name}": ["param=sltrain", *EXECUTION["sltrain"], *engine] for name, engine in engines.items()}
     runs = [
         [*base, *job, f"run.dir={tmp_path}/{name}-{time}", f"train.steps={steps}"]
         for name, job in jobs.items()
