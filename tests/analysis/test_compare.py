@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from crew import Command, metrics_of
 from launching import ROOT
 from omegaconf import OmegaConf
@@ -42,6 +43,7 @@ def test_a_run_under_way_is_shown_as_such(tmp_path: Path):
     assert row.eval_perplexity == np.exp(4.0)
 
 
+@pytest.mark.full
 def test_the_script_compares_all_runs_of_a_sweep(tmp_path: Path):
     sweep = tmp_path / "sweep"
     for rank, loss in ((16, 3.4), (32, 3.2), (64, 3.1)):

@@ -147,6 +147,7 @@ def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return Command(ROOT / "scripts" / "compare_methods.py", ["--study", "study.yaml", *arguments], folder).result()
 
 
+@pytest.mark.full
 def test_a_study_runs_reports_and_runs_nothing_twice(cache: Path, corpus: Path, tmp_path: Path):
     common = [*TINY, f"data.path={corpus}", "train.steps=4", "train.max_skipped=1", "eval.every=2"]
     arms = {"lowrank": ["param=lowrank"], "none": ["param=none"]}

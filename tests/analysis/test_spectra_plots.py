@@ -42,6 +42,7 @@ def runs(tmp_path: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.full
 def test_each_picture_is_drawn_where_a_run_has_what_it_needs(runs: list[Path]):
     named = [picture.name for picture in spectral_pictures(runs)]
     assert named == ["spectra", "effective-rank", "rank-over-depth", "head-and-tail", "contributions", "hidden-states"]
@@ -74,6 +75,7 @@ def test_the_report_needs_no_other_file(runs: list[Path]):
     assert "effective rank, up_proj" in page
 
 
+@pytest.mark.full
 def test_the_script_writes_all_and_tells_of_a_run_without_spectra(runs: list[Path], tmp_path: Path):
     def plot(*arguments: str | Path) -> subprocess.CompletedProcess:
         return Command(ROOT / "scripts" / "plot_spectra.py", [*map(str, arguments)], tmp_path).result()

@@ -4,6 +4,7 @@ import ast
 import json
 from pathlib import Path
 
+import pytest
 from launching import ROOT
 
 FORBIDDEN = {
@@ -71,6 +72,7 @@ def test_code_that_comes_with_a_model_is_run_only_where_that_is_asked_for(tmp_pa
     assert done.returncode == 0 and touched.exists(), done.stderr
 
 
+@pytest.mark.full
 def test_keys_of_the_environment_are_not_in_the_run_directory(tmp_path: Path, tiny: list[str], launch, monkeypatch):
     secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "HF_TOKEN": "hf_thisisasecretofmine"}
     run = tmp_path / "run"

@@ -108,6 +108,7 @@ def test_the_fingerprint_notices_any_difference():
     assert fingerprint(compose()) == fingerprint(compose()) != fingerprint(compose("train.seed=1"))
 
 
+@pytest.mark.full
 def test_every_yaml_of_every_group_composes():
     for group in ("model", "param", "optim", "schedule", "data", "engine", "spectra", "tracking"):
         folder = ROOT / "conf" / group
@@ -129,6 +130,7 @@ def test_the_command_exits_with_2_and_one_sentence(launch, tiny):
     assert "threads each" in threads and named.startswith("run llama_tiny-sltrain-")
 
 
+@pytest.mark.full
 def test_only_one_of_two_processes_speaks(tiny, tmp_path):
     """With torchrun itself, which ends the other one."""
     line = command([*tiny, "param.rank=900", f"run.dir={tmp_path}/run"], 2)

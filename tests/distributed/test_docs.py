@@ -18,6 +18,8 @@ from runs import run_jobs
 from lrtrain.config.compose import compose
 from lrtrain.sweeps.jobs import quoted
 
+pytestmark = pytest.mark.full
+
 SMALLER = [override for override in TINY if not override.startswith("model")]
 
 

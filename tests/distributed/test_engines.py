@@ -8,6 +8,8 @@ from runs import REVISED, gap, losses, run_jobs
 
 from lrtrain.tracking.jsonl import read_metrics
 
+pytestmark = pytest.mark.full
+
 DEEPSPEED = ["engine=deepspeed"]
 ENGINES = {
     "fsdp": ["engine=fsdp"],

@@ -24,6 +24,8 @@ from lrtrain.checkpoint.loading import load
 from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.errors import ConfigError
 
+pytestmark = pytest.mark.full
+
 RUNS = {
     "dense": ["param=dense", "param.rank=null"],
     "lowrank": ["param=lowrank"],

@@ -24,6 +24,8 @@ from torch.nn import Embedding
 from lrtrain.checkpoint.checkpointer import damage_of, whole_checkpoints
 from lrtrain.checkpoint.meta import read_meta
 
+pytestmark = pytest.mark.full
+
 ENDLESS = ["train.steps=100000", "schedule=constant", "param.execution=factored"]
 
 

@@ -13,6 +13,8 @@ from lrtrain.checkpoint.export import export_dense
 from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.tracking.jsonl import series
 
+pytestmark = pytest.mark.full
+
 GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4, "vocab_size": 384, "n_positions": 64}
 BASE = [*(override for override in TINY if not override.startswith("model")), "model=hf", "model.vocab_size=384"]
 

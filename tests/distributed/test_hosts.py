@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hosts import PORT, Host, two_hosts
 from launching import ROOT
 from runs import gap, logged_steps, losses, run_jobs, wait_for
 
 from lrtrain.checkpoint.checkpointer import whole_checkpoints
 from lrtrain.checkpoint.meta import read_meta
+
+pytestmark = pytest.mark.full
 
 
 def torchrun(host: Host, meeting_point: Host, job: list[str], folder: Path) -> subprocess.Popen:

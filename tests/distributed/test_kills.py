@@ -8,10 +8,13 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 from crew import crew, together, train
 from runs import logged_steps, losses
 
 from lrtrain.checkpoint.checkpointer import damage_of, whole_checkpoints
+
+pytestmark = pytest.mark.full
 
 SOON = 60  # seconds in which a process has noticed that the other is gone
 

@@ -6,6 +6,8 @@ import pytest
 from launching import ROOT, TINY
 from runs import gap, losses, run_jobs
 
+pytestmark = pytest.mark.full
+
 NAMES = sorted(path.stem for path in (ROOT / "conf" / "optim").glob("*.yaml") if path.stem != "base")
 # Refreshes within four steps; what is not for dense matrices has factors.
 SETTINGS = {

@@ -15,6 +15,8 @@ from runs import REVISED, base_of, logged_steps, losses, run_jobs, start, torchr
 from lrtrain.checkpoint.checkpointer import whole_checkpoints
 from lrtrain.checkpoint.meta import read_meta
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory, corpus) -> list[str]:

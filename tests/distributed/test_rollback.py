@@ -13,6 +13,8 @@ from lrtrain.checkpoint.meta import read_meta
 from lrtrain.data.loader import PackedTrain
 from lrtrain.tracking.jsonl import series
 
+pytestmark = pytest.mark.full
+
 BAD = range(56, 64)  # the batch of step 8
 LEFT_OUT = [48, 64]  # and the one before it
 ENGINES = {

@@ -12,6 +12,8 @@ from runs import losses, run_jobs
 
 from lrtrain.tracking.jsonl import read_metrics, series
 
+pytestmark = pytest.mark.full
+
 METHODS = {
     "dense": ["param=dense"],
     "sltrain": ["param=sltrain", "param.execution=factored"],

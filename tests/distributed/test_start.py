@@ -22,6 +22,8 @@ from lrtrain.init_from.start import Start
 from lrtrain.model.build import make_model
 from lrtrain.tracking.jsonl import series
 
+pytestmark = pytest.mark.full
+
 OUTPUTS = ["compress.by=outputs", "compress.sequences=32"]
 STARTS = {
     "lowrank": ["param=lowrank"],

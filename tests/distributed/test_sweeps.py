@@ -22,6 +22,9 @@ FAULTY = """
 import runpy, sys
 sys.path[:0] = [{launch!r}, {root!r}]
 import lrtrain.run.loop as loop
+
+pytestmark = pytest.mark.full
+
 step = loop.take_step
 def failing(run, rows, waited):
     if run.config.param["rank"] == 6 and run.world.dist_rank == 1 and run.progress.step == 1:

@@ -10,6 +10,8 @@ from lrtrain.config.compose import compose
 from lrtrain.model.build import make_model
 from lrtrain.model.counts import parameter_count
 
+pytestmark = pytest.mark.full
+
 
 def test_a_step_moves_what_the_formulas_say_and_less_with_factors(tmp_path: Path):
     """Two processes: a gather or a scatter brings each half of the parameters, a sum for both brings them once."""

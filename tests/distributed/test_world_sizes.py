@@ -11,6 +11,8 @@ from lrtrain.checkpoint.checkpointer import whole_checkpoints
 from lrtrain.checkpoint.meta import read_meta
 from lrtrain.tracking.jsonl import read_metrics, series
 
+pytestmark = pytest.mark.full
+
 VARIANTS = {
     "dense": ["param=dense", "param.rank=null"],
     "lowrank": ["param=lowrank"],

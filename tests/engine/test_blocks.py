@@ -20,6 +20,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.full
 def test_compiled_blocks_come_back_from_the_disk(name: str):
     """Also with a backward pass written by hand, and with a choice of what is kept for it."""
     param, every, keep = COMPILED[name]

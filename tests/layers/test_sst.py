@@ -118,6 +118,7 @@ def distance_after(rank: int, revised: bool, steps: int = 1500) -> float:
     return ((layer.dense_weight() - target).norm() / target.norm()).item()
 
 
+@pytest.mark.full
 def test_it_reaches_what_dense_training_reaches_if_all_vectors_get_their_turn():
     assert distance_after(rank=12, revised=False) < 1e-3
     assert distance_after(rank=3, revised=True) < 1e-2

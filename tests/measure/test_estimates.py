@@ -26,6 +26,7 @@ def matrix(kind: str) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["noise", "sparse-plus-low-rank", "power-law"])
+@pytest.mark.full
 def test_the_truth_is_within_two_standard_errors_for_most_seeds(kind: str):
     weight, seeds = matrix(kind), 100
     truth = summarize(torch.linalg.svdvals(weight.double()), 160)

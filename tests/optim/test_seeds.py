@@ -5,45 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 from crew import together
-from launching import SMALL
-from torch import nn
+from odd_model import Factors, stepped
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lrtrain import distributed
-from lrtrain.config.choice import choice
-from lrtrain.config.compose import compose
-from lrtrain.distributed.sharding import local, whole
+from lrtrain.distributed.sharding import whole
 from lrtrain.engine.base import ShardedOptimizer
-from lrtrain.layers.lowrank import LowRankLinear
 
 DRAWN = {"galore": "basis", "fira": "basis", "apollo": "bases", "apollo_mini": "bases", "spectron": "vector"}
-
-
-class Factors(nn.Module):
-    """Two low-rank layers of odd shapes and a norm."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32):
-        super().__init__()
-        own = [LowRankLinear(n, m, False, 5, "xavier", 0.02, False, 1.0, None) for n, m in ((23, 17), (12, 29))]
-        dice = torch.Generator().manual_seed(0)
-        for layer in own:
-            layer.load_state_dict(layer.init_parameters(dice))
-        self.layers = nn.ModuleList(own)
-        self.norm = nn.LayerNorm(7)
-        self.to(dtype)
-
-
-def stepped(optim: str, seed: int, model: nn.Module, steps: int = 3) -> ShardedOptimizer:
-    """The optimizer after some steps along gradients that are multiples of fixed random ones."""
-    optimizer = choice(compose(*SMALL, "param=lowrank", f"optim={optim}", f"train.seed={seed}").optim)(model)
-    for step in range(steps):
-        dice = torch.Generator().manual_seed(step)
-        for p, rows in optimizer.rows.items():
-            p.grad = torch.zeros_like(p)
-            local(p.grad).copy_(rows.cut(torch.randn(rows.shape, generator=dice)))
-        optimizer.step()
-    return optimizer
 
 
 def drawn(optimizer: ShardedOptimizer) -> list[torch.Tensor]:

@@ -29,7 +29,7 @@ KINDS = {
 WIDER = ["model.vocab_size=4096", "model.config.hidden_size=128", "model.config.intermediate_size=344", "param.rank=32"]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.full) for n in (1, 2, 4)])
 def measured(request, cache, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """A step of each kind; on four processes also with two replicas, and with four."""
     base = [*RUN, f"train.batch_size={2 * request.param}"]

@@ -67,6 +67,7 @@ def test_a_resumed_run_goes_on_under_the_same_id(tmp_path: Path):
     assert history(second, "train/loss") == [(2, 2), (3, 3)]
 
 
+@pytest.mark.full
 def test_a_killed_process_loses_little(tmp_path: Path):
     program = f"""
 import time
