@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PROCESSES ?= 1
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-all lint setup clean
 
@@ -16,11 +17,11 @@ setup: .venv/ready
 train: .venv/ready ## Pretrain a small SLTrain LLaMA on real text, on all cores.
 	$(BIN)/$(if $(filter 1,$(PROCESSES)),python,torchrun --nproc_per_node=$(PROCESSES)) launch/pretrain.py model=llama_tiny param=sltrain resume=auto $(ARGS)
 
-test: .venv/ready ## The quick tests.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not full" $(ARGS)
+test: .venv/ready ## The quick tests, and which lines they run.
+	$(PYTEST) -m "not full" --cov $(ARGS)
 
-test-all: .venv/ready ## All tests.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test-all: test ## All tests.
+	$(PYTEST) -m full $(ARGS)
 
 lint: .venv/ready ## Style and types.
 	$(BIN)/ruff check .

@@ -32,15 +32,30 @@ def jobs(base: list[str], folder: Path, name: str, engine: list[str]) -> list[li
     return [job("whole"), job("resumed", f"resume={folder}/{name}-whole/checkpoints/step-00000002")]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, cache: Path, corpus: Path) -> Path:
-    folder = tmp_path_factory.mktemp("omnibus")
-    base = [*TINY, f"data.path={corpus}"]
-    run_jobs(jobs(base, folder, "one", ENGINES["fsdp"]), 1, folder)
-    for size in (2, 3):
-        many = [job for name, engine in ENGINES.items() for job in jobs(base, folder, f"{name}-{size}", engine)]
-        run_jobs(many, size, folder)
+QUICK = {("fsdp", 3), ("zero3", 2)}
+
+
+def run(folder: Path, corpus: Path, name: str, size: int) -> Path:
+    run_jobs(jobs([*TINY, f"data.path={corpus}"], folder, name, ENGINES[name]), size, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, cache: Path, corpus: Path) -> Path:
+    return run(tmp_path_factory.mktemp("one"), corpus, "fsdp", 1)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((engine, size), marks=[] if (engine, size) in QUICK else pytest.mark.full, id=f"{engine}-{size}")
+        for engine in ENGINES
+        for size in (2, 3)
+    ],
+)
+def several(request, tmp_path_factory, cache: Path, corpus: Path) -> tuple[Path, str]:
+    engine, size = request.param
+    return run(tmp_path_factory.mktemp(engine), corpus, engine, size), engine
 
 
 def read(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -49,19 +64,18 @@ def read(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_gradient_parameter_and_state_is_that_of_one_process(runs: Path, engine: str, size: int):
-    found, expected = read(runs, f"{engine}-{size}-whole"), read(runs, "one-whole")
+def test_every_gradient_parameter_and_state_is_that_of_one_process(one: Path, several: tuple[Path, str]):
+    folder, engine = several
+    found, expected = read(folder, f"{engine}-whole"), read(one, "fsdp-whole")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         gap = (found[name] - value).abs().max() if value.numel() else torch.zeros(())
         assert gap <= 2e-5 * max(1, value.abs().max()), (name, gap)
 
 
-@pytest.mark.parametrize("name", ["one", *(f"{engine}-{size}" for engine in ENGINES for size in (2, 3))])
-def test_what_goes_on_from_the_middle_is_the_same_bit_for_bit(runs: Path, name: str):
-    found, expected = read(runs, f"{name}-resumed"), read(runs, f"{name}-whole")
+def test_what_goes_on_from_the_middle_is_the_same_bit_for_bit(several: tuple[Path, str]):
+    folder, engine = several
+    found, expected = read(folder, f"{engine}-resumed"), read(folder, f"{engine}-whole")
     assert {key for key in expected if not key.endswith(("step 1", "step 2"))} == found.keys()
     for key, value in found.items():
         assert torch.equal(value, expected[key]), key
