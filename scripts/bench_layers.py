@@ -86,7 +86,7 @@ def executed(layer: FactorizedLinear, execution: str) -> FactorizedLinear:
 def contenders(method: str, layer: FactorizedLinear, tokens: int, dtype: torch.dtype, device: torch.device):
     """Our layer and its published form by name, for `auto` each execution; and what it chose among them."""
     name = method.partition(":")[0]
-    chosen = layer.settle(tokens, dtype, device)
+    chosen = layer.autotune(tokens, dtype, device)
     formula = FORMULAS[name](layer, dtype.itemsize) if name in FORMULAS else None
     forms: dict[str, Contender] = {}
     if name in PLAIN and name == method:
@@ -103,7 +103,7 @@ def contenders(method: str, layer: FactorizedLinear, tokens: int, dtype: torch.d
 
 def runs(layer: FactorizedLinear, execution: str, tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
     try:
-        executed(layer, execution).settle(tokens, dtype, device)
+        executed(layer, execution).autotune(tokens, dtype, device)
     except ConfigError:
         return False
     return True

@@ -47,7 +47,7 @@ from lrtrain.config.dtypes import compute_dtype
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.threads import usable_cores
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
-from lrtrain.model.autotune import settle
+from lrtrain.model.autotune import autotune_layers
 from lrtrain.model.build import architecture, make_model
 from lrtrain.model.counts import parameter_count, training_flops
 from lrtrain.model.init import materialize
@@ -267,7 +267,7 @@ def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTra
     model = make_model(config)
     dtype = compute_dtype(config, world.device)
     tokens = int(sum_over_ranks(rows[:, 1:].numel())[0])
-    executions = settle(model, rows[:, 1:].numel(), dtype, world.device)
+    executions = autotune_layers(model, rows[:, 1:].numel(), dtype, world.device)
     for name, layer in factorized_layers(model).items():
         layer.execution = executions.get(name)
     train = config.train

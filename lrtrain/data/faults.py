@@ -104,7 +104,7 @@ class FileFaults:
             self._held, self._rows = None, self._rows + 1
 
 
-def known(found: dict[str, Any], refuse: bool) -> Faults:
+def recorded_faults(found: dict[str, Any], refuse: bool) -> Faults:
     """The faults that were met when the corpus was read before.
 
     Raises:

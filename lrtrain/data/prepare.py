@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lrtrain.config.schema import DataConfig
 from lrtrain.core.cache import build_once, cache_folder, fingerprint, why_not_writable
-from lrtrain.data.faults import Faults, known
+from lrtrain.data.faults import Faults, recorded_faults
 from lrtrain.data.loader import PackedTrain, StreamedTrain, TrainData
 from lrtrain.data.packing import PackedRows, pack_first, pack_split
 from lrtrain.data.sources import JsonStream, TextSource, nonempty
@@ -120,7 +120,7 @@ def _faults(cfg: DataConfig) -> Faults:
 
 def _known_faults(folder: Path, cfg: DataConfig) -> Faults:
     """What was left out when the rows in `folder` were packed, perhaps by an earlier run."""
-    return known(json.loads((folder / FAULTS).read_text()), cfg.on_error == "refuse")
+    return recorded_faults(json.loads((folder / FAULTS).read_text()), cfg.on_error == "refuse")
 
 
 def _source(cfg: DataConfig) -> TextSource:

@@ -51,7 +51,7 @@ class Spread:
 class Engine(ABC):
     """Shards a model over the processes and runs its steps. All methods are collectives.
 
-    An engine says how a model gets its storage (`_place`) and how gradients come about (`forward_backward`); what is
+    An engine says how a model gets its storage (`_distribute`) and how gradients come about (`forward_backward`); what is
     done with them is the same for all.
 
     Args:
@@ -105,7 +105,7 @@ class Engine(ABC):
         """What a process of so many would hold."""
 
     @abstractmethod
-    def _place(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
+    def _distribute(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
         """Spread a model on meta over the processes, with its initial values; returns what becomes `shards`."""
 
     def prepare(self, model: PreTrainedModel, seed: int, make_optimizer: MakeOptimizer, fresh: bool = True) -> None:
@@ -117,7 +117,7 @@ class Engine(ABC):
         prepare_blocks(model, self.recompute_every, self.recompute_keep, self.compile)
         self.model = model.train()
         self.loss = TokenLoss(model)
-        self.shards = self._place(model, seed, fresh)
+        self.shards = self._distribute(model, seed, fresh)
         self.layers = [*factorized_layers(self.shards).values()]
         self.optimizer = make_optimizer(self.shards)
         self.in_backward = InBackward(self.optimizer, self._clip_of_one) if self.optimizer.in_backward else None

@@ -19,7 +19,7 @@ from lrtrain.distributed.flat_shard import FlatShard
 from lrtrain.distributed.sharding import local, take_over, twin, whole
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine, Spread
-from lrtrain.engine.zero_state import allocate, flat_gradients, places, quiet_deepspeed, refresh
+from lrtrain.engine.zero_state import allocate, flat_gradients, flat_ranges, import_deepspeed, refresh
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.init import fill
@@ -82,7 +82,7 @@ class DeepSpeedEngine(Engine):
                 f"engine.offload_parameters=true is for engine.zero_stage=3, not {engine['zero_stage']}, which keeps "
                 f"whole parameters"
             )
-        if not hydra.utils.get_object(optim["_target_"]).cut_anywhere:
+        if not hydra.utils.get_object(optim["_target_"]).elementwise_shardable:
             raise ConfigError(
                 f"optim={optim['name']} works on rows of matrices, which engine=deepspeed cuts anywhere; use "
                 f"engine=fsdp or engine=ddp, or optim=adamw"
@@ -127,8 +127,8 @@ class DeepSpeedEngine(Engine):
 
     # --- the model ---------------------------------------------------------------------------------------------------
 
-    def _place(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
-        deepspeed = quiet_deepspeed(self.world)
+    def _distribute(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
+        deepspeed = import_deepspeed(self.world)
         buffers = allocate(model, self.world.device, self.dtype, deepspeed, self.settings if self.stage == 3 else None)
         if self.stage == 3:
             for unit in (*blocks(model), *self.loss.heads(), *factorized_layers(model).values()):
@@ -143,8 +143,8 @@ class DeepSpeedEngine(Engine):
         )
         for module, kept in buffers.items():  # in bfloat16 DeepSpeed casts them too
             module._buffers.update(kept)
-        self.places = places(self.zero, model, self.stage, self.world.device)
-        self.flat = {p: place.shard() for p, place in self.places.items()}
+        self.flat_ranges = flat_ranges(self.zero, model, self.stage, self.world.device)
+        self.flat = {p: place.shard() for p, place in self.flat_ranges.items()}
         shards = twin(bare, lambda p: self.flat.get(p, p))  # itself where a process has all of it
         fill(shards, seed, fresh)
         refresh(self.zero, self.stage)
@@ -160,7 +160,7 @@ class DeepSpeedEngine(Engine):
         losses = self.deepspeed(rows.to(self.world.device, non_blocking=True))
         self.deepspeed.backward(losses[0] * (self.world.size / tokens), scale_wrt_gas=False)  # it takes the mean
         if last:
-            for p, gradient in flat_gradients(self.zero, self.places, self.stage):
+            for p, gradient in flat_gradients(self.zero, self.flat_ranges, self.stage):
                 self.flat[p].grad = gradient
         return losses.detach()
 
@@ -175,7 +175,7 @@ class DeepSpeedEngine(Engine):
         None if that is not finite: DeepSpeed then puts the same parameters back in place."""
         if not self.finite:
             return
-        for p, place in self.places.items():
+        for p, place in self.flat_ranges.items():
             if place.flat is flat:
                 self.flat[p].grad = place.gradient()
         self.optimizer.step()
@@ -184,7 +184,7 @@ class DeepSpeedEngine(Engine):
     def _add_penalties(self) -> None:
         for layer in self.layers:
             if layer.penalized:
-                complete = everywhere(layer)
+                complete = gathered_layer(layer)
                 for p in complete.parameters():
                     p.grad = torch.zeros_like(p)
                 complete.add_penalty()
@@ -196,7 +196,7 @@ class DeepSpeedEngine(Engine):
     def _after_step(self) -> None:
         for layer in self.layers:
             if layer.constrained:
-                complete = everywhere(layer)
+                complete = gathered_layer(layer)
                 complete.after_step()
                 take_over(layer, dict(complete.named_parameters()))
         if any(layer.constrained for layer in self.layers):
@@ -216,6 +216,6 @@ class Stepper(torch.optim.Optimizer):
                 self.step_flat(flat)
 
 
-def everywhere(layer: FactorizedLinear) -> FactorizedLinear:
+def gathered_layer(layer: FactorizedLinear) -> FactorizedLinear:
     """A twin of the layer with whole parameters on every process; a collective."""
     return twin(layer, lambda p: whole(p).clone())

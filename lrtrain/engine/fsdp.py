@@ -55,7 +55,7 @@ class FSDPEngine(Engine):
         shards = world_size // config.engine["replicas"]
         return Spread(shards, shards, shards)
 
-    def _place(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
+    def _distribute(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
         own_dtype = next(model.parameters()).dtype
         if self.world.size > 1 or self.dtype != own_dtype:  # else there is nothing to share and nothing to cast
             self._shard(model)

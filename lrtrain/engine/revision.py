@@ -49,7 +49,7 @@ def reset_parameter(optimizer: ShardedOptimizer, p: Tensor, reset: Reset, genera
     if all(value.ndim == 0 or (value.shape == p.shape and value.is_floating_point()) for value in state.values()):
         reset_state(state, reset, generator)
         return
-    optimizer.begin_anew(p)
+    optimizer.initialize_state(p)
 
 
 def reset_state(state: Mapping[str, Tensor], reset: Reset, generator: torch.Generator) -> None:

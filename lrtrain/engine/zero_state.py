@@ -18,7 +18,7 @@ from lrtrain.distributed.flat_shard import FlatShard
 from lrtrain.distributed.world import World
 
 
-def quiet_deepspeed(world: World) -> ModuleType:
+def import_deepspeed(world: World) -> ModuleType:
     """The package, imported only here: it takes seconds, and says much."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -58,7 +58,7 @@ def allocate(
 
 
 @dataclass(frozen=True)
-class Place:
+class FlatRange:
     """A parameter's range within a flat tensor."""
 
     flat: Tensor
@@ -93,12 +93,12 @@ class Place:
         return FlatShard(part, self.shape, self.bounds, self.home)
 
 
-def places(zero: Any, model: nn.Module, stage: int, home: torch.device) -> dict[Tensor, Place]:
+def flat_ranges(zero: Any, model: nn.Module, stage: int, home: torch.device) -> dict[Tensor, FlatRange]:
     """The place of each parameter of which a process has only a range; others are whole on all."""
-    return dict(_places_of_stage_3(zero, model, home) if stage == 3 else _places_of_stage_1_and_2(zero, home))
+    return dict(_ranges_of_stage_3(zero, model, home) if stage == 3 else _ranges_of_stage_1_and_2(zero, home))
 
 
-def _places_of_stage_1_and_2(zero: Any, home: torch.device) -> Iterator[tuple[Tensor, Place]]:
+def _ranges_of_stage_1_and_2(zero: Any, home: torch.device) -> Iterator[tuple[Tensor, FlatRange]]:
     """All trained parameters follow one another in one tensor, which is cut into equal ranges."""
     here, processes = dist.get_rank(), dist.get_world_size()
     (parameters,), (flat,), (length,) = zero.bit16_groups, zero.single_partition_of_fp32_groups, zero.partition_size
@@ -106,10 +106,10 @@ def _places_of_stage_1_and_2(zero: Any, home: torch.device) -> Iterator[tuple[Te
     for p, offset in zip(parameters, offsets, strict=True):
         bounds = tuple(min(max(i * length - offset, 0), p.numel()) for i in range(processes + 1))
         start = min(max(offset - here * length, 0), length)
-        yield p, Place(flat, start, p.shape, bounds, True, home)
+        yield p, FlatRange(flat, start, p.shape, bounds, True, home)
 
 
-def _places_of_stage_3(zero: Any, model: nn.Module, home: torch.device) -> Iterator[tuple[Tensor, Place]]:
+def _ranges_of_stage_3(zero: Any, model: nn.Module, home: torch.device) -> Iterator[tuple[Tensor, FlatRange]]:
     """Each parameter is cut into equal ranges, padded at the end."""
     processes = dist.get_world_size()
     flats = zero.fp32_partitioned_groups_flat
@@ -118,12 +118,12 @@ def _places_of_stage_3(zero: Any, model: nn.Module, home: torch.device) -> Itera
         bounds = tuple(min(i * p.partition_numel(), p.ds_numel) for i in range(processes + 1))
         if p.requires_grad:
             group, start, _ = zero.grad_position[zero.get_param_id(p)]
-            yield p, Place(flats[group], start, p.ds_shape, bounds, True, home)
+            yield p, FlatRange(flats[group], start, p.ds_shape, bounds, True, home)
         else:
-            yield p, Place(p.ds_tensor, 0, p.ds_shape, bounds, False, home)
+            yield p, FlatRange(p.ds_tensor, 0, p.ds_shape, bounds, False, home)
 
 
-def flat_gradients(zero: Any, of: dict[Tensor, Place], stage: int) -> Iterator[tuple[Tensor, FlatShard]]:
+def flat_gradients(zero: Any, of: dict[Tensor, FlatRange], stage: int) -> Iterator[tuple[Tensor, FlatShard]]:
     """The gradients after the last backward pass of a step, as far as they lie here."""
     if zero.offload_optimizer if stage == 3 else zero.cpu_offload:
         yield from ((p, place.gradient()) for p, place in of.items() if place.trained)

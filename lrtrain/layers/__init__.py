@@ -1,1 +1,1 @@
-"""Factorized linear layers: the contract in `base`, one file per parameterization."""
+"""Factorized linear layers: the interface in `base`, one file per parameterization."""

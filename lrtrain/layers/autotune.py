@@ -1,4 +1,4 @@
-"""Which of several ways to compute the same thing is the fastest: measured once, then remembered on disk."""
+"""Choosing the fastest of several implementations: timed once, then cached on disk."""
 
 import json
 import math
@@ -12,15 +12,15 @@ import torch
 from lrtrain.core.cache import cache_folder, locked
 from lrtrain.core.memo import read_memo, write_memo
 
-ROUNDS, SECONDS = 5, 0.5  # measuring ends when both are reached: small things are repeated more often
+ROUNDS, SECONDS = 5, 0.5  # timing ends when both are reached: fast candidates are repeated more often
 
 
 def fastest(what: list[int | str], device: torch.device, candidates: Mapping[str, Callable[[], object]]) -> str:
     """The name of the fastest candidate on this machine.
 
     Args:
-        what: all that the times depend on besides the machine, its threads and torch.
-        candidates: each computes the thing once.
+        what: the cache key: everything the times depend on besides the machine, its threads and torch's version.
+        candidates: functions that compute the same result.
     """
     key = json.dumps([*what, device_name(device), torch.get_num_threads(), torch.__version__], ensure_ascii=False)
     path = memory_path()
@@ -34,7 +34,7 @@ def fastest(what: list[int | str], device: torch.device, candidates: Mapping[str
 
 
 def memory_path() -> Path:
-    """In the folder of all that lrtrain computes once; deleting the file is safe."""
+    """The cache file of timings; deleting it is safe."""
     return cache_folder() / "fastest.json"
 
 
@@ -48,8 +48,8 @@ def device_name(device: torch.device) -> str:
 
 
 def best_seconds(candidates: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
-    """The shortest time of each candidate. They take turns, so that a busy machine slows them alike."""
-    for run in candidates.values():  # warms up
+    """The shortest time of each candidate. Candidates alternate, so that a busy machine slows all of them."""
+    for run in candidates.values():  # warm-up
         run()
     best = dict.fromkeys(candidates, math.inf)
     started, rounds = time.perf_counter(), 0
@@ -61,7 +61,7 @@ def best_seconds(candidates: Mapping[str, Callable[[], object]], device: torch.d
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Wall time of one call, all of its work on the device done."""
+    """Wall time of one call, including its work on the device."""
     _wait(device)
     started = time.perf_counter()
     run()

@@ -1,4 +1,4 @@
-"""What layers with an r-dimensional bottleneck share: activations between the factors, and DLR's foldable residual."""
+"""Shared by layers with an r-dimensional bottleneck: activations between the factors, and DLR's foldable residual."""
 
 import math
 from collections.abc import Callable
@@ -14,18 +14,18 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "none": la
 
 
 def check_mergeable(activation: str) -> None:
-    """Raises NotImplementedError where an activation between the factors leaves no matrix to merge into."""
+    """Raises NotImplementedError if an activation between the factors prevents merging into one matrix."""
     if activation != "none":
         raise NotImplementedError(
-            f"a layer with param.activation={activation} stands for no matrix; only param.activation=none merges"
+            f"a layer with param.activation={activation} is not one matrix; only param.activation=none can be merged"
         )
 
 
 def with_residual(left: Tensor, alpha: float) -> Tensor:
     """B (out, r) plus α/√K at [o, ⌊o/K⌋], K = ⌈out/r⌉, which turns B z into B z + (α/√K)·Expand_K(z).
 
-    Expand_K repeats each of the r latents K times in a row and cuts at `out` (DLR, Wang et al., arXiv 2606.28932, which
-    adds it to the outputs). Added to B it costs out·r, not tokens·out.
+    Expand_K repeats each of the r latents K times and truncates to `out` (DLR, Wang et al., arXiv 2606.28932). DLR adds
+    it to the outputs, at a cost of tokens·out; adding it to B costs out·r.
     """
     out_features, rank = left.shape
     repeats = math.ceil(out_features / rank)
@@ -35,8 +35,8 @@ def with_residual(left: Tensor, alpha: float) -> Tensor:
 
 
 def linear_with_residual(z: Tensor, left: Tensor, bias: Tensor | None, alpha: float) -> Tensor:
-    """z (…, r) → (…, out) by `with_residual(left, alpha)`, which the backward pass computes again: for that only z and
-    the parameters are kept."""
+    """z (…, r) → (…, out) with the weight `with_residual(left, alpha)`, which the backward pass recomputes: only z and
+    the parameters are saved for it."""
     return cast(Tensor, _LinearWithResidual.apply(z, left, bias, alpha))
 
 

@@ -16,7 +16,7 @@ class CoLALinear(LowRankLinear):
     """y = B σ(A x) + bias with A (rank, in) and B (out, rank).
 
     Args:
-        init, init_std: as of `LowRankLinear`; `cola` is CoLA's own.
+        init, init_std: see `LowRankLinear`; `cola` is CoLA's.
         activation: σ, `silu` or `none`.
         residual, residual_alpha: DLR's residual; see `with_residual`.
     """

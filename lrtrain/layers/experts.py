@@ -1,7 +1,6 @@
-"""The experts of a layer, factorized: layers of one shape in a batch, each for the tokens that are sent to it.
+"""Factorized experts: a batch of layers of one class and shape, each applied to the tokens routed to it.
 
-Whatever a class of layers computes, its batch computes for each expert, by that class's own code: there is nothing to
-write for a class to have one but `batchable = True`.
+Each expert runs the forward pass of its layer class; a class supports this by setting `batchable = True`.
 """
 
 from typing import Any
@@ -15,18 +14,18 @@ from lrtrain.linalg.nearest import Fit
 
 
 class FactorizedExperts(FactorizedLinear):
-    """Layers of one class and shape, with parameters (experts, …) under the names that they have in one of them.
+    """A batch of layers of one class and shape, with parameters (experts, …) under the names of a single layer.
 
     Args:
-        one: such a layer, on meta. It stays there: it says what each does, and gives all of them their execution.
-        experts: how many there are.
-        per_token: how many of them a token meets.
-        transposed: whether the dense weight is kept as (experts, in, out).
+        one: a layer on meta, the template of all experts; it also holds their execution.
+        experts: number of experts.
+        per_token: number of experts that process a token.
+        transposed: whether the dense weight is stored as (experts, in, out).
     """
 
     def __init__(self, one: FactorizedLinear, experts: int, per_token: int, transposed: bool):
         super().__init__(one.in_features, one.out_features, one.rank)
-        self.one = (one,)  # in a tuple: its parameters are none of the model's
+        self.one = (one,)  # in a tuple, so that its parameters are not registered
         self.batch = experts
         self.per_token = per_token
         self.transposed = transposed
@@ -39,7 +38,7 @@ class FactorizedExperts(FactorizedLinear):
             self.register_buffer(key, _stack_of(buffer, experts), persistent=persistent)
 
     def _holder(self, key: str) -> tuple[nn.Module, str]:
-        """The child to hold the parameter of this qualified name, made if there is none, and its name there."""
+        """The child module that holds the parameter of this qualified name (created if missing), and its name there."""
         *path, name = key.split(".")
         holder: nn.Module = self
         for part in path:
@@ -57,17 +56,17 @@ class FactorizedExperts(FactorizedLinear):
         self.one[0].execution = value
 
     def each(self) -> list[FactorizedLinear]:
-        """The single layers; their parameters are views of those here, and gradients flow into these."""
+        """One layer per expert, whose parameters are views of this module's, so that gradients flow into them."""
         tensors = (*self.named_parameters(), *self.named_buffers())
         of_each = zip(*(tensor.unbind(0) for _, tensor in tensors), strict=True)
         return [_with(self.one[0], dict(zip((key for key, _ in tensors), own, strict=True))) for own in of_each]
 
     @torch.compiler.disable
     def forward(self, x: Tensor, sizes: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """x (tokens, in), those of the first expert first → (tokens, out).
+        """x (tokens, in), sorted by expert → (tokens, out).
 
         Args:
-            sizes: how many tokens are each expert's (experts,), int64.
+            sizes: number of tokens of each expert (experts,), int64.
         """
         lengths = even_split(len(x), self.batch) if sizes.is_meta else sizes.tolist()
         parts = zip(self.each(), x.split(lengths), strict=True)
@@ -80,7 +79,7 @@ class FactorizedExperts(FactorizedLinear):
         return _stacked([self.one[0].init_buffers(own) for own in self._generators(generator)])
 
     def _generators(self, generator: torch.Generator) -> list[torch.Generator]:
-        """One for each expert, a function of (seed, name, expert)."""
+        """One generator per expert, a function of (seed, name, expert)."""
         seed = int(torch.randint(2**62, (), generator=generator))
         return [generator_for(seed, f"expert {i}") for i in range(self.batch)]
 
@@ -97,7 +96,7 @@ class FactorizedExperts(FactorizedLinear):
         return torch.stack([layer.dense_weight() for layer in self.each()])
 
     def singular_values(self) -> Tensor:
-        """(experts, …), of each descending."""
+        """Singular values (experts, …), descending for each expert."""
         return torch.stack([layer.singular_values() for layer in self.each()])
 
     @property
@@ -113,8 +112,8 @@ class FactorizedExperts(FactorizedLinear):
     def training_flops(self, tokens: int) -> int:
         return self.one[0].training_flops(self.per_token * tokens)
 
-    def settle(self, tokens: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        return self.one[0].settle(max(1, tokens * self.per_token // self.batch), dtype, device)
+    def autotune(self, tokens: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        return self.one[0].autotune(max(1, tokens * self.per_token // self.batch), dtype, device)
 
     def factor_pair(self) -> tuple[str, str] | None:
         return self.one[0].factor_pair()
@@ -134,7 +133,7 @@ class FactorizedExperts(FactorizedLinear):
 
 
 def even_split(tokens: int, experts: int) -> list[int]:
-    """Lengths for so many experts that sum to `tokens`: what is planned with, where no token has a place."""
+    """Nearly equal numbers of tokens per expert that sum to `tokens`, for planning without routed tokens."""
     return [tokens // experts + (i < tokens % experts) for i in range(experts)]
 
 
@@ -147,7 +146,7 @@ def _stacked(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _with(module: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
-    """The module with these tensors, by qualified name, in place of its parameters and buffers."""
+    """The module with its parameters and buffers replaced by these tensors, by qualified name."""
     made = object.__new__(type(module))
     made.__dict__ = dict(module.__dict__)
     for kind in ("_parameters", "_buffers"):

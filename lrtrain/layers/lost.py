@@ -1,8 +1,8 @@
 """LOST: y = γ·B σ(A x) + (1-γ)·W_s x_I, a low-rank part plus whole columns of W.
 
-Li et al., "LOST: Low-rank and Sparse Pre-training for Large Language Models", arXiv 2508.02668. The start is a dense
-draw W ~ N(0, init_std²): BA is its best rank-r part, and of the complement (what BA leaves of W) the columns I with the
-largest norms are kept, with W's own values in them. I is fixed from then on.
+Li et al., "LOST: Low-rank and Sparse Pre-training for Large Language Models", arXiv 2508.02668. Initial values come from
+a dense random W ~ N(0, init_std²): BA is its best rank-r approximation; I are the columns with the largest norms in the
+complement W - BA, and W_s holds W's values in them. I stays fixed.
 """
 
 import math
@@ -30,10 +30,10 @@ class LOSTLinear(FactorizedLinear):
         density: share of the input features that W_s reads (δ_c).
         gamma: weight γ of the low-rank part, from 0 to 1.
         activation: σ, `silu` or `none`.
-        select: which columns W_s starts from: those with the largest norm in the complement (`svd_l2`, `svd_l1`) or in
-            W (`weight_l2`), or `random` ones.
-        complement_rank: how many singular values after the first `rank` make the complement; None takes all.
-        init_std: standard deviation of the dense draw.
+        select: the columns I: those with the largest norm in the complement (`svd_l2`, `svd_l1`) or in W (`weight_l2`),
+            or `random` ones.
+        complement_rank: number of singular values after the first `rank` in the complement; None: all.
+        init_std: standard deviation of the dense random W.
     """
 
     roles = {"B.weight": "factor_left", "A.weight": "factor_right", "sparse": "sparse_values", "B.bias": "bias"}
@@ -68,7 +68,7 @@ class LOSTLinear(FactorizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         z = ACTIVATIONS[self.activation](self.A(x))  # (..., rank)
         chosen = x.index_select(-1, self.columns)  # (..., k)
-        # One product: the sum of two would write and read (..., out) once more.
+        # One product: adding two would write and read (..., out) once more.
         inner = torch.cat([self.gamma * z, (1 - self.gamma) * chosen], dim=-1)  # (..., rank + k)
         return F.linear(inner, torch.cat([self.B.weight, self.sparse], dim=1), self.B.bias)
 
@@ -78,7 +78,7 @@ class LOSTLinear(FactorizedLinear):
         return self._start_from(weight, generator) | bias
 
     def _start_from(self, weight: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Factors, columns and their values from a dense weight (out, in)."""
+        """Values of factors, columns and W_s for a dense weight (out, in)."""
         more = self.complement_rank or 0
         with one_thread():
             left, right = best_factors(weight, min(self.rank + more, *weight.shape))
@@ -94,10 +94,10 @@ class LOSTLinear(FactorizedLinear):
     def check_start(self) -> None:
         check_mergeable(self.activation)
         if not 0 < self.gamma < 1:
-            raise NotImplementedError(f"with param.gamma={self.gamma} one of its two parts has no weight")
+            raise NotImplementedError(f"with param.gamma={self.gamma} one of the layer's two parts has weight zero")
 
     def start_from(self, weight: Tensor, fit: Fit, generator: torch.Generator) -> dict[str, Tensor]:
-        """Columns by the layer's own rule; then γ·BA and (1-γ)·W_s as near to W together as they get."""
+        """Columns chosen by `select`; then the γ·BA and (1-γ)·W_s whose sum is nearest to W."""
         columns = self._start_from(weight, generator)["columns"].to(weight.device)
         n = self.in_features
         positions = torch.arange(self.out_features, device=weight.device)[:, None] * n + columns
@@ -107,7 +107,8 @@ class LOSTLinear(FactorizedLinear):
         return {"A.weight": right / root, "B.weight": left / root, "sparse": sparse, "columns": columns}
 
     def _scores(self, weight: Tensor, left: Tensor, right: Tensor, generator: torch.Generator | None) -> Tensor:
-        """What ranks the columns (in,); left and right are factors of W's part of rank r, or r + complement_rank."""
+        """The scores of the columns (in,); left and right are factors of W's approximation of rank r, or
+        r + complement_rank."""
         if self.select == "random":
             return torch.rand(self.in_features, generator=generator)
         if self.select == "weight_l2":
@@ -158,7 +159,7 @@ class LOSTLinear(FactorizedLinear):
     def from_dense(
         weight: Tensor, rank: int, density: float, gamma: float, select: Select, bias: Tensor | None = None
     ) -> "LOSTLinear":
-        """The layer, without an activation, that starts from weight (out, in) as from a draw, in weight's dtype."""
+        """The layer without activation, initialized from weight (out, in) instead of a random W, in weight's dtype."""
         out_features, in_features = weight.shape
         layer = LOSTLinear(
             in_features, out_features, bias is not None, rank, density, gamma, "none", select, None, 0.02

@@ -22,15 +22,16 @@ class LowRankLinear(RebalancedLinear):
     """y = B (A x) + bias with A (rank, in) and B (out, rank).
 
     Args:
-        init: where the factors start.
-            `spectral`: BA is the best rank-r part of a dense N(0, init_std²) draw, split evenly (as LOST and Spectron).
+        init: initial factors.
+            `spectral`: BA is the best rank-r approximation of a dense N(0, init_std²) matrix, B and A balanced (as in
+            LOST and Spectron).
             `lora`: A from U(±1/√in), B = 0 (Hu et al. 2021; the baseline row of the GaLore and SLTrain tables).
             `xavier`: normal with variances 2/(in + r) and 2/(r + out) (LORO, Mo et al., ICLR 2025).
-            `cola`: both normal with the std r^-¼ (out + in)^-¼, which makes BA's (out + in)^-½, and a bias from
-            U(±1/√out) (CoLA's code). Else a bias is zero.
-        init_std: standard deviation of the dense initialization that `spectral` imitates.
+            `cola`: both normal with std r^-¼ (out + in)^-¼, so that BA has std (out + in)^-½, and the bias from
+            U(±1/√out) (CoLA's code). With the other choices the bias is zero.
+        init_std: standard deviation of the dense initialization that `spectral` approximates.
         residual: add DLR's residual (residual_alpha/√K)·Expand_K(A x); see `with_residual`.
-        rebalance_at: the number of steps after which the factors become βU and ΣVᵀ/β; None: never. See
+        rebalance_at: the step after which the factors are rebalanced to βU and ΣVᵀ/β; None: never. See
             `left_orthonormal`.
 
     Raises:
@@ -56,7 +57,7 @@ class LowRankLinear(RebalancedLinear):
         super().__init__(in_features, out_features, rank, rebalance_at)
         if residual and rebalance_at is not None:
             raise ConfigError(
-                f"param.rebalance_at={rebalance_at} would change BA, to whose B the residual is added; set it to "
+                f"param.rebalance_at={rebalance_at} would change B, which the residual is added to; set it to "
                 "null, or param.residual=false"
             )
         self.init = init
@@ -70,18 +71,18 @@ class LowRankLinear(RebalancedLinear):
         return self.expand(self.A(x))  # (..., in) → (..., rank) → (..., out)
 
     def expand(self, z: Tensor) -> Tensor:
-        """z (..., rank) → (..., out) by B, with its residual, and the bias."""
+        """z (..., rank) → (..., out): B with its residual, and the bias."""
         if not self.residual:
             return self.B(z)
         return linear_with_residual(z, self.B.weight, self.B.bias, self.residual_alpha)
 
     def left(self) -> Tensor:
-        """B with its residual (out, rank)."""
+        """B (out, rank) with the residual added."""
         return with_residual(self.B.weight, self.residual_alpha) if self.residual else self.B.weight
 
     @torch.no_grad()
     def fold(self) -> Self:
-        """The same map as a layer without a residual."""
+        """An equivalent layer without residual."""
         plain = copy.deepcopy(self)
         plain.B.weight.copy_(self.left())
         plain.residual = False

@@ -1,8 +1,8 @@
-"""W_b = c_b·B[:, :b] A[:b] for every b ≤ r in one layer: trained at many ranks, cut at any, and able to shrink.
+"""W_b = c_b·B[:, :b] A[:b] for every b ≤ r in one layer: trained at many ranks, truncated to any, and able to shrink.
 
 Rank sampling is DyLoRA's (Valipour et al., EACL 2023) in the form that trains the whole prefix; the hierarchical
-group lasso and the shrinking are Maestro's (Horváth et al., ICML 2024), whose theorem says why prefixes are worth
-keeping: ordered dropout on a linear map recovers its singular vectors in their order.
+group lasso and the shrinking are Maestro's (Horváth et al., ICML 2024), who prove that ordered dropout on a linear map
+recovers its singular vectors in order.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ SCALES = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
 def nested_linear(x: Tensor, left: Tensor, right: Tensor, rank: int, scale: float) -> Tensor:
-    """c·B[:, :b] (A[:b] x) for B = `left` (out, r), A = `right` (r, in) and b = `rank`: x (..., in) → (..., out)."""
+    """x (..., in) → c·B[:, :b] (A[:b] x) (..., out) for B = `left` (out, r), A = `right` (r, in) and b = `rank`."""
     z = linear(x, right[:rank])  # (..., in) → (..., b)
     return linear(z if scale == 1 else scale * z, left[:, :rank])
 
@@ -36,21 +36,21 @@ Scale = Literal["none", "sqrt", "linear"]
 
 
 class NestedLinear(FactorizedLinear):
-    """y = c_b·B[:, :b] (A[:b] x) + bias with A (rank, in), B (out, rank), from an ordered spectral start.
+    """y = c_b·B[:, :b] (A[:b] x) + bias with A (rank, in), B (out, rank), initialized by an SVD.
 
-    In training mode b is drawn before each step, the same share of the rank in all layers; in eval mode it is the
-    whole rank, or what `truncate` left of it.
+    In training mode b is drawn before each step, the same share of the rank in all layers; in eval mode b is the
+    whole rank, or the rank set by `truncate`.
 
     Args:
-        init_std: standard deviation of the dense initialization that the start imitates.
-        ranks: the shares of the rank that are trained, each in (0, 1].
-        sampling: what a step trains. `shares`: the whole rank with probability `full_share`, else one of the smaller
-            `ranks`, uniformly. `uniform`: any rank from 1 to the whole one (DyLoRA's, which trains its last row and
-            column alone; here the whole prefix is trained).
+        init_std: standard deviation of the dense initialization that BA approximates.
+        ranks: shares of the rank that are trained, each in (0, 1].
+        sampling: the rank trained in a step. `shares`: the whole rank with probability `full_share`, else one of the
+            smaller `ranks`, uniformly. `uniform`: any rank from 1 to the whole one, as in DyLoRA (which trains only the
+            last row and column of it; here the whole prefix is trained).
         full_share: see sampling.
         scale: c_b. `none`: 1, `sqrt`: √(r/b), `linear`: r/b (DyLoRA's).
         lasso: λ of the hierarchical group lasso λ·Σ_b (‖B[:, b:]‖_F + ‖A[b:]‖_F), 0 ≤ b < r.
-        shrink_every: steps between two looks at whether a smaller rank will do; 0: never.
+        shrink_every: steps between attempts to shrink the rank; 0: never.
         shrink_threshold: share of ‖BA‖_F² that a smaller rank may drop.
     """
 
@@ -93,7 +93,7 @@ class NestedLinear(FactorizedLinear):
         return self.ranks[:-1]
 
     def rank_at(self, share: float) -> int:
-        """The rank that a share of it means."""
+        """The rank for a share of the whole rank."""
         return max(1, round(share * self.rank))
 
     def scale_at(self, rank: int) -> float:
@@ -111,7 +111,7 @@ class NestedLinear(FactorizedLinear):
         return {"A.weight": right, "B.weight": left, **bias}
 
     def start_from(self, weight: Tensor, fit: Fit, generator: torch.Generator) -> dict[str, Tensor]:
-        left, right = fit.low_rank(weight, self.rank)  # in order, so that each W_b is the best of its rank
+        left, right = fit.low_rank(weight, self.rank)  # in order, so that each W_b is the best approximation of rank b
         return {"A.weight": right, "B.weight": left}
 
     @property
@@ -134,7 +134,7 @@ class NestedLinear(FactorizedLinear):
         return 2 * tokens * self.rank * (self.in_features + self.out_features)
 
     def training_flops(self, tokens: int) -> int:
-        """By the expected b."""
+        """FLOPs of forward and backward pass at the expected b."""
         return round(6 * tokens * self._expected_rank() * (self.in_features + self.out_features))
 
     def _expected_rank(self) -> float:
@@ -147,7 +147,7 @@ class NestedLinear(FactorizedLinear):
     # --- between steps ---------------------------------------------------------------------------------------------
 
     def draw(self, generator: torch.Generator) -> None:
-        if self.sampling == "uniform":  # one draw for layers of all ranks, so that they are cut alike
+        if self.sampling == "uniform":  # one draw for layers of all ranks, so that all use the same share
             self.drawn = 1 + int(torch.rand((), generator=generator) * self.rank)
         elif torch.rand((), generator=generator) < self.full_share:
             self.drawn = self.rank
@@ -169,7 +169,7 @@ class NestedLinear(FactorizedLinear):
         enough = (dropped <= self.shrink_threshold * dropped[0]).nonzero()
         return max(1, int(enough[0])) if len(enough) else self.rank
 
-    # --- cutting ---------------------------------------------------------------------------------------------------
+    # --- truncation ---------------------------------------------------------------------------------------------------
 
     def ranks_to_evaluate(self) -> dict[float, int]:
         return {share: self.rank_at(share) for share in self.ranks}
@@ -190,7 +190,7 @@ class NestedLinear(FactorizedLinear):
 
 
 def dropped_energies(left: Tensor, right: Tensor) -> Tensor:
-    """‖B[:, b:] A[b:]‖_F² for b = 0 … r−1: what cutting W = BA to its first b columns and rows drops, float64.
+    """‖B[:, b:] A[b:]‖_F² for b = 0 … r−1, float64: the energy that truncating W = BA to rank b drops.
 
     With the Grams G = BᵀB and H = AAᵀ it is the sum of the entries of G∘H from (b, b) on.
     """
@@ -200,14 +200,14 @@ def dropped_energies(left: Tensor, right: Tensor) -> Tensor:
 
 
 def tail_weights(energies: Tensor) -> Tensor:
-    """What the gradient of Σ_b t_b multiplies each column by: w_j = Σ_{b ≤ j} 1/t_b, for the tail norms t_b of columns
-    with squared norms `energies` (r,); a tail that is zero pulls at nothing."""
+    """w_j = Σ_{b ≤ j} 1/t_b (r,), by which the gradient of Σ_b t_b multiplies column j. t_b are the tail norms of
+    columns with squared norms `energies` (r,); a zero tail contributes nothing."""
     tails = energies.flip(0).cumsum(0).flip(0).sqrt()
     return torch.where(tails > 0, 1 / tails, 0).cumsum(0)
 
 
 def _add_scaled(parameter: Tensor, factors: Tensor) -> None:
-    """Add parameter·factors (broadcast; whole on every process) to its gradient, shard by shard."""
+    """Add parameter·factors to the parameter's gradient, shard by shard; `factors` is broadcast, and unsharded."""
     assert parameter.grad is not None
     if not isinstance(parameter, DTensor):
         parameter.grad.add_(parameter * factors)

@@ -1,4 +1,4 @@
-"""Other factors of the same product: B A = (B T)(T⁻¹ A) for any invertible T (r, r), which trains otherwise."""
+"""Rebalancing factors: B A = (B T)(T⁻¹ A) for any invertible T (r, r), but each choice trains differently."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from lrtrain.layers.base import FactorizedLinear, Reset
 
 
 def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (m, r), σ (r,) descending and Vᵀ (r, n) of B A, for B = `left` (m, r) and A = `right` (r, n); r ≤ min(m, n).
+    """The SVD of B A: U (m, r), σ (r,) descending and Vᵀ (r, n), for B = `left` (m, r), A = `right` (r, n), r ≤ min(m, n).
 
-    From QRs of the thin factors and an SVD of (r, r); no (m, n) matrix is formed.
+    Computed from QRs of the thin factors and an SVD of (r, r); no (m, n) matrix is formed.
     """
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)
@@ -18,33 +18,33 @@ def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """U√Σ (m, r) and √Σ Vᵀ (r, n) with the product B A: BᵀB = AAᵀ = Σ."""
+    """U√Σ (m, r) and √Σ Vᵀ (r, n), the factors of B A = UΣVᵀ with equal Grams Σ."""
     u, sigma, vt = product_svd(left, right)
     root = sigma.sqrt()
     return u * root, root[:, None] * vt
 
 
 def left_orthonormal(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """β·U (m, r) and Σ Vᵀ/β (r, n) with the product B A and β = √σ₁.
+    """β·U (m, r) and Σ Vᵀ/β (r, n), the factors of B A = UΣVᵀ with β = √σ₁.
 
     (Xiong et al., "How Over-Parameterization Slows Down Gradient Descent in Matrix Sensing", ICLR 2024, arXiv
-    2310.01769.) A gradient step on the factors moves B A along U Uᵀ G β² + G V Σ² Vᵀ/β²: from here no direction of
-    U is slower than another, whereas in balanced factors each moves in proportion to its σ. With β = √σ₁ both factors
-    have the norm √σ₁ that they have when balanced, so the learning rates that are stable stay the same. But what is yet
-    to be learned outside of U moves by σ²/β² instead of σ, so it helps once U holds all that matters, not before.
+    2310.01769.) A gradient step on the factors moves B A along U Uᵀ G β² + G V Σ² Vᵀ/β². All directions of U then move
+    equally fast, whereas with balanced factors each moves in proportion to its σ. With β = √σ₁ both factors have
+    spectral norm √σ₁, as balanced factors have, so the same learning rates are stable. Directions outside of U move by
+    σ²/β² instead of σ, so this helps only once U contains the directions to be learned.
     """
     u, sigma, vt = product_svd(left, right)
-    if sigma[0] == 0:  # then there is nothing to hold otherwise
+    if sigma[0] == 0:  # B A = 0: nothing to rebalance
         return left, right
     beta = sigma[0].sqrt()
     return u * beta, (sigma / beta)[:, None] * vt
 
 
 class RebalancedLinear(FactorizedLinear):
-    """A layer whose factor pair is held anew once, as `left_orthonormal` has it, and its optimizer states reset.
+    """A layer whose factor pair is rebalanced once by `left_orthonormal`, with a reset of its optimizer state.
 
     Args:
-        rebalance_at: the number of steps after which; None: never.
+        rebalance_at: the step after which to rebalance; None: never.
     """
 
     def __init__(self, in_features: int, out_features: int, rank: int, rebalance_at: int | None):

@@ -1,14 +1,14 @@
-"""ReLoRA: W = W₀ + s·B A, where the trained B A is merged into the frozen W₀ again and again.
+"""ReLoRA: W = W₀ + s·B A, where the trained B A is periodically merged into the frozen W₀.
 
-Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024, arXiv 2307.05695. Each merge is of rank
-r at the most, their sum is not. After a merge A is drawn anew, B is zero and most of their optimizer states are pruned;
-the published learning rate restarts with each merge (`schedule=cosine_restarts`).
+Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024, arXiv 2307.05695. Each merge has
+rank at most r, but their sum may have more. After a merge A is random again, B is zero and most of their optimizer
+state is pruned; the published learning rate restarts with each merge (`schedule=cosine_restarts`).
 
-Two things differ from the public code. It starts with A = 0 beside B = 0, where both gradients are zero until the
-first merge draws A; here A is drawn from the start. And its dropout of 0.1 on the branch's input is left out.
+Two differences from the published code: it starts with A = B = 0, so that both gradients are zero until the first merge
+draws A, whereas here A is random from the start; and there is no dropout (0.1 in the published code) on the branch's input.
 
-Pruning takes the same entries of both of Adam's moments. The gradient of A is zero in the step after a merge, so a
-first moment that is left without its second would move A by lr·m/eps.
+Pruning removes the same entries of both of Adam's moments. The gradient of A is zero in the step after a merge, so a
+first moment that is left without its second moment would move A by lr·m/eps.
 """
 
 import math
@@ -32,11 +32,11 @@ class ReLoRALinear(FactorizedLinear):
     Initial values: W₀ ~ N(0, init_std²), A ~ U(±1/√in), B = 0.
 
     Args:
-        merge_every: steps between two merges.
+        merge_every: steps between merges.
         alpha, scale: see `low_rank_scale`.
-        prune: share of the entries of A's and B's optimizer states that a merge sets to zero, from 0 to 1.
-        prune_by: which entries: `magnitude` (the smallest) or `random`.
-        restart_counter: whether a merge also sets the optimizer's step counter of A and B to zero.
+        prune: share of the entries of A's and B's moments that a merge sets to zero, from 0 to 1.
+        prune_by: entries to prune: `magnitude` (the smallest) or `random`.
+        restart_counter: whether a merge also resets the optimizer's step counter of A and B.
         init_std: standard deviation of W₀.
     """
 
@@ -118,7 +118,7 @@ class ReLoRALinear(FactorizedLinear):
 
     @classmethod
     def from_dense(cls, weight: Tensor, rank: int, bias: Tensor | None = None) -> "ReLoRALinear":
-        """The layer whose W is weight (out, in), in its dtype: W₀ = W, B = 0, and A from torch's generator."""
+        """The layer with W₀ = weight (out, in), in its dtype, B = 0, and A from torch's global generator."""
         out_features, in_features = weight.shape
         layer = cls(
             in_features, out_features, bias is not None, rank,

@@ -3,10 +3,10 @@
 Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", NeurIPS 2024,
 arXiv 2406.02214, equation (1) and algorithm 1. Two executions of the same map:
 
-* `materialize` (the paper's): W is built, used and dropped; the backward pass builds it again and forms the dense
-  gradient G = gᵀx for a moment. No (out, in) tensor is saved between the passes.
-* `factored`: y = s·(x Aᵀ) Bᵀ + x Sᵀ, and the gradient of the values is sampled on the support. No (out, in) tensor
-  exists at any time, and the work shrinks with rank and density.
+* `materialize` (as in the paper): forms W, uses it and frees it; the backward pass forms W again, and the dense
+  gradient G = gᵀx. No (out, in) tensor is saved between the passes.
+* `factored`: y = s·(x Aᵀ) Bᵀ + x Sᵀ, and the gradient of the values is computed on the support only. No (out, in) tensor
+  is ever formed, and the work shrinks with rank and density.
 """
 
 import math
@@ -37,12 +37,12 @@ from lrtrain.linalg.factors import dense_singular_values
 from lrtrain.linalg.initial import spectral_factors, uniform
 from lrtrain.linalg.nearest import Fit, low_rank_plus_sparse
 
-EXECUTIONS = ("materialize", "factored")  # what `auto` chooses from
+EXECUTIONS = ("materialize", "factored")  # `auto` is one of these
 ScaleRule = Literal["alpha_over_r", "alpha_over_sqrt_r", "const"]
 
 
 def low_rank_scale(alpha: float, rank: int, rule: ScaleRule) -> float:
-    """The factor s before B A: α/r as published, α/√r, or α itself (`const`, which a sweep over ranks can hold)."""
+    """The factor s in s·B A: α/r as published, α/√r, or α itself (`const`, independent of the rank)."""
     rules = {"alpha_over_r": alpha / rank, "alpha_over_sqrt_r": alpha / math.sqrt(rank), "const": alpha}
     return rules[rule]
 
@@ -74,7 +74,7 @@ class _Materialized(torch.autograd.Function):
         (g,) = grad_outputs
         x, left, right, values, crow, col = ctx.saved_tensors
         dx = g @ compose(left, right, values, crow, col, ctx.block, ctx.scale) if ctx.needs_input_grad[0] else None
-        dense = g.T @ x  # (out, in), only here and only for a moment
+        dense = g.T @ x  # (out, in), temporary
         d_left = ctx.scale * (dense @ right.T)
         d_right = ctx.scale * (left.T @ dense)
         d_values = dense.view(-1)[flat_positions(crow, col, ctx.block, right.shape[1])]
@@ -115,10 +115,10 @@ def sltrain_linear(
     scale: float,
     factored: bool,
 ) -> Tensor:
-    """x (..., in) → (..., out) by W = scale·B A + S, with the hand-written backward pass of the chosen execution.
+    """x (..., in) → x Wᵀ (..., out) for W = scale·B A + S, with the backward pass of the chosen execution.
 
     Args:
-        values, crow, col, block: S, as `lrtrain.layers.sparse_support` describes it.
+        values, crow, col, block: S; see `lrtrain.layers.sparse_support`.
     """
     function = _Factored if factored else _Materialized
     y = function.apply(x.reshape(-1, x.shape[-1]), left, right, values, crow, col, block, scale)
@@ -126,29 +126,30 @@ def sltrain_linear(
 
 
 class SLTrainLinear(RebalancedLinear):
-    """y = (s·B A + S) x + bias, S with values on a random fixed support.
+    """y = (s·B A + S) x + bias, S with values on a fixed support.
 
-    Initial values: A ~ U(±1/√in), B = 0, values ~ U(±1/√in), bias ~ U(±1/√out), unless `init` says otherwise.
+    Published initial values: A ~ U(±1/√in), B = 0, values ~ U(±1/√in), bias ~ U(±1/√out).
 
     Args:
-        density: share of the entries of W that S holds (δ), from 0 to 1.
-        support: where they are.
-            `uniform`: anywhere, ⌊δ·out·in⌋ values (as published).
-            `row_balanced`: the same number in every row, out·round(δ·in) values; no row pointers to store.
-            `block`: in b×b blocks, the same number in every block row, out·b·max(1, round(δ·in/b)) values. Factored
+        density: share δ of the entries of W that S holds, from 0 to 1.
+        support: form of the support.
+            `uniform`: ⌊δ·out·in⌋ entries anywhere (as published).
+            `row_balanced`: equally many entries per row, out·round(δ·in) in total; needs no row pointers.
+            `block`: b×b blocks, equally many per block row, out·b·max(1, round(δ·in/b)) entries in total. Factored
             execution is then a few batched matrix products, on every device and in every dtype.
-        select: which entries these are: `random` ones, which the seed gives back, or with a start from a weight those
-            that BA leaves most of (`residual`), which are kept in checkpoints.
-        block: b, the side of a block; read by `support=block` alone.
+        select: `random` entries, regenerated from the seed; or with a start from a weight the largest entries of
+            W - s·BA (`residual`), which are stored in checkpoints.
+        block: b, the side of a block, for `support=block`.
         alpha, scale: see `low_rank_scale`.
-        execution: `materialize`, `factored`, or `auto`: whichever a measurement finds faster.
-        init: `published`, as above; or `spectral`: s·B A is the best rank-r part of a dense N(0, init_std²) draw.
-        init_std: standard deviation of the dense initialization that `spectral` imitates.
-        rebalance_at: the number of steps after which the factors become βU and ΣVᵀ/β; None: never. See
+        execution: `materialize`, `factored`, or `auto` (the faster one).
+        init: `published`, as above; or `spectral`: s·B A is the best rank-r approximation of a dense N(0, init_std²)
+            matrix.
+        init_std: standard deviation of the dense initialization that `spectral` approximates.
+        rebalance_at: the step after which the factors are rebalanced to βU and ΣVᵀ/β; None: never. See
             `left_orthonormal`.
 
     Raises:
-        ConfigError: for a block that does not divide the shape.
+        ConfigError: if the block does not divide the shape.
     """
 
     batchable = True
@@ -199,7 +200,7 @@ class SLTrainLinear(RebalancedLinear):
             shape, crow = (rows, count), None
         self.A = nn.Linear(in_features, rank, bias=False, device=device)
         self.B = nn.Linear(rank, out_features, bias=bias, device=device)
-        trained = self.nnz > 0  # no engine sums gradients without entries
+        trained = self.nnz > 0  # engines cannot reduce empty gradients
         self.values = nn.Parameter(torch.empty(self.nnz, device=device), requires_grad=trained)
         stored = select == "residual"
         self.register_buffer("crow", crow, persistent=stored)
@@ -229,7 +230,7 @@ class SLTrainLinear(RebalancedLinear):
         return self.draw_support(generator) if self.select == "random" else {}
 
     def draw_support(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """`col`, and `crow` where there is one, of a random support."""
+        """`col`, and `crow` for a uniform support, of a random support."""
         m, n = self.out_features, self.in_features
         if self.crow is not None:
             crow, col = compress_rows(draw_uniform(m * n, self.nnz, generator), m, n)
@@ -251,7 +252,7 @@ class SLTrainLinear(RebalancedLinear):
         return {"A.weight": right / root, "B.weight": left / root, "values": values, **support}
 
     def largest_support(self, scores: Tensor) -> dict[str, Tensor]:
-        """`col`, and `crow` where there is one, of the support with the largest scores (out, in), which are ≥ 0."""
+        """`col`, and `crow` for a uniform support, of the support with the largest scores (out, in), all ≥ 0."""
         m, n = scores.shape
         if self.crow is not None:
             crow, col = compress_rows(scores.flatten().topk(self.nnz).indices.sort().values, m, n)
@@ -278,7 +279,7 @@ class SLTrainLinear(RebalancedLinear):
     def flops(self, tokens: int) -> int:
         return 2 * tokens * (self.rank * (self.in_features + self.out_features) + self.nnz)
 
-    def settle(self, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
+    def autotune(self, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
         runs = self.block > 1 or (device.type == "cpu" and dtype in (torch.float32, torch.float64))
         if self.execution == "factored" and not runs:
             raise ConfigError(
@@ -300,7 +301,7 @@ class SLTrainLinear(RebalancedLinear):
 
 def _check_block(block: int, out_features: int, in_features: int) -> None:
     if block < 2:
-        raise ConfigError(f"param.block={block} is below 2; for single entries use param.support=row_balanced")
+        raise ConfigError(f"param.block={block} is below 2; use param.support=row_balanced for single entries")
     if out_features % block or in_features % block:
         wrong = out_features if out_features % block else in_features
         near = -(-wrong // block) * block

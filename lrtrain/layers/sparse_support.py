@@ -1,13 +1,13 @@
-"""Sparse supports: where the nonzeros of an (out, in) matrix S sit, and the products with S.
+"""Sparse supports: the positions of the nonzeros of an (out, in) matrix S, and products with S.
 
-A support is kept by rows, and its values in the same order, row-major. Two forms:
+A support is stored by rows, and its values in the same row-major order. Two forms:
 
 * uniform: `crow` (out + 1,) are row pointers and `col` (nnz,) the columns of each row, ascending;
-* balanced: `crow` is None, and `col` (out/b, k) are the k blocks of b columns that each block row of b rows holds.
-  With b = 1 these are k single columns in every row. Each row has k·b values, so no pointers are needed.
+* balanced: `crow` is None, and `col` (out/b, k) are the k nonzero blocks, of b columns each, in each block row of b
+  rows; b = 1 means k single columns per row. Each row has k·b values, so no pointers are needed.
 
-Columns take two bytes where 65,536 columns (of blocks) suffice, and four beyond; they become int32 or int64 only
-while a kernel runs.
+Column indices take two bytes up to 65,536 columns (or blocks), else four; they are converted to int32 or int64 only
+for a kernel.
 """
 
 import warnings
@@ -26,12 +26,12 @@ TILE = 512
 
 
 def column_dtype(columns: int) -> torch.dtype:
-    """The smallest type that holds the indices of so many columns."""
+    """The smallest dtype for the indices of this many columns."""
     return torch.uint16 if columns <= 2**16 else torch.int32
 
 
 def draw_uniform(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """A uniformly random subset of `count` of the numbers 0..total-1, ascending, without a permutation of all."""
+    """A uniformly random subset of `count` of the numbers 0..total-1, ascending, without permuting all of them."""
     if 2 * count > total:  # draw the smaller of the subset and its complement
         keep = torch.ones(total, dtype=torch.bool)
         keep[draw_uniform(total, total - count, generator)] = False
@@ -53,7 +53,7 @@ def draw_rows(rows: int, total: int, count: int, generator: torch.Generator) -> 
         keep.scatter_(1, draw_rows(rows, total, total - count, generator), False)
         return keep.nonzero()[:, 1].view(rows, count)
     picked = torch.randint(total, (rows, count), generator=generator)
-    while True:  # what a row drew twice is drawn again; no number is preferred, so neither is a subset
+    while True:  # duplicates in a row are drawn again, which keeps all subsets equally likely
         picked = picked.sort(dim=1).values
         again = torch.zeros_like(picked, dtype=torch.bool)
         again[:, 1:] = picked[:, 1:] == picked[:, :-1]
@@ -81,7 +81,7 @@ def flat_positions(crow: Tensor | None, col: Tensor, block: int, cols: int) -> T
 
 
 # --- products with single entries --------------------------------------------------------------------------------
-# For S (out, in) as (values, crow, col), on the CPU. Custom operators: torch.compile need not look into them.
+# For S (out, in) as (values, crow, col), on the CPU. Custom operators, which torch.compile does not trace into.
 
 
 def _as_bags(crow: Tensor | None, col: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def _as_bags(crow: Tensor | None, col: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _transposed(values: Tensor, crow: Tensor, col: Tensor, cols: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sᵀ (cols, out) in the form of S: its values, row pointers and columns, by a stable radix sort."""
+    """The values, row pointers and columns of Sᵀ (cols, out), by a stable radix sort."""
     ordered, order = col.sort(stable=True)
     rows = torch.arange(len(crow) - 1, dtype=torch.int32).repeat_interleave(crow.diff(), output_size=len(col))
     pointers = torch.searchsorted(ordered, torch.arange(cols + 1, dtype=torch.int32), out_int32=True)
@@ -100,7 +100,7 @@ def _transposed(values: Tensor, crow: Tensor, col: Tensor, cols: int) -> tuple[T
 
 
 def _times(values: Tensor, crow: Tensor, col: Tensor, x_t: Tensor) -> Tensor:
-    """S x_t: (in, tile) → (out, tile). Sums of weighted rows: torch's fastest sparse product on a CPU."""
+    """S x_t: (in, tile) → (out, tile), by embedding_bag, torch's fastest sparse product on a CPU."""
     return embedding_bag(col, x_t, crow, mode="sum", per_sample_weights=values, include_last_offset=True)
 
 
@@ -121,7 +121,8 @@ def _(values: Tensor, crow: Tensor | None, col: Tensor, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("lrtrain::sparse_gradients", mutates_args=())
 def sparse_gradients(values: Tensor, crow: Tensor | None, col: Tensor, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """g (tokens, out), x (tokens, in) → g S (tokens, in), and gᵀ x on the support alone (nnz,): no (out, in) matrix."""
+    """g (tokens, out), x (tokens, in) → g S (tokens, in), and gᵀ x on the support only (nnz,), without an (out, in)
+    matrix."""
     pointers, columns = _as_bags(crow, col)
     transposed = _transposed(values, pointers, columns, x.shape[1])
     shape = (g.shape[1], x.shape[1])
@@ -144,7 +145,7 @@ def _(values: Tensor, crow: Tensor | None, col: Tensor, g: Tensor, x: Tensor) ->
 
 
 def _gathered(x: Tensor, col: Tensor, block: int) -> Tensor:
-    """The columns of x (tokens, in) that each block row of S meets: a view (out/b, tokens, k·b) of a copy."""
+    """The columns of x (tokens, in) that each block row of S multiplies: a view (out/b, tokens, k·b) of a copy."""
     blocks = x.unflatten(1, (-1, block)).index_select(1, col.flatten().int())  # (tokens, out/b · k, b)
     return blocks.view(len(x), len(col), -1).transpose(0, 1)
 
@@ -162,7 +163,7 @@ def block_add_(y: Tensor, values: Tensor, col: Tensor, block: int, x: Tensor) ->
 
 
 def block_gradients(values: Tensor, col: Tensor, block: int, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """g (tokens, out), x (tokens, in) → g S (tokens, in), and gᵀ x on the support alone (nnz,)."""
+    """g (tokens, out), x (tokens, in) → g S (tokens, in), and gᵀ x on the support only (nnz,)."""
     weights = values.view(len(col), block, -1)
     g_t = _by_block_rows(g, block).mT  # (out/b, b, tokens)
     parts = torch.bmm(weights.mT, g_t)  # (out/b, k·b, tokens)

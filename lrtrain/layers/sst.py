@@ -1,16 +1,16 @@
-"""SST: W = U diag(σ) Vᵀ at full rank, all of σ trained always, the vectors a few at a time.
+"""SST: W = U diag(σ) Vᵀ at full rank; every step trains all of σ and a few of the singular vectors.
 
 Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML 2025,
 arXiv 2405.15481. With q = min(out, in):
 
 * every step trains all q singular values and the vectors u_i, v_i of the r active indices i, then restores σ ≥ 0 and
   ‖u_i‖ = ‖v_i‖ = 1;
-* every *iteration* of so many steps the active indices are drawn anew, i with probability p_i = ½(1/q + σ_i/Σσ),
-  without replacement; the vectors' optimizer states are cleared and their learning rate warms up again;
-* every *round* of so many iterations the SVD of W is taken anew, so that vectors are orthonormal again.
+* every *iteration* (a number of steps) new active indices are drawn without replacement, i with probability
+  p_i = ½(1/q + σ_i/Σσ); the vectors' optimizer state is cleared and their learning rate warms up again;
+* every *round* (a number of iterations) the SVD of W is computed, which makes the vectors orthonormal again.
 
-With G = ∂L/∂W the *enhanced* gradients of the vectors are G v_i and Gᵀu_i. The true ones are σ_i times these, and
-would hardly move the vectors of small singular values.
+With G = ∂L/∂W the *enhanced* gradients of the vectors are G v_i and Gᵀu_i. The true gradients have an additional factor
+σ_i, and would hardly move the vectors of small singular values.
 """
 
 import math
@@ -28,7 +28,7 @@ from lrtrain.linalg.nearest import Fit
 
 
 class _Spectral(torch.autograd.Function):
-    """y = U(σ∘(Vᵀx)) from the blocks of active and of frozen vectors; no (out, in) tensor in either pass."""
+    """y = U(σ∘(Vᵀx)) from the blocks of active and frozen vectors; neither pass forms an (out, in) tensor."""
 
     @staticmethod
     def forward(ctx, x, sigma, left, right, left_frozen, right_frozen, order, enhanced):
@@ -63,14 +63,14 @@ def active_probabilities(sigma: Tensor) -> Tensor:
 
 
 def draw_order(sigma: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """A permutation of the indices of σ (q,), int64: the `rank` that become active first, both parts ascending."""
+    """A permutation of the indices of σ (q,), int64: the `rank` new active ones, then the others, both ascending."""
     active = torch.zeros(len(sigma), dtype=torch.bool)
     active[torch.multinomial(active_probabilities(sigma), rank, replacement=False, generator=generator)] = True
     return torch.cat([active.nonzero(), (~active).nonzero()]).flatten()
 
 
 def in_blocks(u: Tensor, v: Tensor, order: Tensor, rank: int) -> dict[str, Tensor]:
-    """The layer's blocks and its `order`, from the vectors in natural order, as rows: u (q, out), v (q, in)."""
+    """The layer's blocks and `order` for vectors in natural order, stored as rows: u (q, out), v (q, in)."""
     order = order.to(u.device)
     active, frozen = order[:rank], order[rank:]
     return {
@@ -86,14 +86,14 @@ class SSTLinear(FactorizedLinear):
     """y = U(σ∘(Vᵀx)) + bias, U (out, q) and V (in, q) stored as rows, in a trained and a frozen block.
 
     σ is in natural order. `order` (q,) is a permutation of its indices: the rows of `left` (r, out) and `right` (r, in)
-    are u_i and v_i of its first r, those of `left_frozen` and `right_frozen` of the rest. Weight decay has no effect on
-    the vectors, whose lengths are restored, and is not applied to σ.
+    are u_i and v_i for its first r indices, those of `left_frozen` and `right_frozen` for the rest. Weight decay has no
+    effect on the vectors, which are normalized after each step, and is not applied to σ.
 
     Args:
-        iteration: steps between two draws of the active indices (T3).
-        round: iterations between two SVDs of W (T2); None: ⌈q/r⌉, so that each index is due once a round.
-        warmup: first steps of each iteration over which the vectors' learning rate rises linearly from zero.
-        enhanced: whether the vectors' gradients lack the factor σ_i, as published.
+        iteration: steps between draws of the active indices (T3).
+        round: iterations between SVDs of W (T2); None: ⌈q/r⌉, so that each index is expected to be active once a round.
+        warmup: steps at the start of each iteration over which the vectors' learning rate rises linearly from zero.
+        enhanced: use the vectors' enhanced gradients, as published.
         init_std: standard deviation of the dense initialization whose SVD the layer starts from.
     """
 
@@ -162,7 +162,7 @@ class SSTLinear(FactorizedLinear):
         return (self.left.T * active) @ self.right + (self.left_frozen.T * frozen) @ self.right_frozen
 
     def singular_values(self) -> Tensor:
-        # Not σ: between two SVDs training moves the vectors away from orthogonality.
+        # Not σ: between SVDs the vectors are not exactly orthogonal.
         left, right = torch.cat([self.left, self.left_frozen]), torch.cat([self.right, self.right_frozen])
         return product_singular_values(left.T * self.sigma[self.order], right, 1.0)
 
@@ -193,7 +193,7 @@ class SSTLinear(FactorizedLinear):
         self._take(in_blocks(u, v, draw_order(self.sigma, self.rank, generator), self.rank))
 
     def resets(self, step: int) -> dict[str, Reset]:
-        # After an SVD the i-th singular value is another one; else only the vectors change places.
+        # An SVD reorders the singular values; otherwise only the vectors move between the blocks.
         names = ("left", "right", "sigma") if step % self.steps_per_round == 0 else ("left", "right")
         return {name: Reset() for name in names}
 
@@ -213,7 +213,7 @@ class SSTLinear(FactorizedLinear):
     def from_dense(
         cls, weight: Tensor, rank: int, bias: Tensor | None = None, iteration: int = 200, enhanced: bool = True
     ) -> "SSTLinear":
-        """The layer whose W is weight (out, in), in its dtype; the largest singular values' vectors are active."""
+        """The layer with W = weight (out, in), in its dtype; the vectors of the largest singular values are active."""
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, bias is not None, rank, iteration, None, 20, enhanced, 0.02).to(weight)
         u, sigma, vt = torch.linalg.svd(weight.double(), full_matrices=False)

@@ -9,7 +9,7 @@ from torch import nn
 from lrtrain.model.structure import factorized_layers
 
 
-def settle(
+def autotune_layers(
     model: nn.Module,
     tokens: int,
     dtype: torch.dtype,
@@ -33,7 +33,7 @@ def settle(
             continue
         kind = repr(layer)
         if kind not in chosen:
-            chosen[kind] = layer.settle(tokens, dtype, device)
+            chosen[kind] = layer.autotune(tokens, dtype, device)
         if (execution := chosen[kind]) is not None:
             executions[name] = execution
     return executions

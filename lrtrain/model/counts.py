@@ -19,7 +19,7 @@ NO_PRODUCT = re.compile(r"Linear|Lightning|Rwkv|Output|Cross")
 """Attentions, by their class, that do not multiply every token with every other."""
 
 
-def ledger(model: nn.Module) -> list[tuple[str, int, str, int]]:
+def factorization_table(model: nn.Module) -> list[tuple[str, int, str, int]]:
     """What was replaced: rows (projection, layers, "out×in, rank", parameters), one per kind of layer."""
     rows: dict[tuple[str, str], list[int]] = {}
     for name, layer in factorized_layers(model).items():

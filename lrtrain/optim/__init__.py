@@ -1,1 +1,1 @@
-"""Optimizers, one file each; who gets what in `groups`; learning-rate schedules in `schedules`."""
+"""Optimizers, one file each; parameter groups in `groups`; learning-rate schedules in `schedules`."""

@@ -1,4 +1,4 @@
-"""Adam's arithmetic: the one step that AdamW and all methods that project gradients share."""
+"""Adam's step, shared by AdamW and all methods that project gradients."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ EpsConvention = Literal["corrected", "galore"]
 
 
 def bias_correction(step: int, beta1: float, beta2: float) -> float:
-    """(1 − β₂ᵗ)^½ / (1 − β₁ᵗ), by which M / √V is multiplied."""
+    """(1 − β₂ᵗ)^½ / (1 − β₁ᵗ), the factor on M / √V."""
     return (1 - beta2**step) ** 0.5 / (1 - beta1**step)
 
 
@@ -25,10 +25,10 @@ def adam_direction(
     """Adam's step M̂ / (√V̂ + ε) (Kingma and Ba, 2015, algorithm 1); updates the moments in place.
 
     Args:
-        gradient, first, second: of one shape, float32.
+        gradient, first, second: gradient and moments, of the same shape, float32.
         step: from 1.
-        eps_convention: `corrected` as above (torch's); `galore`: (1 − β₂ᵗ)^½ / (1 − β₁ᵗ) · M / (√V + ε), which the
-            code of GaLore, Fira, APOLLO and LORO computes: its ε is 1/√(1 − β₂ᵗ) times as large.
+        eps_convention: `corrected`: as above, as in torch; `galore`: (1 − β₂ᵗ)^½ / (1 − β₁ᵗ) · M / (√V + ε), as in the
+            code of GaLore, Fira, APOLLO and LORO, which makes ε effectively 1/√(1 − β₂ᵗ) times as large.
     """
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

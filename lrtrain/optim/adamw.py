@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, 2019), torch's own fused kernel."""
+"""AdamW (Loshchilov and Hutter, 2019), by torch's fused kernel."""
 
 from lrtrain.optim.base import ShardedOptimizer
 
@@ -6,4 +6,4 @@ from lrtrain.optim.base import ShardedOptimizer
 class AdamW(ShardedOptimizer):
     """AdamW for every parameter; state: two float32 tensors of each parameter's shape."""
 
-    cut_anywhere = True
+    elementwise_shardable = True

@@ -1,4 +1,4 @@
-"""AdamW whose moments take a byte per entry."""
+"""AdamW with moments of one byte per entry."""
 
 import math
 
@@ -11,16 +11,16 @@ from lrtrain.optim.quantized import BLOCK, block_maxima, blocks_of, dequantize, 
 from lrtrain.optim.rows import Rows, rows_like
 
 SMALL = 4096
-MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # and whether it has a sign
+MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # (moment, whether it is signed)
 
 
 class AdamW8bit(ShardedOptimizer):
     """AdamW with quantized moments (Dettmers et al., ICLR 2022): 2.03 bytes per entry instead of 8.
 
-    The step uses the new moments before they are rounded. Parameters of fewer than 4,096 entries keep float32 ones.
-    Blocks lie within rows, and which parameters are small is told by the whole shape, so that the number of processes
-    changes neither precision nor steps, and checkpoints fit any. (torchao's optimizer decides by the shard.) A vector,
-    whose blocks may span two shards, has its scales on all processes.
+    The step uses the new moments before they are quantized. Parameters of fewer than 4,096 entries keep float32 moments.
+    Blocks lie within rows, and the unsharded shape decides which parameters are small, so that precision, steps and
+    checkpoints do not depend on the number of processes. (torchao's optimizer decides by the shard.) The blocks of a
+    vector may span two shards, so its scales are replicated.
     """
 
     elementwise = True
@@ -50,7 +50,7 @@ class AdamW8bit(ShardedOptimizer):
         return update
 
     def _of_vector(self, rows: Rows, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        """The same for a part of a vector: blocks are those of the whole, the processes agree on each maximum."""
+        """`direction` for a shard of a vector: blocks are those of the whole vector, their maxima are all-reduced."""
         before = rows.first % BLOCK
         start = rows.first // BLOCK
         here = slice(start, start + blocks_of(before + len(gradient)))
@@ -68,6 +68,6 @@ class AdamW8bit(ShardedOptimizer):
         for (moment, signed), new in zip(MOMENTS, (first, second), strict=True):
             scale = torch.zeros_like(state[f"{moment}_vector_scale"])
             scale[here] = block_maxima(placed(new))[0]
-            state[f"{moment}_vector_scale"].copy_(rows.largest(scale))
+            state[f"{moment}_vector_scale"].copy_(rows.max(scale))
             state[moment].copy_(quantize(placed(new), state[f"{moment}_vector_scale"][None, here], signed)[0, before:])
         return update

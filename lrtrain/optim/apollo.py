@@ -18,17 +18,17 @@ BASES = {"gaussian": gaussian_basis, "sparse": sparse_basis}
 
 
 class Apollo(SubspaceAdam):
-    """APOLLO: W ← W − lr·√scale·limited(G scaled by how much Adam scales its random projection G P).
+    """APOLLO: W ← W − lr·√scale·limited(G scaled as Adam scales its random projection G P).
 
-    The basis is a function of (seed, n, r, step // gap), so matrices of one shape share one, which is drawn anew every
-    `gap` steps. A channel is a row, whatever the shape: its factor needs no communication, the limiter the sum of one
-    scalar. State: 2mr numbers and a norm.
+    The basis is a function of (seed, n, r, step // gap): matrices of one shape share it, and it changes every `gap`
+    steps. A channel is always a row: its factor needs no communication; the limiter all-reduces one scalar. State: 2mr
+    numbers and a norm.
 
     Args:
-        factors: `channel`: one for each row; `tensor`: one for the matrix (APOLLO-Mini's, with rank 1).
-        scale: the square root multiplies the step. By rows, a factor in r dimensions is √(r/n) times that of Adam on G.
+        factors: `channel`: one factor per row; `tensor`: one per matrix (APOLLO-Mini, with rank 1).
+        scale: the step is multiplied by √scale. A row factor in r dimensions is √(r/n) times that of Adam on G.
         basis: `gaussian` or `sparse`; see `sparse_basis`.
-        max_growth: of the norm of the step, from one to the next; None: no limit.
+        max_growth: limit on the growth of the step's norm from one step to the next; None: no limit.
     """
 
     replicated = frozenset({"norm"})
@@ -49,7 +49,7 @@ class Apollo(SubspaceAdam):
         self.max_growth = max_growth
         self.bases: dict[tuple[int, int], Tensor] = {}
         self.drawn: dict[tuple[int, int], int] = {}
-        """Which of its bases `bases` holds for a shape."""
+        """The index (step // gap) of the basis that `bases` holds for a shape."""
         super().__init__(model, **subspace)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:

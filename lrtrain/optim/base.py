@@ -1,8 +1,8 @@
-"""What the optimizers share: AdamW for what is not a matrix, rows that stay where they are, exact states.
+"""The base class of all optimizers: AdamW for parameters that are not matrices, and state sharded like parameters.
 
-A method is a subclass: it says which parameters it takes (`roles`, `takes`), what it keeps for one (`new_state`), and
-what the next step of one is (`direction`). It works on this process's rows alone; whatever needs the others' goes
-through `Rows`, so what is communicated can be read off the method's own file.
+A method is a subclass that defines which parameters it steps (`roles`, `takes`), its state for a parameter
+(`new_state`), and the direction of a step (`direction`). It works on this process's rows; all communication goes through
+`Rows`, so each method's file shows what it communicates.
 """
 
 from collections.abc import Callable, Collection
@@ -24,7 +24,7 @@ from lrtrain.optim.rows import Rows, in_pieces, rows_like
 
 
 class Common(TypedDict):
-    """The settings that all optimizers have: keys of `optim`, explained in conf/common/optim.yaml."""
+    """The settings of all optimizers: keys of `optim`, explained in conf/common/optim.yaml."""
 
     lr: PositiveFloat
     other_lr: NonNegativeFloat | None
@@ -39,36 +39,35 @@ class Common(TypedDict):
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """AdamW on the shards of parameters (plain tensors or DTensors with rows sharded), and a subclass's method on some.
+    """AdamW on sharded parameters (plain tensors or DTensors sharded by rows), with a subclass's method for some.
 
-    All state exists from the start, as tensors by parameter: DTensors (see `rows_like`) that follow the parameter's
-    rows, or plain tensors that are the same on all processes, named in `replicated`. All arithmetic is float32;
-    bfloat16 parameters are rounded stochastically. All that is random is a function of (seed, name, step, entry), so it
-    is the same on any number of processes. What a method says of a matrix goes for each of a `Batch`: there `p` is one
-    of its matrices, and no rows of it lie elsewhere.
+    All state exists from the start, as tensors by parameter: DTensors (see `rows_like`) sharded like the parameter's
+    rows, or replicated plain tensors, named in `replicated`. Arithmetic is float32; bfloat16 parameters are rounded
+    stochastically. Random numbers are a function of (seed, name, step, entry), so they are the same on any number of
+    processes. A method steps each matrix of a `Batch` separately: `p` is then one matrix, whole on this process.
 
     Args:
-        model: whose trainable parameters are stepped; may be on meta, to be measured.
+        model: its trainable parameters are stepped; may be on meta, to count state.
 
     Raises:
-        ConfigError: for an unknown decay or eps_convention.
+        ConfigError: if decay or eps_convention is unknown.
     """
 
-    cut_anywhere: ClassVar[bool] = False
-    """Whether it can step any range of a parameter's entries, not only whole rows."""
+    elementwise_shardable: ClassVar[bool] = False
+    """Whether the optimizer can step any range of a parameter's entries (ZeRO), not only whole rows."""
 
     roles: ClassVar[frozenset[str]] = frozenset()
-    """The roles (see `parameter_roles`) of the parameters that the method takes."""
+    """The roles (see `parameter_roles`) of the parameters that the method steps."""
 
     replicated: ClassVar[frozenset[str]] = frozenset()
-    """The keys of states that every process holds whole."""
+    """The keys of replicated state."""
 
     elementwise: ClassVar[bool] = False
-    """Whether the direction of a matrix can be had from some of its rows at a time, which needs less memory."""
+    """Whether the direction can be computed for some rows at a time, which needs less memory."""
 
     begins_by_gradient: ClassVar[bool] = False
-    """Whether step 1 chooses from the gradient something for later steps. Then steps by a gradient of zeros, as A has
-    where B = 0, are not counted before it."""
+    """Whether step 1 derives something from the gradient for later steps. Steps with a zero gradient (of A while B = 0)
+    are then not counted until the first nonzero one."""
 
     def __init__(
         self,
@@ -95,15 +94,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.parameters = [p for group in self.param_groups for p in group["params"]]
         self.names: dict[Tensor, str] = {}
         self.rows: dict[Tensor, Rows] = {}
-        """Of parameters, and of the matrices of batches."""
+        """Names of parameters, and of the matrices of batches."""
         self.transposed: set[Tensor] = set()
-        """The parameters whose matrices are kept as (in, out)."""
+        """The parameters whose matrices are stored as (in, out)."""
         self.own: set[Tensor] = set()
-        """The parameters that the method takes."""
+        """The parameters that the method steps."""
         self.batches: dict[Tensor, Batch] = {}
-        """Those of them that are batches of matrices."""
+        """Those of these parameters that are batches of matrices."""
         self.place_in_batch: dict[Tensor, tuple[Tensor, int]] = {}
-        """Each of these matrices → its parameter, and which one it is of those here."""
+        """Matrix of a batch → (its parameter, its index among the matrices on this process)."""
         for group in self.param_groups:
             group["lr"] = lr * group["lr_factor"]
             for name, p in zip(group["names"], group["params"], strict=True):
@@ -114,7 +113,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     self.own.add(p)
                     if p.ndim == 3:
                         self._add_batch(name, p)
-                self.begin_anew(p)
+                self.initialize_state(p)
 
     def _add_batch(self, name: str, p: Tensor) -> None:
         batch = self.batches[p] = Batch(name, p, p in self.transposed)
@@ -124,37 +123,37 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.names[matrix], self.rows[matrix] = its_name, Rows(matrix)
             self.place_in_batch[matrix] = (p, i)
 
-    # --- what a method says ----------------------------------------------------------------------------------------
+    # --- what a method defines ----------------------------------------------------------------------------------------
 
     def takes(self, name: str, p: Tensor, role: str) -> bool:
-        """Whether the method is for this parameter; AdamW steps the others."""
+        """Whether the method steps this parameter; AdamW steps the others."""
         return role in self.roles
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        """What the method keeps for a parameter, besides `step`, before its first step.
+        """The method's initial state for a parameter, without `step`.
 
         Raises:
-            ConfigError: if it does not suit the parameter, naming the key.
+            ConfigError: if the settings do not fit the parameter, naming the key.
         """
         raise NotImplementedError
 
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        """The step on this process's rows, to be scaled by the negative learning rate; changes the state.
+        """The direction of a step for this process's rows, to be multiplied by −lr; updates the state.
 
         Args:
             p: the parameter.
-            gradient: of the rows here, float32; may be overwritten.
-            state: the local parts.
+            gradient: of this process's rows, float32; may be overwritten.
+            state: this process's part.
             step: from 1.
         """
         raise NotImplementedError
 
     def begin_step(self) -> None:
-        """Before the first parameter of a step, within the backward pass or not."""
+        """Called before the first parameter of a step, within the backward pass or not."""
 
     def step_jointly(self) -> Collection[Tensor]:
-        """Before all others, the steps on parameters that are taken together, but not within the backward pass, where
-        gradients come one by one; returns these parameters."""
+        """Step the parameters that are stepped together, before all others, and return them. Not called with updates in
+        the backward pass, where gradients come one by one."""
         return ()
 
     # --- stepping --------------------------------------------------------------------------------------------------
@@ -169,7 +168,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_one(self, p: Tensor, group: dict[str, Any]) -> None:
-        """The step on one parameter, now that it has its gradient."""
+        """Step one parameter, which has its gradient."""
         self._step_all([p], group)
 
     def _step_all(self, ready: list[Tensor], group: dict[str, Any]) -> None:
@@ -184,17 +183,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._step_fused(others, group)
 
     def _fused(self, p: Tensor) -> bool:
-        """Whether torch's fused AdamW steps this parameter: it knows one convention of ε and no rounding."""
+        """Whether torch's fused AdamW can step this parameter (one ε convention, no stochastic rounding)."""
         return p not in self.own and p.dtype == torch.float32 and self.eps_convention == "corrected"
 
     def _step_by(self, p: Tensor, group: dict[str, Any], direction: Callable[..., Tensor], by_pieces: bool) -> None:
-        """One step along `direction`, of all rows here or of some at a time."""
+        """One step along `direction`, for all of this process's rows or for some at a time."""
         state, gradient = self.local_state(p), self.local_gradient(p)
         state["step"] += 1
         step = int(state["step"])
         parts = {key: value for key, value in state.items() if key != "step"}
         if step == 1 and self.begins_by_gradient and p in self.own and self._is_zero(p, gradient):
-            state["step"].zero_()  # so the next step is the first again, and chooses again
+            state["step"].zero_()  # so that the next step is the first again
         for rows in in_pieces(gradient) if by_pieces else [slice(None)]:
             some = {key: part if key in self.replicated else part[rows] for key, part in parts.items()}
             self._write(p, direction(p, gradient[rows].float(), some, step), group, step, rows)
@@ -206,14 +205,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._step_by(matrix, group, self.direction, self.elementwise)
 
     def local_state(self, p: Tensor) -> dict[str, Tensor]:
-        """This process's part of a parameter's state; or the state of a matrix of a batch."""
+        """This process's part of a parameter's state, or the state of one matrix of a batch."""
         if p not in self.place_in_batch:
             return {key: local(value) for key, value in self.state[p].items()}
         parameter, i = self.place_in_batch[p]
         return {key: local(value)[i] for key, value in self.state[parameter].items()}
 
     def local_gradient(self, p: Tensor) -> Tensor:
-        """The same of its gradient."""
+        """This process's part of a parameter's gradient, or the gradient of one matrix of a batch."""
         if p not in self.place_in_batch:
             assert p.grad is not None
             return local(p.grad)
@@ -225,11 +224,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return p.shape[::-1] if p in self.transposed else p.shape
 
     def _is_zero(self, p: Tensor, gradient: Tensor) -> bool:
-        """Whether the gradient is zero in the rows here and in those of all other processes."""
+        """Whether the gradient is zero in the rows of all processes; a collective."""
         return not self.rows[p].sum(gradient.any().float())
 
     def adamw_direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        """`direction` of AdamW, by the moments `exp_avg` and `exp_avg_sq`."""
+        """AdamW's direction, from the moments `exp_avg` and `exp_avg_sq`."""
         return self.adam_step(gradient, state["exp_avg"], state["exp_avg_sq"], step)
 
     def adam_step(self, gradient: Tensor, first: Tensor, second: Tensor, step: int) -> Tensor:
@@ -258,7 +257,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
 
     def _write(self, p: Tensor, update: Tensor, group: dict[str, Any], step: int, rows: slice = slice(None)) -> None:
-        """p ← (1 − lr·decay)·p − lr·update, for some of the rows here."""
+        """p ← (1 − lr·decay)·p − lr·update, for some of this process's rows."""
         part = local(p)[rows]
         new = part if part.dtype == torch.float32 else part.float()
         new.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
@@ -266,7 +265,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.put(p, new, step, rows)
 
     def put(self, p: Tensor, new: Tensor, step: int, rows: slice = slice(None)) -> None:
-        """p ← new (float32), for some of the rows here; rounded stochastically to bfloat16."""
+        """p ← new (float32), for some of this process's rows; bfloat16 parameters are rounded stochastically."""
         part = local(p)[rows]
         if part.dtype == torch.bfloat16:
             seed = integer_seed(self.seed, f"rounding of {self.names[p]} at {step}")
@@ -275,23 +274,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # --- state -----------------------------------------------------------------------------------------------------
 
-    def begin_anew(self, p: Tensor) -> None:
-        """Give a parameter the state that it has before its first step."""
+    def initialize_state(self, p: Tensor) -> None:
+        """Give a parameter its initial state."""
         if p in self.batches:
             self.state[p] = self.batches[p].new_state(self.new_state)
         elif p in self.own:
-            # On the CPU, where it can be read without waiting for a GPU; fused AdamW wants its own on the device.
+            # On the CPU, so that reading it does not synchronize with a GPU; fused AdamW needs it on the device.
             self.state[p] = {"step": torch.zeros(()), **self.new_state(p)}
         else:
             moments = {key: rows_like(p, *p.shape[1:]) for key in ("exp_avg", "exp_avg_sq")}
             self.state[p] = {"step": torch.zeros((), device=p.device if self._fused(p) else "cpu"), **moments}
 
     def named_state(self) -> dict[str, Tensor]:
-        """`<parameter>.<key>` → state, the tensors themselves: to be saved, or to be filled in place."""
+        """`<parameter>.<key>` → state tensor (not a copy), to be saved, or filled in place."""
         return {f"{self.names[p]}.{key}": value for p, state in self.state.items() for key, value in state.items()}
 
     def state_bytes(self, shards: int = 1) -> int:
-        """Bytes of all state, scalars aside, on one of `shards` processes that share the rows evenly."""
+        """Bytes of all state except scalars, on one of `shards` processes with equally many rows."""
         found = 0
         for p, state in self.state.items():
             for key, value in state.items():
@@ -300,9 +299,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return found + sum(t.nbytes for t in self.shared())
 
     def shared(self) -> list[Tensor]:
-        """What is held besides the state and never saved, since a seed or a formula gives it back."""
+        """Tensors held besides the state and never saved, since a seed or formula determines them."""
         return []
 
     def metrics(self) -> dict[str, float]:
-        """What is worth logging of the last step, by name within `optim/`, the same on all processes."""
+        """Metrics of the last step, by name within `optim/`, the same on all processes."""
         return {}

@@ -17,9 +17,9 @@ BITS = {"none": None, "full": 32, "8bit": 8, "4bit": 4}
 
 class DctAdamW(DctOptimizer):
     """DCT-AdamW: with A = G + E, W ← W − lr·u Dᵢᵀ, where u (m, r) is Adam's step on A Dᵢ and Dᵢ (n, r) are the columns
-    of the cosine basis along which A is largest; E ← A − A Dᵢ Dᵢᵀ if there is error feedback.
+    of the cosine basis along which A is largest; E ← A − A Dᵢ Dᵢᵀ with error feedback, else 0.
 
-    State of a matrix: 2mr numbers and r indices; error feedback takes mn numbers, or bytes, or halves of bytes.
+    State of a matrix: 2mr numbers and r indices; error feedback takes mn numbers, bytes, or half bytes.
     """
 
     replicated = frozenset({"columns"})
@@ -73,8 +73,8 @@ class DctAdamW(DctOptimizer):
 
 
 def transport(moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """M D[:, old]ᵀ D[:, new] for a moment M (rows, r): as the columns of D are orthonormal, those that stay keep their
-    moments and those that are new have zeros.
+    """M D[:, old]ᵀ D[:, new] for a moment M (rows, r): because the columns of D are orthonormal, those that stay keep
+    their moments and new ones have zeros.
 
     Args:
         old, new: indices (r,), ascending.
@@ -84,7 +84,7 @@ def transport(moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
 
 
 def stored_error(state: dict[str, Tensor], bits: int, n: int) -> Tensor:
-    """What the steps so far have left out (rows, n)."""
+    """The accumulated error E (rows, n)."""
     if bits == 32:
         return state["error"]
     codes = state["error"] if bits == 8 else unpack(state["error"], n)
@@ -92,7 +92,7 @@ def stored_error(state: dict[str, Tensor], bits: int, n: int) -> Tensor:
 
 
 def store_error(error: Tensor, state: dict[str, Tensor], bits: int) -> None:
-    """Keep (rows, n) for the next step, as exactly as the bits allow."""
+    """Store the error (rows, n) for the next step, quantized to `bits`."""
     if bits == 32:
         state["error"].copy_(error)
         return

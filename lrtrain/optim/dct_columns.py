@@ -1,4 +1,4 @@
-"""What the optimizers share that work in a few columns of the cosine basis, chosen anew as the gradient changes."""
+"""The base class of optimizers that work in a few columns of the cosine basis, chosen by the gradient."""
 
 from typing import Literal, Unpack
 
@@ -14,22 +14,22 @@ Norm = Literal["l1", "l2"]
 
 
 class DctSettings(Common):
-    """The settings that both have."""
+    """The settings of these optimizers."""
 
     rank: RankOrShare
-    """How many columns: as an integer, or as a share of each matrix's min(out, in)."""
+    """Number of columns: an integer, or a share of each matrix's min(out, in)."""
     norm: Norm
-    """By which norm of S = G D columns are chosen: l2 drops the least energy."""
+    """The norm of the columns of S = G D by which they are chosen: l2 drops the least energy."""
 
 
 class DctOptimizer(ShardedOptimizer):
-    """Chooses the r columns of D (n, n) along which a matrix (m, n) is largest.
+    """Chooses the r columns of the cosine basis D (n, n) along which a matrix (m, n) is largest.
 
-    Always on the right, whatever the shape: S = G D is then of the rows here, and only sums over rows, (2, n), are
-    exchanged.
+    D always multiplies from the right, so that S = G D is computed row by row, and only sums over rows, (2, n), are
+    all-reduced.
 
     Raises:
-        ConfigError: for a rank above min(m, n) of a matrix.
+        ConfigError: if the rank is above min(m, n) of a matrix.
     """
 
     roles = MATRICES
@@ -38,27 +38,27 @@ class DctOptimizer(ShardedOptimizer):
         self.rank = rank
         self.norm = norm
         self._captured: dict[str, tuple[Tensor, Tensor]] = {}
-        """‖·‖²_F of what the columns kept and of the whole, by the parameter's name."""
+        """‖·‖²_F of the chosen columns and of the whole matrix, by parameter name."""
         super().__init__(model, **common)
 
     def rank_for(self, p: Tensor) -> int:
         return matrix_rank(self.rank, "optim.rank", self.names[p], *p.shape)
 
     def choose(self, p: Tensor, spectrum: Tensor) -> Tensor:
-        """The columns (r,) of a matrix whose transform has `spectrum` (rows, n) here, ascending.
+        """The chosen columns (r,), ascending, for a matrix with the transform `spectrum` (rows, n) on this process.
 
-        Ties go to the lower index, so that all processes choose alike.
+        Ties go to the lower index, so that all processes choose the same columns.
         """
         sums = self.rows[p].sum(torch.stack([spectrum.abs().sum(0), spectrum.square().sum(0)]))  # (2, n)
         columns = top_columns(sums[0 if self.norm == "l1" else 1], self.rank_for(p))
-        if p not in self.place_in_batch:  # which lies on one process, and metrics are the same on all
+        if p not in self.place_in_batch:  # one process holds a batch's matrix, but metrics must be equal on all
             self._captured[self.names[p]] = sums[1, columns].sum(), sums[1].sum()
         return columns
 
     def captured_energy(self) -> dict[str, float]:
-        """The share of ‖·‖²_F that the columns kept when they were last chosen, by the parameter's name; of zeros none.
+        """The share of ‖·‖²_F in the columns when they were last chosen, by parameter name, without zero matrices.
 
-        On matrices without structure along rows it is little more than r/n: then the method is not for this model.
+        For matrices without structure along rows it is little more than r/n: the method then does not suit the model.
         """
         return {name: float(kept / whole) for name, (kept, whole) in self._captured.items() if whole}
 
@@ -68,5 +68,5 @@ class DctOptimizer(ShardedOptimizer):
 
 
 def top_columns(scores: Tensor, rank: int) -> Tensor:
-    """The indices (r,) of the largest of the scores (n,), ascending; among equal ones the first."""
+    """The indices (r,) of the largest scores (n,), ascending; ties go to the lower index."""
     return scores.sort(descending=True, stable=True).indices[:rank].sort().values

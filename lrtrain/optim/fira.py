@@ -17,11 +17,11 @@ from lrtrain.optim.subspace import Projected
 class Fira(GaLore):
     """Fira: GaLore's step plus the residual of the gradient, each row scaled as Adam scales the row's projection.
 
-    State: that of GaLore and a norm.
+    State: GaLore's and a norm.
 
     Args:
-        residual: `paper`: G − G P Pᵀ; `code`: G − scale·G P Pᵀ, as the published code computes.
-        max_growth: of the norm of the scaled residual, from one step to the next.
+        residual: `paper`: G − G P Pᵀ; `code`: G − scale·G P Pᵀ, as in the published code.
+        max_growth: limit on the growth of the scaled residual's norm from one step to the next.
     """
 
     replicated = frozenset({"basis", "norm"})
@@ -72,7 +72,7 @@ def fira_step(
         gradient: G (rows, n), overwritten.
         basis: P (n, r).
         projected, adam: g = G P and Adam's step u on it, both (rows, r).
-        norm: of the scaled residual in the step before; becomes this step's.
+        norm: the norm of the scaled residual in the last step; updated in place.
         correction, total: see `limit_growth`.
     """
     residual = gradient.addmm_(projected, basis.T, alpha=-removed).mul_(row_factors(adam, projected))

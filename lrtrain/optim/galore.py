@@ -15,7 +15,7 @@ Basis = Literal["randomized", "svd"]
 
 
 class GaLoreSettings(Subspace):
-    """The settings of GaLore and of what is built on it."""
+    """The settings of GaLore and Fira."""
 
     scale: PositiveFloat
     basis: Basis
@@ -24,9 +24,8 @@ class GaLoreSettings(Subspace):
 class GaLore(SubspaceAdam):
     """GaLore: W ← W − lr·scale·u Pᵀ, where u (m, r) is Adam's step on G P; the rest of the gradient is dropped.
 
-    P (n, r) are the leading right singular vectors of the current gradient. All matrices find theirs at the first step
-    whose gradient is not zero and then every `gap` steps in turns, so that no step waits for all of them. State:
-    2mr + nr numbers.
+    P (n, r) are the leading right singular vectors of the current gradient, computed at the first nonzero gradient and
+    then every `gap` steps, staggered over the matrices so that no step computes all of them. State: 2mr + nr numbers.
     """
 
     replicated = frozenset({"basis"})
@@ -47,11 +46,11 @@ class GaLore(SubspaceAdam):
     def basis(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         basis = state["basis"]
         if step == 1 or (step - 1) % self.gap == self.turn[p]:
-            basis.copy_(self.found(p, gradient, basis.shape[1], step))
+            basis.copy_(self.compute_basis(p, gradient, basis.shape[1], step))
         return basis
 
-    def found(self, p: Tensor, gradient: Tensor, rank: int, step: int) -> Tensor:
-        """The basis (n, r) of a gradient."""
+    def compute_basis(self, p: Tensor, gradient: Tensor, rank: int, step: int) -> Tensor:
+        """The leading right singular vectors (n, r) of a gradient."""
         total = self.rows[p].sum
         if self.found_by == "svd":
             return svd_basis(gradient, rank, total)

@@ -1,4 +1,4 @@
-"""Which parameters get which treatment: routed by what they are, never by their shape."""
+"""Parameter groups by role (matrix, factor, norm, …), never by shape."""
 
 from typing import Any, Literal, get_args
 
@@ -17,16 +17,16 @@ LAYERS = MATRICES | {"sparse_values", "singular_values", "bias"}
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:
-    """What each trainable parameter is, by its qualified name (tied ones by their first).
+    """The role of each trainable parameter, by qualified name (of tied parameters, the first name).
 
-    The roles of factorized layers (`FactorizedLinear.roles`); `matrix`: a weight in a block that multiplies
-    activations, or a batch of such (see `is_matrix`); `head`: a plain linear's elsewhere;
+    The roles of factorized layers are in `FactorizedLinear.roles`. Others: `matrix`: a weight in a block that multiplies
+    activations, or a batch of them (see `is_matrix`); `head`: the weight of a linear layer elsewhere;
     `embedding`; `bias`; `norm`: the rest.
     """
     inner = {id(module) for block in blocks(model) for module in block.modules()}
     roles: dict[int, str] = {}
     for module in model.modules():
-        if isinstance(module, FactorizedLinear):  # which speaks for its children too
+        if isinstance(module, FactorizedLinear):  # its roles include its children's parameters
             for key, p in module.named_parameters():
                 roles[id(p)] = role_of(module, key)
             continue
@@ -44,15 +44,15 @@ def parameter_roles(model: nn.Module) -> dict[str, str]:
 
 
 def is_matrix(module: nn.Module, key: str, p: Tensor) -> bool:
-    """Whether a dense module's own parameter multiplies activations: the `weight` of a linear, of transformers'
-    Conv1D or of a router; or a batch of matrices, as the experts of a layer are kept (experts, …)."""
+    """Whether a dense module's parameter multiplies activations: the `weight` of a linear layer, of transformers'
+    Conv1D or of a router, or a batch of matrices (experts, …)."""
     if isinstance(module, _ConvNd):
         return False
     return p.ndim == 2 and key == "weight" or p.ndim == 3 and min(p.shape[1:]) > 1
 
 
 def transposed(model: nn.Module) -> set[str]:
-    """Names of the matrices, or batches of them, that are kept as (in, out): those of Conv1D and of some experts."""
+    """Names of the matrices, or batches of them, that are stored as (in, out): those of Conv1D and of some experts."""
     return {
         f"{name}.{key}"
         for name, module in model.named_modules()
@@ -63,26 +63,26 @@ def transposed(model: nn.Module) -> set[str]:
 
 
 def role_of(layer: FactorizedLinear, key: str) -> str:
-    """What a layer says that one of its parameters is.
+    """The role that a layer gives to one of its parameters.
 
     Raises:
-        ConfigError: if it says nothing, or something that no optimizer knows.
+        ConfigError: if it gives none, or an unknown one.
     """
     role = layer.roles.get(key)
     if role is None or role not in get_args(Role):
-        said = f"calls its parameter {key} {role}" if role else f"gives its parameter {key} no role"
-        raise ConfigError(f"{type(layer).__name__}.roles {said}; give one of {', '.join(get_args(Role))}")
+        said = f"gives its parameter {key} the role {role}" if role else f"gives its parameter {key} no role"
+        raise ConfigError(f"{type(layer).__name__}.roles {said}; use one of {', '.join(get_args(Role))}")
     return role
 
 
 def decays(role: str) -> bool:
-    """Whether weight decay belongs on such a parameter: on matrices that multiply activations, whole or in parts, but
-    not on singular values, biases, norms and embeddings."""
+    """Whether weight decay applies to parameters of this role: to matrices, factors and sparse values, but not to
+    singular values, biases, norms and embeddings."""
     return role in MATRICES or role in ("sparse_values", "head")
 
 
 def paced(model: nn.Module) -> set[str]:
-    """Names of the parameters whose learning rate has a factor of its layer's own (`FactorizedLinear.lr_factor`)."""
+    """Names of the parameters whose learning rate is multiplied by their layer's `lr_factor`."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
     return {f"{name}.{key}" for name, layer in layers.items() for key in layer.paced}
 
@@ -93,12 +93,12 @@ def parameter_groups(
     """Groups for an optimizer, every trainable parameter in exactly one, in the model's order.
 
     Args:
-        other_lr: learning rate of embeddings, head and norms, as a factor on that of the layers.
-        lr_ratio: learning rate of the left factors over that of the right ones (LoRA+, Hayou et al. 2024: η_B/η_A).
-        decay: what weight decay is for: `matrices` (see `decays`) or `all` parameters.
+        other_lr: learning rate of embeddings, head and norms ÷ that of the layers.
+        lr_ratio: learning rate of the left factors ÷ that of the right ones (LoRA+, Hayou et al. 2024: η_B/η_A).
+        decay: parameters with weight decay: `matrices` (see `decays`) or `all`.
 
-    Each has `names`, `role`, `weight_decay`, `lr_factor` (a constant one on the learning rate), `paced`, and
-    `transposed`: whether its matrices are kept as (in, out).
+    Each group has `names`, `role`, `weight_decay`, `lr_factor` (a constant factor on the learning rate), `paced`, and
+    `transposed` (whether its matrices are stored as (in, out)).
     """
     slow, turned = paced(model), transposed(model)
     parameters = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""LORO: factors of B A that now and then take one exact Riemannian step on B A together.
+"""LORO: Adam on factors B and A, with a periodic exact Riemannian step on B A.
 
 Mo et al., "Parameter and Memory Efficient Pretraining via Low-rank Riemannian Optimization" (LORO), ICLR 2025.
 """
@@ -25,8 +25,8 @@ def tangent_step(
     """Balanced factors of the best rank-r approximation of W − lr·T, for W = B A and T in the tangent space at W.
 
     With B = U R_B, Aᵀ = V R_A (QR), ∂B = G Aᵀ and ∂A = Bᵀ G: G V = ∂B R_A⁻¹, Uᵀ G = R_B⁻ᵀ ∂A, and the projection of G
-    is T = U (UᵀG) + (I − UUᵀ)(G V) Vᵀ. W − lr·T has rank 2r; its SVD is had from that of a (2r, 2r) core, in
-    O(r²(m + n)) and without an (m, n) matrix. Where directions other than true gradients are given, G V and UᵀG
+    is T = U (UᵀG) + (I − UUᵀ)(G V) Vᵀ. W − lr·T has rank ≤ 2r; its SVD follows from that of a (2r, 2r) core, in
+    O(r²(m + n)) and without an (m, n) matrix. For directions other than true gradients, G V and UᵀG
     belong to two different G, and UᵀG V is taken from ∂A's.
 
     Args:
@@ -49,25 +49,25 @@ def tangent_step(
 
 
 class LORO(PairOptimizer):
-    """Adam on factor pairs; each `every`-th step is a `tangent_step` at the whole learning rate.
+    """Adam on factor pairs; each `every`-th step is a `tangent_step` at the full learning rate.
 
-    In it Adam's directions take the place of the gradients, as published, which makes it a heuristic: they have no
-    common G. It is float64, without weight decay, and computed for a pair by one process for all, the others take over
-    its factors: each receives 8r(m + n) bytes of factors and directions and 4r(m + n) of new ones. Other steps are
-    local. After it all optimizer states begin anew, those of embeddings, head and norms too (`schedule=cosine_restarts`
-    restarts the learning rate as well).
+    As published, this large step uses Adam's directions instead of gradients, which makes it a heuristic: they have no
+    common G. It is computed in float64 without weight decay, for each pair by one process that broadcasts the new
+    factors: each process receives 8r(m + n) bytes of factors and directions and 4r(m + n) bytes of new factors. Other
+    steps are local. After a large step all optimizer state is reset, for embeddings, head and norms too
+    (`schedule=loro` restarts the learning rate as well).
 
     State: Adam's, 8r(m + n) bytes for B (m, r) and A (r, n).
 
     Args:
-        every: K, steps from one large step to the next.
-        large_step: what that is: `exact`; `plain`: a step like all others; `balanced`: such a one, after which B ← U√Σ
+        every: K, steps between large steps.
+        large_step: `exact`: `tangent_step`; `plain`: a step like the others; `balanced`: a plain step, then B ← U√Σ
             and A ← √ΣVᵀ for B A = UΣVᵀ.
-        refresh: whether all states begin anew after a large step; moments left as they are belong to other factors.
+        refresh: whether all optimizer state is reset after a large step; otherwise moments belong to the old factors.
         approx_scale: factor on the other steps of the factors; None: r/min(m, n), the published r/hidden.
 
     Raises:
-        ConfigError: with in_backward, or for an exact step with two learning rates.
+        ConfigError: if in_backward is set, or for an exact step with two learning rates.
     """
 
     optim = "loro"
@@ -83,7 +83,7 @@ class LORO(PairOptimizer):
     ):
         if common["in_backward"]:
             raise ConfigError(
-                "optim.in_backward=true has one gradient at a time, but a step of optim=loro takes those of B and A "
+                "optim.in_backward=true has one gradient at a time, but a step of optim=loro needs those of B and A "
                 "together; set optim.in_backward=false"
             )
         if large_step == "exact" and common["lr_ratio"] != 1:
@@ -98,8 +98,8 @@ class LORO(PairOptimizer):
         super().__init__(model, **common)
         if batched := [pair.name for pair in self.pairs if pair.left.ndim == 3]:
             raise ConfigError(
-                f"optim=loro steps on pairs of matrices, and {batched[0]} holds batches; set param.pattern so that "
-                "it leaves the experts out, or use optim=spectron, preconditioned_adamw or adamw"
+                f"optim=loro steps pairs of matrices, but {batched[0]} holds a batch of them; set param.pattern so "
+                "that it excludes the experts, or use optim=spectron, preconditioned_adamw or adamw"
             )
 
     def _scale(self, p: Tensor) -> float:
@@ -140,11 +140,11 @@ class LORO(PairOptimizer):
         return [p for pair in ready.values() for p in (pair.left, pair.right)]
 
     def _large(self) -> bool:
-        """Whether the next step is a large one: by the steps of the pairs since the start or the last refresh."""
+        """Whether the next step is a large one, by the pairs' steps since the start or the last refresh."""
         return (int(self.state[self.pairs[0].left]["step"]) + 1) % self.every == 0
 
     def _direction_of(self, p: Tensor) -> Tensor:
-        """Adam's direction, with rows where p has its."""
+        """Adam's direction, sharded like p."""
         assert p.grad is not None
         state = self.state[p]
         state["step"] += 1
@@ -154,7 +154,7 @@ class LORO(PairOptimizer):
         return found
 
     def _replace(self, tensors: Mapping[str, Sequence[Tensor]], compute: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        """B, A ← compute(layer's name, *whole float64 tensors) for the pairs of these layers; a collective."""
+        """B, A ← compute(layer name, *unsharded float64 tensors) for the pairs of these layers; a collective."""
         pairs = {pair.name: pair for pair in self.pairs}
 
         def computed(name: str, given: nn.ParameterList) -> dict[str, Tensor]:

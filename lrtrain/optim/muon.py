@@ -12,11 +12,11 @@ from lrtrain.optim.rows import rows_like
 
 
 class Muon(ShardedOptimizer):
-    """Muon: B ← μB + (1 − μ)G, W ← W − lr·s·orthogonalized(B), or of μB + (1 − μ)G once more (nesterov).
+    """Muon: B ← μB + (1 − μ)G, W ← W − lr·s·orthogonalized(B), or with nesterov orthogonalized(μB + (1 − μ)G).
 
-    Unlike torch.optim.Muon it does not gather tall matrices, steps in the backward pass, keeps its momentum in float32
-    for bfloat16 parameters too, and never writes to it while orthogonalizing (torch 2.13 does, in plain form, where
-    parameters are bfloat16). State: mn numbers.
+    Unlike torch.optim.Muon it does not gather tall matrices, can step in the backward pass, keeps float32 momentum
+    for bfloat16 parameters too, and does not modify the momentum while orthogonalizing (torch 2.13 does for bfloat16
+    parameters without nesterov). State: mn numbers.
     """
 
     roles = MATRICES

@@ -1,6 +1,6 @@
-"""Orthogonalization and the spectral norm of a matrix whose rows lie on several processes.
+"""Orthogonalization and spectral norm of a matrix whose rows are sharded.
 
-Both need only sums over rows of products with few columns, so that a tall matrix is never gathered.
+Both all-reduce only small products, so that a tall matrix is never gathered.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torch import Tensor
 from lrtrain.optim.rows import Rows
 
 Coefficients = tuple[tuple[float, float, float], ...]
-"""(a, b, c) of σ ← aσ + bσ³ + cσ⁵, one triple a step."""
+"""(a, b, c) of σ ← aσ + bσ³ + cσ⁵, one triple per iteration."""
 
 Orthogonalization = Literal["polar_express", "quintic"]
 ITERATIONS: dict[Orthogonalization, Coefficients] = {
@@ -25,7 +25,7 @@ ITERATIONS: dict[Orthogonalization, Coefficients] = {
         (3.2858, -2.3681, 0.4645),
         (2.3465, -1.7098, 0.4232),
     ),
-    # Jordan's, which torch, Trion and Spectron have too: such singular values end within [.68, 1.14].
+    # Jordan's, also used by torch, Trion and Spectron: such singular values end within [.68, 1.14].
     "quintic": ((3.4445, -4.7750, 2.0315),) * 5,
 }
 
@@ -37,25 +37,26 @@ ADJUSTMENTS: dict[Adjustment, Callable[[int, int], float]] = {
 }
 """The factor on an orthogonalized step (m, n).
 
-`match_rms_adamw`: its root mean square becomes 0.2, as AdamW's is about, whose learning rate and decay carry over (Liu
-et al., arXiv 2502.16982). `jordan`: as in Muon's first code. `spectral`: changes outputs alike at any size (Dion's).
+`match_rms_adamw`: makes the step's root mean square 0.2, about AdamW's, so that AdamW's learning rate and decay carry
+over (Liu et al., arXiv 2502.16982). `jordan`: as in Muon's first code. `spectral`: changes outputs equally at any size
+(Dion's).
 """
 
 
 def orthogonalize(x: Tensor, rows: Rows, coefficients: Coefficients) -> Tensor:
-    """About UVᵀ of the whole matrix USVᵀ (m, n) by Newton–Schulz iteration; all singular values come near to one.
+    """Approximately UVᵀ of the unsharded matrix USVᵀ (m, n), by Newton–Schulz iteration.
 
-    In float32 it works on Gram matrices alone, with one collective: the sum of (n, n) if m ≥ n, else a gather of the
-    whole. On CUDA it is the usual iteration in bfloat16, which needs the Gram matrix of each step; a Gram matrix that
-    is carried on, as in float32, would not bear the rounding.
+    In float32 it works on Gram matrices only, with one collective: an all-reduce of (n, n) if m ≥ n, else an all-gather
+    of the matrix. On CUDA it is the usual iteration in bfloat16 with a new Gram matrix in each iteration, because
+    updating the Gram matrix, as in float32, would accumulate rounding errors.
 
     Args:
-        x: the rows here, float32; unchanged.
-        rows: those of the parameter; only its number of rows is used, so x may have other columns.
+        x: this process's rows, float32; unchanged.
+        rows: `Rows` of the parameter; x may have another number of columns.
         coefficients: of the iteration.
 
     Returns:
-        The rows here, float32.
+        This process's rows, float32.
     """
     if x.is_cuda:
         return _orthogonalize_bfloat16(x, rows, coefficients)
@@ -66,10 +67,10 @@ def orthogonalize(x: Tensor, rows: Rows, coefficients: Coefficients) -> Tensor:
 
 
 def inverse_root(gram: Tensor, coefficients: Coefficients) -> Tensor:
-    """The matrix Y (k, k) by which Newton–Schulz iteration multiplies X if `gram` is XᵀX (or XXᵀ, from the left).
+    """The matrix Y (k, k) by which Newton–Schulz iteration multiplies X, for `gram` = XᵀX (or XXᵀ, from the left).
 
-    With A₀ = XᵀX / ‖X‖²_F and Pₖ = aI + bAₖ + cAₖ²: Aₖ₊₁ = Aₖ Pₖ², Y = P₁ ⋯ P₅ / ‖X‖_F. All of these commute. Carrying
-    Aₖ on is what keeps it accurate for small singular values: Y A₀ Y, formed anew in each step, would not.
+    With A₀ = XᵀX / ‖X‖²_F and Pₖ = aI + bAₖ + cAₖ²: Aₖ₊₁ = Aₖ Pₖ², Y = P₁ ⋯ P₅ / ‖X‖_F. All of these commute. Updating
+    Aₖ keeps small singular values accurate; recomputing it as Y A₀ Y in each iteration would not.
     """
     norm_squared = gram.trace().clamp_min(torch.finfo(gram.dtype).tiny)
     a_k = gram / norm_squared
@@ -89,14 +90,14 @@ def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
 
 
 def spectral_norm(x: Tensor, rows: Rows, vector: Tensor, iterations: int) -> Tensor:
-    """The largest singular value of the whole matrix (m, n), from below, by power iteration on XᵀX.
+    """A lower bound on the largest singular value of the unsharded matrix (m, n), by power iteration on XᵀX.
 
-    One sum of (n,) over the processes per iteration.
+    One all-reduce of (n,) per iteration.
 
     Args:
-        x: the rows here, float32.
-        vector: (n,), the same on all processes: where to start. It becomes the right singular vector found, of norm
-            one, to be passed again when the matrix has changed a little; a zero matrix leaves it as it is.
+        x: this process's rows, float32.
+        vector: starting vector (n,), the same on all processes. It is overwritten by the right singular vector of norm
+            one, the starting vector for the next call after a small change of the matrix; a zero matrix leaves it as is.
 
     Returns:
         Scalar.
@@ -107,7 +108,7 @@ def spectral_norm(x: Tensor, rows: Rows, vector: Tensor, iterations: int) -> Ten
         vector.div_(torch.linalg.vector_norm(vector).clamp_min(tiny))
         image = rows.sum(x.mT @ (x @ vector))
         norm = torch.linalg.vector_norm(image)
-        length = vector.dot(image).clamp_min(tiny).sqrt()  # ‖Xv‖, of the v before
+        length = vector.dot(image).clamp_min(tiny).sqrt()  # ‖Xv‖, for the previous v
         largest = norm / length  # ‖XᵀXv‖ / ‖Xv‖: above ‖Xv‖ and below σ₁
         vector.copy_(torch.where(norm > 0, image / norm.clamp_min(tiny), vector))
     return largest
@@ -122,7 +123,7 @@ def _orthogonalize_bfloat16(x: Tensor, rows: Rows, coefficients: Coefficients) -
 
 
 def _iterate(x: Tensor, coefficients: Coefficients, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """X ← X (aI + bA + cA²) with A = XᵀX, which `total` sums over the processes."""
+    """X ← X (aI + bA + cA²) with A = XᵀX, all-reduced by `total`."""
     for a, b, c in coefficients:
         gram = total(x.mT @ x)
         x = torch.addmm(x, x, torch.addmm(gram, gram, gram, beta=b, alpha=c), beta=a)

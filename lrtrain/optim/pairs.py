@@ -1,4 +1,4 @@
-"""Factor pairs B, A of one matrix, for optimizers whose step on one depends on the other."""
+"""Factor pairs B, A of one matrix, for optimizers whose step on one factor depends on the other."""
 
 from abc import abstractmethod
 from collections.abc import Collection
@@ -25,13 +25,13 @@ class FactorPair(NamedTuple):
 
 
 def factor_pairs(model: nn.Module, optim: str) -> list[FactorPair]:
-    """The pairs of all layers that hold one (`FactorizedLinear.factor_pair`), in the model's order.
+    """The pairs of all layers that have one (`FactorizedLinear.factor_pair`), in the model's order.
 
     Args:
-        optim: the name of the optimizer that cannot do without.
+        optim: the name of the optimizer, for the error.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no pair.
     """
     found = []
     for name, layer in factorized_layers(model).items():
@@ -39,14 +39,14 @@ def factor_pairs(model: nn.Module, optim: str) -> list[FactorPair]:
             found.append(FactorPair(name, *map(layer.get_parameter, names)))
     if not found:
         raise ConfigError(
-            f"optim={optim} steps on pairs of factors B A, and no layer of this model is linear in such a product; "
+            f"optim={optim} steps factor pairs B A, and no layer of this model is linear in such a product; "
             "use param=lowrank, sltrain or relora, param.activation=none or param.residual=false, or optim=adamw"
         )
     return found
 
 
 class PairOptimizer(ShardedOptimizer):
-    """Takes the factors of all pairs.
+    """An optimizer that steps the factors of all pairs.
 
     Raises:
         ConfigError: if the model has none.
@@ -68,7 +68,7 @@ class PairOptimizer(ShardedOptimizer):
         return p in self.pair_of
 
     def _pairs_in_batch(self, pair: FactorPair) -> list[FactorPair]:
-        """The pairs of single matrices that are here, of a pair of batches."""
+        """The pairs of single matrices on this process, for a pair of batches."""
         if pair.left not in self.batches:
             return []
         left, right = self.batches[pair.left], self.batches[pair.right]
@@ -82,28 +82,28 @@ class PairOptimizer(ShardedOptimizer):
 
 
 class PartnerOptimizer(PairOptimizer, Generic[T]):
-    """Steps on factors by what both of a pair were before either stepped, whichever comes first."""
+    """Steps each factor with terms computed from both factors before either was stepped, in any order."""
 
     def __init__(self, model: nn.Module, **common: Unpack[Common]):
-        self.seen: dict[Tensor, T] = {}
+        self.terms: dict[Tensor, T] = {}
         super().__init__(model, **common)
 
     @abstractmethod
-    def look(self, pair: FactorPair) -> tuple[T, T]:
-        """What the steps on B and on A need to know of the pair as it is now; a collective."""
+    def pair_terms(self, pair: FactorPair) -> tuple[T, T]:
+        """The terms that the steps on B and on A need from the current pair; a collective."""
 
-    def known(self, p: Tensor) -> T:
-        """That of `look` which is for p, from before this step: the first of a pair looks for both."""
-        if p not in self.seen:
+    def term_for(self, p: Tensor) -> T:
+        """The term for p from `pair_terms`, called when the first factor of a pair is stepped."""
+        if p not in self.terms:
             pair = self.pair_of[p]
-            self.seen[pair.left], self.seen[pair.right] = self.look(pair)
-        return self.seen.pop(p)
+            self.terms[pair.left], self.terms[pair.right] = self.pair_terms(pair)
+        return self.terms.pop(p)
 
     def begin_step(self) -> None:
-        self.seen.clear()  # of what a factor whose gradient was not finite left there
+        self.terms.clear()  # a factor with a non-finite gradient has left its term
 
     def step_jointly(self) -> Collection[Tensor]:
         ready = [p for p in self.pair_of if p.grad is not None]
-        for p in ready:  # A right after its B, so that what was seen is kept for one pair at a time
+        for p in ready:  # A right after its B, so that the terms of only one pair are held at a time
             self._step_all([p], self.group_of[p])
         return ready

@@ -1,4 +1,4 @@
-"""Factor gradients preconditioned by the other factor: steps on B A that do not depend on how it is factored."""
+"""Factor gradients preconditioned by the other factor: steps on B A that do not depend on its factorization."""
 
 from typing import Unpack
 
@@ -13,17 +13,17 @@ from lrtrain.optim.rows import rows_like
 
 
 def cholesky_of_gram(gram: Tensor, damping: PositiveFloat) -> Tensor:
-    """The lower L with LLᵀ = gram + δI (r, r), in gram's dtype."""
+    """The lower triangular L (r, r) with LLᵀ = gram + δI, in gram's dtype."""
     return torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
 
 
 def precondition_left(gradient: Tensor, cholesky: Tensor) -> Tensor:
-    """∂B (AAᵀ + δI)⁻¹ for some rows of ∂B (·, r), with the Cholesky factor of the matrix in parentheses."""
+    """∂B (AAᵀ + δI)⁻¹ for some rows of ∂B (·, r), from the Cholesky factor of AAᵀ + δI."""
     return torch.cholesky_solve(gradient.T, cholesky).T
 
 
 def precondition_right(gradient: Tensor, cholesky: Tensor) -> Tensor:
-    """(BᵀB + δI)⁻¹ ∂A for the whole ∂A (r, n), with the Cholesky factor of the matrix in parentheses."""
+    """(BᵀB + δI)⁻¹ ∂A for the unsharded ∂A (r, n), from the Cholesky factor of BᵀB + δI."""
     return torch.cholesky_solve(gradient, cholesky)
 
 
@@ -34,17 +34,17 @@ class PreconditionedAdamW(PartnerOptimizer[Tensor]):
 
     (Tong, Ma and Chi, "Accelerating Ill-Conditioned Low-Rank Matrix Estimation via Scaled Gradient Descent", JMLR 2021;
     Zhang and Pilanci, "Riemannian Preconditioned LoRA", arXiv 2402.02347.) With plain descent the change of B A is
-    −η(G P_A + P_B G) to first order, with the projectors on A's rows and B's columns: the same in whichever gauge
-    (B T, T⁻¹A) the product is held, as long as δ is small beside both Grams. Adam's division entry by entry does depend
-    on the gauge. Both factors step by what the other was before the step (the published code steps A first).
+    −η(G P_A + P_B G) to first order, with the projectors on A's rows and B's columns: the same for every factorization
+    (B T, T⁻¹A), as long as δ is small relative to both Grams. Adam's elementwise division does depend on the
+    factorization. Both steps use the other factor from before the step (the published code steps A first).
 
     State: Adam's moments, 8r(m + n) bytes; none for plain descent. Each process receives 4rn bytes of A, 4rn of ∂A
-    and 8r² of Grams per pair and step: rows of A are sharded over r, and (BᵀB + δI)⁻¹ mixes them. The Grams are float64
-    (2r²(m + n) operations): factors that lose rank would leave float32 ones indefinite.
+    and 8r² of Grams per pair and step, because A is sharded over its r rows, which (BᵀB + δI)⁻¹ mixes. The Grams are
+    float64 (2r²(m + n) operations), because those of nearly rank-deficient factors would be indefinite in float32.
 
     Args:
         damping: δ, absolute, as published.
-        adam: Adam's moments of the preconditioned gradients, or these themselves.
+        adam: whether to apply Adam to the preconditioned gradients.
     """
 
     optim = "preconditioned_adamw"
@@ -57,14 +57,14 @@ class PreconditionedAdamW(PartnerOptimizer[Tensor]):
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {key: rows_like(p, p.shape[1]) for key in ("exp_avg", "exp_avg_sq")} if self.adam else {}
 
-    def look(self, pair: FactorPair) -> tuple[Tensor, Tensor]:
+    def pair_terms(self, pair: FactorPair) -> tuple[Tensor, Tensor]:
         left = local(pair.left).double()  # (m here, r)
         right = self.rows[pair.right].gather(local(pair.right)).double()  # (r, n)
         left_gram = self.rows[pair.left].sum(left.T @ left)
         return cholesky_of_gram(right @ right.T, self.damping), cholesky_of_gram(left_gram, self.damping)
 
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        cholesky = self.known(p).to(gradient.dtype)
+        cholesky = self.term_for(p).to(gradient.dtype)
         if p is self.pair_of[p].left:
             gradient = precondition_left(gradient, cholesky)
         else:

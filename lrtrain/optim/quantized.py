@@ -1,4 +1,4 @@
-"""Eight-bit moments: blocks of 256 entries with a scale each, and codes on a logarithmic grid.
+"""8-bit quantization of moments: blocks of 256 entries with one scale each, and codes on a logarithmic grid.
 
 Dettmers et al., "8-bit optimizers via block-wise quantization", ICLR 2022, arXiv 2110.02861: the dynamic map.
 """
@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 256
-DROPPED = 12  # lower bits of a float32 that do not matter to its code
+DROPPED = 12  # lower bits of a float32 that are ignored for its code
 TINY = 1e-30
 
 
 @functools.cache
 def dynamic_map(signed: bool) -> Tensor:
-    """The 256 values between −1 (or 0) and 1 that codes stand for, ascending: seven decades, each with twice as many
-    values as the one below, evenly spaced in [0.1, 1]·10^(i−6), then zero and one."""
+    """The 256 values of codes, between −1 (or 0) and 1, ascending: seven decades, each with twice as many values as
+    the one below, evenly spaced in [0.1, 1]·10^(i−6), and zero and one."""
     values = [0.0, 1.0]
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float64)
@@ -28,10 +28,10 @@ def dynamic_map(signed: bool) -> Tensor:
 
 @functools.cache
 def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(value by code, code by the upper bits of a float32). Code 0 stands for zero.
+    """Two tables: value by code, and code by the upper bits of a float32. Code 0 is the value zero.
 
-    The second finds the nearest value as fast as memory can be read; a binary search takes three times as long. Numbers
-    that agree in their upper bits get one code, so those within 2⁻¹² of the middle of two values may get either.
+    The second table finds the nearest value by one lookup, three times as fast as a binary search. Numbers with equal
+    upper bits get the same code, so those within a relative 2⁻¹² of the middle of two values may get either.
     """
     values = dynamic_map(signed)
     zero = int((values == 0).nonzero())
@@ -43,7 +43,7 @@ def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def blocks_of(n: int) -> int:
-    """How many blocks n entries take."""
+    """The number of blocks of n entries."""
     return -(-n // BLOCK)
 
 

@@ -5,15 +5,15 @@ from torch import Tensor
 
 
 def stochastic_round(values: Tensor, seed: int, first_row: int = 0) -> Tensor:
-    """float32 values (rows, …) → bfloat16, up or down to a neighbor with the probability that makes the mean exact.
+    """float32 values (rows, …) rounded to bfloat16, up or down with the probability that makes the mean exact.
 
-    (Zamirai et al., "Revisiting BFloat16 Training", arXiv 2010.06192.) Finite values stay finite but for those beyond
-    bfloat16's range; infinities and NaN stay what they are. How an entry is rounded is a function of (seed, its place
-    in the whole tensor, its value), whatever shard it lies in.
+    (Zamirai et al., "Revisiting BFloat16 Training", arXiv 2010.06192.) Finite values within bfloat16's range stay
+    finite; infinities and NaN are unchanged. The rounding of an entry is a function of (seed, its position in the
+    unsharded tensor, its value).
 
     Args:
-        seed: of 63 bits, as `integer_seed` gives it.
-        first_row: which row of the whole tensor is the first one here.
+        seed: 63 bits, from `integer_seed`.
+        first_row: index of the first of these rows in the unsharded tensor.
     """
     bits = values.contiguous().view(torch.int32)
     noise = uniform_bits(bits.view(len(bits), -1) if len(bits) else bits.view(0, 1), seed, first_row).view(bits.shape)
@@ -31,8 +31,8 @@ def uniform_bits(like: Tensor, seed: int, first_row: int) -> Tensor:
 
 
 def scrambled(x: Tensor) -> Tensor:
-    """MurmurHash3's finalizer (Appleby), a bijection of int32 that spreads each bit over all; overwrites x."""
-    shifted = (x >> 16).bitwise_and_(0xFFFF)  # in place from here on: a tenth of the time
+    """MurmurHash3's finalizer (Appleby), a bijection of int32 in which each bit affects all bits; overwrites x."""
+    shifted = (x >> 16).bitwise_and_(0xFFFF)  # in place from here on: ten times as fast
     x.bitwise_xor_(shifted).mul_(-2048144789)  # 0x85ebca6b
     torch.bitwise_right_shift(x, 13, out=shifted).bitwise_and_(0x7FFFF)
     x.bitwise_xor_(shifted).mul_(-1028477387)  # 0xc2b2ae35

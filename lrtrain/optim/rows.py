@@ -1,4 +1,4 @@
-"""Matrices whose rows lie on several processes, as FSDP2 shards them, and the sums that optimizers need over them."""
+"""Matrices with rows sharded over processes (FSDP2), and the collectives that optimizers need over them."""
 
 import torch
 import torch.distributed as dist
@@ -10,19 +10,19 @@ from lrtrain.distributed.sharding import local
 
 
 class Rows:
-    """This process's rows of a parameter, among those of the processes that share its shards.
+    """The rows of a parameter that this process holds, and collectives over the processes that hold the others.
 
-    The collectives reduce in place and must be called by all of these processes, those without any rows too.
+    The collectives reduce in place and must be called by all of these processes, including those without rows.
     """
 
     def __init__(self, parameter: Tensor):
         self.shape = parameter.shape
-        """Of the whole parameter."""
+        """Shape of the unsharded parameter."""
         self.group: dist.ProcessGroup | None = None
-        """Of the processes that hold the other rows; None if there are none."""
+        """The processes that hold the rows; None if this process holds all of them."""
         self.index = 0
-        """This process's place among them."""
-        if isinstance(parameter, FlatShard):  # whose rows may be cut: of use are the sums alone
+        """This process's index in the group."""
+        if isinstance(parameter, FlatShard):  # may hold partial rows: only the sums are meaningful
             self.group, self.index = dist.group.WORLD, dist.get_rank()
         elif isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
@@ -33,12 +33,12 @@ class Rows:
 
     @property
     def most(self) -> int:
-        """How many rows a process has, but for the last ones: as torch.chunk cuts."""
+        """The number of rows per process, except for the last ones (as torch.chunk splits)."""
         return -(-self.shape[0] // self.processes)
 
     @property
     def first(self) -> int:
-        """Which row of the whole parameter is the first one here."""
+        """The index of this process's first row in the unsharded parameter."""
         return min(self.shape[0], self.index * self.most)
 
     @property
@@ -46,19 +46,19 @@ class Rows:
         return dist.get_world_size(self.group) if self.group is not None else 1
 
     def sum(self, part: Tensor) -> Tensor:
-        """The sum of all processes' `part`."""
+        """All-reduce (sum) of `part`."""
         if self.group is not None:
             dist.all_reduce(part, group=self.group)
         return part
 
-    def largest(self, part: Tensor) -> Tensor:
-        """The elementwise maximum of all processes' `part`."""
+    def max(self, part: Tensor) -> Tensor:
+        """All-reduce (elementwise maximum) of `part`."""
         if self.group is not None:
             dist.all_reduce(part, op=dist.ReduceOp.MAX, group=self.group)
         return part
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The whole (m, …) of which each process gives its own rows."""
+        """All-gather: the unsharded (m, …) from each process's rows."""
         if self.group is None:
             return rows
         padded = rows.new_zeros(self.most, *rows.shape[1:])
@@ -68,14 +68,14 @@ class Rows:
         return whole[: self.shape[0]]
 
     def cut(self, whole: Tensor) -> Tensor:
-        """This process's rows of a whole (m, …)."""
+        """This process's rows of an unsharded (m, …)."""
         return whole[self.first : self.first + self.most]
 
 
 def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor (m, *shape) of zeros whose rows lie where the rows of the parameter (m, …) do."""
+    """Zeros (m, *shape), sharded like the rows of the parameter (m, …)."""
     if isinstance(parameter, FlatShard):
-        assert shape == parameter.shape[1:], "a parameter that is cut anywhere has no rows"
+        assert shape == parameter.shape[1:], "a FlatShard has no whole rows"
         return parameter.with_part(torch.zeros_like(local(parameter), dtype=dtype))
     part = local(parameter)
     here = torch.zeros(part.shape[0], *shape, dtype=dtype, device=part.device)
@@ -88,7 +88,7 @@ def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32
 
 
 def in_pieces(rows: Tensor) -> list[slice]:
-    """Slices over the rows for elementwise work with temporaries: on a CPU so small that these stay in its cache."""
+    """Slices over the rows for elementwise work; on a CPU small enough for temporaries to stay in its cache."""
     entries = 2**19 if rows.device.type == "cpu" else 2**24
     most = max(1, entries // max(1, rows[:1].numel()))
     return [slice(start, start + most) for start in range(0, len(rows), most)]

@@ -1,4 +1,4 @@
-"""How much Adam scales a projected gradient, as a factor for the whole one, and a limit on how fast such steps grow."""
+"""Scaling a gradient as Adam scales its projection, and limiting the growth of such steps."""
 
 import torch
 from torch import Tensor
@@ -22,15 +22,15 @@ def matrix_factor(adam: Tensor, projected: Tensor, total: Total) -> Tensor:
 
 
 def limit_growth(update: Tensor, norm: Tensor, most: float, correction: float, total: Total) -> Tensor:
-    """Scale an update down, in place, so that its norm is at most `most` times the one before.
+    """Scale an update down, in place, so that its norm is at most `most` times the last one.
 
-    The norm-growth limiter of Fira (arXiv 2410.01623), which is also APOLLO's. Norms are of all processes' rows and, as
-    published, of the update before Adam's bias correction. After a norm of zero there is no limit.
+    The norm-growth limiter of Fira (arXiv 2410.01623) and APOLLO. Norms are over all processes' rows and, as published,
+    of the update before Adam's bias correction. After a norm of zero there is no limit.
 
     Args:
-        norm: the norm before, a scalar; becomes this one.
-        correction: the bias correction that is already in the update.
-        total: sums over the processes.
+        norm: the last norm, a scalar; updated in place.
+        correction: the bias correction already applied to the update.
+        total: all-reduce.
     """
     new = total(torch.linalg.vector_norm(update).square()).sqrt() / correction
     factor = torch.where(norm > 0, most * norm / new, 1.0).clamp(max=1.0)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, giving the factor on `optim.lr`.
+"""Learning-rate schedules: pure functions of the step that return the factor on `optim.lr`.
 
 `step` counts from 0, so the first update already has a learning rate above zero. `warmup` and `decay` are shares of
 all steps.
@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from lrtrain.config.ranges import Share, ShareOfSteps
 
-NEARLY_ZERO = 1e-6  # where LORO's code begins a ramp
+NEARLY_ZERO = 1e-6  # start of a ramp in LORO's code
 
 
 def _warmup(step: int, steps: int, share: float) -> float:
@@ -24,7 +24,7 @@ def constant(step: int, steps: int, warmup: ShareOfSteps) -> float:
 
 
 def cosine(step: int, steps: int, warmup: ShareOfSteps, floor: Share) -> float:
-    """Warmup, then half a cosine from 1 down to `floor` at the last step (GaLore's and SLTrain's: floor 0.1)."""
+    """Warmup, then half a cosine from 1 down to `floor` at the last step (GaLore and SLTrain: floor 0.1)."""
     start = warmup * steps
     if step < start:
         return _warmup(step, steps, warmup)
@@ -40,9 +40,9 @@ def cosine_restarts(
     restart_every: PositiveInt,
     restart_warmup: NonNegativeInt,
 ) -> float:
-    """`cosine`, left for a linear ramp over the first `restart_warmup` steps after each multiple of `restart_every`.
+    """`cosine` with a linear ramp from zero over `restart_warmup` steps after each multiple of `restart_every` (ReLoRA).
 
-    The ramp ends where the cosine is at that step (ReLoRA's). Both are numbers of steps.
+    The ramp ends at the cosine's value at that step. Both arguments are numbers of steps.
     """
     since = step % restart_every
     if step < restart_every or since >= restart_warmup:
@@ -52,7 +52,7 @@ def cosine_restarts(
 
 
 def wsd(step: int, steps: int, warmup: ShareOfSteps, decay: ShareOfSteps, floor: Share) -> float:
-    """Warmup, stable at 1, then linearly down to `floor` over the last `decay` share of the steps."""
+    """Warmup, constant 1, then linearly down to `floor` over the last `decay` share of the steps."""
     left = (steps - 1 - step) / max(1.0, decay * steps)
     return min(_warmup(step, steps, warmup), floor + (1 - floor) * min(1.0, left))
 
@@ -66,12 +66,12 @@ def loro(
     restart_warmup: PositiveInt,
     shift: ShareOfSteps,
 ) -> float:
-    """LORO's, as its code computes it: up from `floor`, a cosine that reaches 1 at the step warmup + shift and does not
-    end at `floor`, and a ramp from nearly zero at each restart, during the warmup too.
+    """LORO's schedule, as in its code: warmup from `floor`, a cosine that is 1 at step warmup + shift and does not end
+    at `floor`, and a ramp from nearly zero at each restart, during the warmup too.
 
     Args:
-        restart_every, restart_warmup: numbers of steps; the ramp leads to where the schedule was when it began.
-        shift: share of all steps by which cosine and restarts come later than they would after the warmup.
+        restart_every, restart_warmup: numbers of steps; the ramp ends at the schedule's value when the ramp began.
+        shift: share of all steps by which cosine and restarts are delayed after the warmup.
     """
     first, back = round(warmup * steps), round(shift * steps)
 

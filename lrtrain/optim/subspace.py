@@ -1,4 +1,4 @@
-"""Adam on projected gradients: what GaLore, Fira and APOLLO share."""
+"""Adam on projected gradients: the base class of GaLore, Fira and APOLLO."""
 
 from abc import abstractmethod
 from typing import NamedTuple, Unpack
@@ -15,12 +15,12 @@ from lrtrain.optim.rows import rows_like
 
 
 class Subspace(Common):
-    """The settings that all methods on projected gradients have."""
+    """The settings of all methods on projected gradients."""
 
     rank: RankOrShare
-    """Columns of the basis: as an integer, or as a share of each matrix's min(out, in)."""
+    """Columns of the basis: an integer, or a share of each matrix's min(out, in)."""
     gap: PositiveInt
-    """Steps from one basis to the next."""
+    """Steps between bases."""
 
 
 class Projected(NamedTuple):
@@ -37,12 +37,12 @@ class Projected(NamedTuple):
 class SubspaceAdam(ShardedOptimizer):
     """Adam on G P (m, r) for each matrix's gradient G (m, n) and a basis P (n, r) that changes every `gap` steps.
 
-    The moments (m, r) follow the parameter's rows, and are kept as they are when the basis changes, as published. The
-    projection is on the right whatever the shape, where the published codes project the longer side away: here it needs
-    no communication, and moments are never held twice.
+    The moments (m, r) are sharded like the parameter's rows, and are not changed when the basis changes, as published.
+    The projection always multiplies from the right (the published codes project the longer side): it needs no
+    communication, and no process holds moments of other rows.
 
     Raises:
-        ConfigError: for a rank that is not below min(m, n) of each matrix.
+        ConfigError: if the rank is not below min(m, n) of each matrix.
     """
 
     roles = MATRICES

@@ -15,9 +15,9 @@ class Trion(DctOptimizer):
     """Trion: with M ← M + G and b = M Dᵢ (m, r), where Dᵢ (n, r) are the columns of the cosine basis along which M is
     largest: M ← M − (1 − μ) b Dᵢᵀ, W ← W − lr·s·orthogonalized(b) Dᵢᵀ.
 
-    What the columns leave out stays in M for later steps. Columns are found in each step, so M is all the state: mn
-    numbers. With all columns it is Muon without nesterov. The scale s is Muon's whatever the rank, so each direction
-    that is stepped along moves as far.
+    What the columns leave out stays in M for later steps. Columns are chosen in each step, so the state is M only: mn
+    numbers. With all columns Trion is Muon without nesterov. The scale s is Muon's for every rank, so each direction
+    in the columns moves as far as with Muon.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Trion(DctOptimizer):
         super().__init__(model, **dct)
 
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
-        self.rank_for(p)  # refuses a rank that does not fit
+        self.rank_for(p)  # raises ConfigError if the rank does not fit
         return {"momentum": rows_like(p, p.shape[1])}
 
     def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:

@@ -7,16 +7,22 @@ from typing import Any
 from torch import nn
 
 from lrtrain.measure.evaluate import perplexity
-from lrtrain.model.counts import above_break_even, dense_parameter_count, ledger, parameter_count, trainable_count
+from lrtrain.model.counts import (
+    above_break_even,
+    dense_parameter_count,
+    factorization_table,
+    parameter_count,
+    trainable_count,
+)
 from lrtrain.model.structure import factorized_layers, weights_read
 from lrtrain.optim.groups import parameter_roles
 
 LOSS_AT_SHARE = "eval_loss_at_rank_share_"
 
 
-def print_ledger(model: nn.Module) -> None:
+def print_factorization(model: nn.Module) -> None:
     """What was factorized, and how small that makes the model."""
-    for kind, layers, shape, size in ledger(model):
+    for kind, layers, shape, size in factorization_table(model):
         print(f"  {kind:<12} {layers:>3} × ({shape}): {size:,} parameters")
     if dense := dense_matrices(model):
         print(f"  dense in the blocks: {', '.join(dense)}")

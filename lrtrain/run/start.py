@@ -18,14 +18,14 @@ from lrtrain.distributed.collectives import check_equal_on_all_ranks, run_on_all
 from lrtrain.distributed.heartbeat import Heartbeat
 from lrtrain.distributed.world import World
 from lrtrain.init_from.start import Start
-from lrtrain.model.autotune import settle
+from lrtrain.model.autotune import autotune_layers
 from lrtrain.model.build import make_model
 from lrtrain.model.rank import RankPlan
 from lrtrain.model.supports import support_hash
 from lrtrain.run.batches import Batches, in_background
 from lrtrain.run.identity import RunIdentity, known_run
 from lrtrain.run.lock import RunLock
-from lrtrain.run.report import print_ledger
+from lrtrain.run.report import print_factorization
 from lrtrain.run.rundir import check_compatible, checkpoint_to_resume, claim, sibling_sentence
 from lrtrain.run.saver import Saver
 from lrtrain.run.state import Run
@@ -66,9 +66,9 @@ def start_run(
         run.rank_plan = start.rank_plan
         model = make_model(config, run.rank_plan, architecture)
     claim_directory(run, model, meta)
-    run.take_stock(model)
+    run.cache_counts(model)
     if world.main:
-        print_ledger(model)
+        print_factorization(model)
     build_engine(run, model, fresh=not (checkpoint or start))
     ours = meta is not None and config.resume == "auto"  # else the checkpoint is another run's
     run.saver = Saver(run, saved=meta.step if meta and ours else -1)
@@ -120,7 +120,7 @@ def claim_directory(run: Run, model: PreTrainedModel, meta: CheckpointMeta | Non
         before = meta or known
         measured = before.executions if before and before.executed == executed else {}
         found = known or RunIdentity(uuid.uuid4().hex[:12], config.run.name)
-        found.executed, found.executions = executed, settle(model, tokens, dtype, device, measured)
+        found.executed, found.executions = executed, autotune_layers(model, tokens, dtype, device, measured)
         claim(config, found, run.data.tokenizer, meta)
         return found
 

@@ -57,7 +57,7 @@ class Run:
         self.dir = Path(config.run.dir)
         self.progress = Progress()
 
-    def take_stock(self, model: PreTrainedModel) -> None:
+    def cache_counts(self, model: PreTrainedModel) -> None:
         """Keep the layers, FLOPs and counts of a model (on meta) that is about to be trained."""
         self.layers = factorized_layers(model)
         for name, layer in self.layers.items():
@@ -104,7 +104,7 @@ class Run:
         before = self.counts["parameters"]
         self.rank_plan = replace(self.rank_plan, exact=ranks)
         model = make_model(self.config, self.rank_plan, self.engine.model.config.to_dict())
-        self.take_stock(model)
+        self.cache_counts(model)
         self.engine.resize(model, choice(self.config.optim))
         self.support_hash = support_hash(self.engine.model)
         now = self.counts["parameters"]

@@ -18,7 +18,7 @@ from lrtrain.planning.budget import spend
 from lrtrain.run.loop import train
 from lrtrain.run.stop import StopRequest
 from lrtrain.sweeps.control import Control
-from lrtrain.sweeps.jobs import Job, Outcome, known
+from lrtrain.sweeps.jobs import Job, Outcome, outcome_without_start
 from lrtrain.sweeps.report import Tell, run_needed
 
 
@@ -40,7 +40,7 @@ class InTurn:
             stop.restore()
 
     def _known(self, job: Job) -> Outcome | None:
-        return known(job, self.control.size)
+        return outcome_without_start(job, self.control.size)
 
     def _unless_stopped(self, job: Job, stop: StopRequest, tell: Tell) -> Outcome:
         if self.control.agree(stop.signal is not None, any):

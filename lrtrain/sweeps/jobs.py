@@ -145,7 +145,7 @@ def quoted(value: str | Sequence[str]) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def known(job: Job, world_size: int) -> Outcome | None:
+def outcome_without_start(job: Job, world_size: int) -> Outcome | None:
     """The outcome of a job that needs no start: it has finished, or its configuration is wrong."""
     if (summary := job.summary) is not None:
         return Outcome(job.name, "finished", "before", summary)

@@ -181,8 +181,8 @@ def world():
 
 
 WRONG = {
-    "param=cola": "init_from cannot start .*q_proj: .*param.activation=silu stands for no matrix",
-    "param=lost": "init_from cannot start .*q_proj: .*param.activation=silu stands for no matrix",
+    "param=cola": "init_from cannot start .*q_proj: .*param.activation=silu is not one matrix",
+    "param=lost": "init_from cannot start .*q_proj: .*param.activation=silu is not one matrix",
     "param=sst compress.budget=0.5": "of which param=sst takes .* beside its factors",
     "param=lowrank compress.budget=0.001": "compress.budget=0.001 .* is too small",
     "param=lowrank compress.by=outputs compress.affine=true": "compress.affine=true fits biases, and .* has none",

@@ -17,7 +17,7 @@ from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.experts import FactorizedExperts
 from lrtrain.linalg.nearest import Fit
 from lrtrain.model.build import make_model
-from lrtrain.model.counts import dense_parameter_count, ledger, parameter_count, training_flops
+from lrtrain.model.counts import dense_parameter_count, factorization_table, parameter_count, training_flops
 from lrtrain.model.experts import dense_experts, factorized_experts_forward, replace_experts
 from lrtrain.model.init import materialize
 
@@ -149,7 +149,7 @@ def test_experts_are_counted():
     assert parameter_count(gate_up) == 4 * 4 * (32 + 96) and gate_up.dense_flops(3) == 2 * 3 * 2 * 32 * 96
     dense = make_model(compose(*MIXTURE, "param=dense"))
     assert dense_parameter_count(model) == parameter_count(dense)
-    assert ("gate_up_proj", 2, "4 × 96×32, rank 4", 2 * 4 * 4 * 128) in ledger(model)
+    assert ("gate_up_proj", 2, "4 × 96×32, rank 4", 2 * 4 * 4 * 128) in factorization_table(model)
     flops = training_flops(model, 16)
     assert flops.model < flops.dense_equivalent
 

@@ -228,50 +228,50 @@ AUTO = partial(SLTRAIN, 64, 64, rank=4, density=0.05, execution="auto")
 
 
 def test_auto_takes_the_faster_and_remembers_it(memory: list):
-    chosen = AUTO().settle(128, torch.float32, CPU)
+    chosen = AUTO().autotune(128, torch.float32, CPU)
     assert chosen == "factored" and len(memory) == 2 * fastest.ROUNDS  # the second of each round took no time
-    assert AUTO().settle(128, torch.float32, CPU) == chosen and len(memory) == 2 * fastest.ROUNDS
+    assert AUTO().autotune(128, torch.float32, CPU) == chosen and len(memory) == 2 * fastest.ROUNDS
 
 
 @pytest.mark.parametrize(
     "change,tokens", [({}, 129), ({"rank": 5}, 128), ({"density": 0.06}, 128), ({"support": "row_balanced"}, 128)]
 )
 def test_auto_measures_anew_what_it_does_not_know(memory: list, change: dict, tokens: int):
-    AUTO().settle(128, torch.float32, CPU)
+    AUTO().autotune(128, torch.float32, CPU)
     before = len(memory)
-    AUTO(**change).settle(tokens, torch.float32, CPU)
+    AUTO(**change).autotune(tokens, torch.float32, CPU)
     assert len(memory) == 2 * before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}'])
 def test_a_damaged_memory_is_measured_again(memory: list, text: str):
     fastest.memory_path().write_text(text)
-    AUTO().settle(128, torch.float32, CPU)
+    AUTO().autotune(128, torch.float32, CPU)
     before = len(memory)
-    AUTO().settle(128, torch.float32, CPU)
+    AUTO().autotune(128, torch.float32, CPU)
     assert before == len(memory) > 0
 
 
 def test_an_unknown_answer_in_the_memory_is_measured_again(memory: list):
-    AUTO().settle(128, torch.float32, CPU)
+    AUTO().autotune(128, torch.float32, CPU)
     path = fastest.memory_path()
     path.write_text(path.read_text().replace("factored", "magic"))
-    assert AUTO().settle(128, torch.float32, CPU) == "factored" and len(memory) == 4 * fastest.ROUNDS
+    assert AUTO().autotune(128, torch.float32, CPU) == "factored" and len(memory) == 4 * fastest.ROUNDS
 
 
 def test_measuring_runs_both_executions(tmp_path, monkeypatch):
     monkeypatch.setenv("LRTRAIN_CACHE", str(tmp_path))
     monkeypatch.setattr(fastest, "SECONDS", 0.0)
-    assert AUTO().settle(16, torch.float32, CPU) in ("materialize", "factored")
+    assert AUTO().autotune(16, torch.float32, CPU) in ("materialize", "factored")
     block = AUTO(support="block")
-    assert block.settle(16, torch.bfloat16, CPU) in ("materialize", "factored")
+    assert block.autotune(16, torch.bfloat16, CPU) in ("materialize", "factored")
 
 
 def test_where_there_is_no_kernel_auto_materializes_and_factored_is_refused(memory: list):
-    assert AUTO().settle(128, torch.bfloat16, CPU) == "materialize" and not memory
+    assert AUTO().autotune(128, torch.bfloat16, CPU) == "materialize" and not memory
     with pytest.raises(ConfigError, match="param.execution=factored"):
-        AUTO(execution="factored").settle(128, torch.bfloat16, CPU)
-    assert AUTO(execution="factored", support="block").settle(128, torch.bfloat16, CPU) == "factored"
+        AUTO(execution="factored").autotune(128, torch.bfloat16, CPU)
+    assert AUTO(execution="factored", support="block").autotune(128, torch.bfloat16, CPU) == "factored"
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,15 @@ from lrtrain.init_from.start import check_layers
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
-from lrtrain.model.autotune import settle
+from lrtrain.model.autotune import autotune_layers
 from lrtrain.model.build import architecture, make_model
-from lrtrain.model.counts import above_break_even, dense_parameter_count, ledger, parameter_count, training_flops
+from lrtrain.model.counts import (
+    above_break_even,
+    dense_parameter_count,
+    factorization_table,
+    parameter_count,
+    training_flops,
+)
 from lrtrain.model.init import materialize
 from lrtrain.model.structure import factorized_layers
 from lrtrain.model.supports import support_hash
@@ -34,7 +40,7 @@ CPU = torch.device("cpu")
 def small(*overrides: str, seed: int = 0):
     model = make_model(compose(*SMALL, *overrides))
     materialize(model, seed, CPU)
-    for name, execution in settle(model, 32, torch.float32, CPU).items():
+    for name, execution in autotune_layers(model, 32, torch.float32, CPU).items():
         model.get_submodule(name).execution = execution
     return model
 
@@ -88,7 +94,7 @@ def test_every_linear_of_the_blocks_is_replaced_and_nothing_else():
     factorized = {name for name, m in model.named_modules() if isinstance(m, FactorizedLinear)}
     assert len(factorized) == 4 * 7 and all(".layers." in name for name in factorized)
     assert type(model.lm_head) is torch.nn.Linear
-    assert sum(row[1] for row in ledger(model)) == 28
+    assert sum(row[1] for row in factorization_table(model)) == 28
 
 
 def test_a_pattern_selects_layers():

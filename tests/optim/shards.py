@@ -43,7 +43,7 @@ class SimulatedRows(Rows):
     def sum(self, part: Tensor) -> Tensor:
         return part.copy_(torch.stack(self.meeting.all(self.index, part)).sum(0))
 
-    def largest(self, part: Tensor) -> Tensor:
+    def max(self, part: Tensor) -> Tensor:
         return part.copy_(torch.stack(self.meeting.all(self.index, part)).amax(0))
 
     def gather(self, rows: Tensor) -> Tensor:

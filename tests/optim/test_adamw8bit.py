@@ -70,7 +70,7 @@ def test_a_vector_in_parts_is_the_vector_as_a_whole():
         def __init__(self, first: int, agreed: list[torch.Tensor]):
             self.first, self.agreed = first, agreed
 
-        def largest(self, scale: torch.Tensor) -> torch.Tensor:
+        def max(self, scale: torch.Tensor) -> torch.Tensor:
             mine, theirs = scale, self.agreed.pop(0)
             assert torch.equal(torch.maximum(mine, theirs), theirs)
             return theirs

@@ -41,7 +41,7 @@ def test_with_the_identity_as_basis_it_is_adamw():
             moments = {key: torch.zeros(p.shape) for key in ("first", "second")}
             return moments | {"basis": torch.eye(p.shape[1])}
 
-        def found(self, p: Tensor, gradient: Tensor, rank: int, step: int) -> Tensor:
+        def compute_basis(self, p: Tensor, gradient: Tensor, rank: int, step: int) -> Tensor:
             return torch.eye(p.shape[1])
 
     projected = stepped(lambda model: Whole(model, **SETTINGS | {"scale": 1.0}, **COMMON), 5)
