@@ -51,8 +51,8 @@ class Spread:
 class Engine(ABC):
     """Shards a model over the processes and runs its steps. All methods are collectives.
 
-    An engine says how a model gets its storage (`_distribute`) and how gradients come about (`forward_backward`); what is
-    done with them is the same for all.
+    An engine says how a model gets its storage (`_distribute`) and how gradients come about (`forward_backward`); what
+    is done with them is the same for all.
 
     Args:
         dtype: of activations and of the parameters in use; what the optimizer steps keeps its own.

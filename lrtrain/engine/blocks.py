@@ -51,7 +51,7 @@ def keeping_latents(model: PreTrainedModel) -> Callable[[], Any]:
     shape."""
     shapes = sorted({(layer.in_features, layer.rank) for layer in factorized_layers(model).values()})
     contexts = partial(create_selective_checkpoint_contexts, partial(latents_only, shapes))
-    # With it compiled graphs are kept on disk. They are taken for the same name only: a policy that changes needs another.
+    # With a hash compiled graphs are cached on disk; change it when the policy changes.
     contexts.cache_hash = f"lrtrain latents 1 {shapes}"  # pyright: ignore[reportAttributeAccessIssue]
     return contexts
 

@@ -2,9 +2,9 @@
 
 A layer maps x (..., in) to (..., out). A linear layer represents one matrix W (out, in), returned by `dense_weight()`.
 Layers know nothing about engines, optimizers or configs: they are built on the meta device, get their values from
-`init_parameters` and `init_buffers`, and are then trained like any other module. Hooks that run between steps do nothing
-by default: `draw`, `add_penalty`, `after_step`, `revise` (with `revision_due` and `resets`), `lr_factor`, `wanted_rank`
-(with `resize_due`)."""
+`init_parameters` and `init_buffers`, and are then trained like any other module. Hooks that run between steps do
+nothing by default: `draw`, `add_penalty`, `after_step`, `revise` (with `revision_due` and `resets`), `lr_factor`,
+`wanted_rank` (with `resize_due`)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

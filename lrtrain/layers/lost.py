@@ -1,8 +1,8 @@
 """LOST: y = γ·B σ(A x) + (1-γ)·W_s x_I, a low-rank part plus whole columns of W.
 
-Li et al., "LOST: Low-rank and Sparse Pre-training for Large Language Models", arXiv 2508.02668. Initial values come from
-a dense random W ~ N(0, init_std²): BA is its best rank-r approximation; I are the columns with the largest norms in the
-complement W - BA, and W_s holds W's values in them. I stays fixed.
+Li et al., "LOST: Low-rank and Sparse Pre-training for Large Language Models", arXiv 2508.02668. Initial values come
+from a dense random W ~ N(0, init_std²): BA is its best rank-r approximation; I are the columns with the largest norms
+in the complement W - BA, and W_s holds W's values in them. I stays fixed.
 """
 
 import math

@@ -7,9 +7,9 @@ from lrtrain.layers.base import FactorizedLinear, Reset
 
 
 def product_svd(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The SVD of B A: U (m, r), σ (r,) descending and Vᵀ (r, n), for B = `left` (m, r), A = `right` (r, n), r ≤ min(m, n).
+    """U (m, r), σ (r,) descending and Vᵀ (r, n) of B A = UΣVᵀ, for B = `left` (m, r) and A = `right` (r, n).
 
-    Computed from QRs of the thin factors and an SVD of (r, r); no (m, n) matrix is formed.
+    For r ≤ min(m, n), from QRs of the thin factors and an SVD of (r, r); no (m, n) matrix is formed.
     """
     q_left, r_left = torch.linalg.qr(left)
     q_right, r_right = torch.linalg.qr(right.T)

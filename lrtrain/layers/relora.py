@@ -5,7 +5,8 @@ rank at most r, but their sum may have more. After a merge A is random again, B 
 state is pruned; the published learning rate restarts with each merge (`schedule=cosine_restarts`).
 
 Two differences from the published code: it starts with A = B = 0, so that both gradients are zero until the first merge
-draws A, whereas here A is random from the start; and there is no dropout (0.1 in the published code) on the branch's input.
+draws A, whereas here A is random from the start; and there is no dropout (0.1 in the published code) on the branch's
+input.
 
 Pruning removes the same entries of both of Adam's moments. The gradient of A is zero in the step after a merge, so a
 first moment that is left without its second moment would move A by lr·m/eps.

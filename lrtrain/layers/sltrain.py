@@ -5,8 +5,8 @@ arXiv 2406.02214, equation (1) and algorithm 1. Two executions of the same map:
 
 * `materialize` (as in the paper): forms W, uses it and frees it; the backward pass forms W again, and the dense
   gradient G = gᵀx. No (out, in) tensor is saved between the passes.
-* `factored`: y = s·(x Aᵀ) Bᵀ + x Sᵀ, and the gradient of the values is computed on the support only. No (out, in) tensor
-  is ever formed, and the work shrinks with rank and density.
+* `factored`: y = s·(x Aᵀ) Bᵀ + x Sᵀ, and the gradient of the values is computed on the support only. No (out, in)
+  tensor is ever formed, and the work shrinks with rank and density.
 """
 
 import math

@@ -17,10 +17,10 @@ MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # (moment, whether it is s
 class AdamW8bit(ShardedOptimizer):
     """AdamW with quantized moments (Dettmers et al., ICLR 2022): 2.03 bytes per entry instead of 8.
 
-    The step uses the new moments before they are quantized. Parameters of fewer than 4,096 entries keep float32 moments.
-    Blocks lie within rows, and the unsharded shape decides which parameters are small, so that precision, steps and
-    checkpoints do not depend on the number of processes. (torchao's optimizer decides by the shard.) The blocks of a
-    vector may span two shards, so its scales are replicated.
+    The step uses the new moments before they are quantized. Parameters of fewer than 4,096 entries keep float32
+    moments. Blocks lie within rows, and the unsharded shape decides which parameters are small, so that precision,
+    steps and checkpoints do not depend on the number of processes. (torchao's optimizer decides by the shard.) The
+    blocks of a vector may span two shards, so its scales are replicated.
     """
 
     elementwise = True

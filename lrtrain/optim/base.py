@@ -1,8 +1,8 @@
 """The base class of all optimizers: AdamW for parameters that are not matrices, and state sharded like parameters.
 
 A method is a subclass that defines which parameters it steps (`roles`, `takes`), its state for a parameter
-(`new_state`), and the direction of a step (`direction`). It works on this process's rows; all communication goes through
-`Rows`, so each method's file shows what it communicates.
+(`new_state`), and the direction of a step (`direction`). It works on this process's rows; all communication goes
+through `Rows`, so each method's file shows what it communicates.
 """
 
 from collections.abc import Callable, Collection

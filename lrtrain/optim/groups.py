@@ -19,8 +19,8 @@ LAYERS = MATRICES | {"sparse_values", "singular_values", "bias"}
 def parameter_roles(model: nn.Module) -> dict[str, str]:
     """The role of each trainable parameter, by qualified name (of tied parameters, the first name).
 
-    The roles of factorized layers are in `FactorizedLinear.roles`. Others: `matrix`: a weight in a block that multiplies
-    activations, or a batch of them (see `is_matrix`); `head`: the weight of a linear layer elsewhere;
+    The roles of factorized layers are in `FactorizedLinear.roles`. Others: `matrix`: a weight in a block that
+    multiplies activations, or a batch of them (see `is_matrix`); `head`: the weight of a linear layer elsewhere;
     `embedding`; `bias`; `norm`: the rest.
     """
     inner = {id(module) for block in blocks(model) for module in block.modules()}

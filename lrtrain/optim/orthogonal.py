@@ -97,7 +97,8 @@ def spectral_norm(x: Tensor, rows: Rows, vector: Tensor, iterations: int) -> Ten
     Args:
         x: this process's rows, float32.
         vector: starting vector (n,), the same on all processes. It is overwritten by the right singular vector of norm
-            one, the starting vector for the next call after a small change of the matrix; a zero matrix leaves it as is.
+            one, the starting vector for the next call after a small change of the matrix; a zero matrix leaves it as
+            is.
 
     Returns:
         Scalar.

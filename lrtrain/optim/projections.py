@@ -64,7 +64,8 @@ def sparse_basis(n: int, rank: int, seed: int) -> Tensor:
     """A basis (n, r) where one in s = √n entries is ±√(s/r) and the others are zero, so that E[P Pᵀ] = I; on the CPU.
 
     (Li, Hastie and Church, "Very Sparse Random Projections", KDD 2006.) It preserves the norms of dense rows as well as
-    a Gaussian basis. Norms of rows with few large entries vary more, and some columns of G are multiplied by zeros only.
+    a Gaussian basis. Norms of rows with few large entries vary more, and some columns of G are multiplied by zeros
+    only.
     """
     s = math.sqrt(n)
     dice = torch.rand(n, rank, generator=torch.Generator().manual_seed(seed))

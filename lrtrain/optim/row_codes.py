@@ -22,7 +22,8 @@ def decode(codes: Tensor, low: Tensor, gap: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Codes below 16 (rows, n) → two per byte (rows, ⌈n/2⌉): entry 2k in the lower half of byte k, 2k + 1 in the upper."""
+    """Codes below 16 (rows, n) → two per byte (rows, ⌈n/2⌉): entry 2k in the lower half of byte k, 2k + 1 in the
+    upper."""
     packed = codes[:, ::2].clone()
     packed[:, : codes.shape[1] // 2] |= codes[:, 1::2] << 4
     return packed

@@ -40,7 +40,8 @@ def cosine_restarts(
     restart_every: PositiveInt,
     restart_warmup: NonNegativeInt,
 ) -> float:
-    """`cosine` with a linear ramp from zero over `restart_warmup` steps after each multiple of `restart_every` (ReLoRA).
+    """`cosine` with a linear ramp from zero over `restart_warmup` steps after each multiple of `restart_every`
+    (ReLoRA).
 
     The ramp ends at the cosine's value at that step. Both arguments are numbers of steps.
     """
