@@ -1,1 +1,1 @@
-"""Engines shard the model and run the step; the only place that knows FSDP and DeepSpeed."""
+"""Engines shard the model and run steps; only this package uses FSDP and DeepSpeed."""

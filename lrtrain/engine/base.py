@@ -1,4 +1,4 @@
-"""What the training loop needs of an engine, and what all engines do alike."""
+"""The interface of engines, and what all engines share."""
 
 import math
 from abc import ABC, abstractmethod
@@ -28,34 +28,34 @@ MakeOptimizer = Callable[[PreTrainedModel], ShardedOptimizer]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of one optimizer step."""
+    """The result of one optimizer step."""
 
     grad_norm: float
     """Global L2 norm over all trainable parameters before clipping."""
     skipped: bool
-    """True if loss or gradient was not finite: then neither parameters nor optimizer state were touched. With updates
-    in the backward pass that holds for the parameters whose gradient was not finite."""
+    """True if loss or gradient was not finite: parameters and optimizer state are then unchanged. With updates in the
+    backward pass, only the parameters with a non-finite gradient are unchanged."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Over how many processes each kind of tensor is spread."""
+    """The number of processes that each kind of tensor is sharded over."""
 
     parameters: int
     gradients: int
     states: int
     masters: bool = False
-    """Whether float32 parameters are kept besides those that compute, spread as the states are."""
+    """Whether float32 master parameters are kept besides those used in forward, sharded like the optimizer state."""
 
 
 class Engine(ABC):
     """Shards a model over the processes and runs its steps. All methods are collectives.
 
-    An engine says how a model gets its storage (`_distribute`) and how gradients come about (`forward_backward`); what
-    is done with them is the same for all.
+    An engine defines how a model gets its storage (`_distribute`) and how gradients are computed (`forward_backward`);
+    the rest is the same for all engines.
 
     Args:
-        dtype: of activations and of the parameters in use; what the optimizer steps keeps its own.
+        dtype: of activations and of the parameters used in forward; the optimizer's parameters keep their own dtype.
         compile: compile each block.
         recompute_every, recompute_keep: what the backward pass recomputes; see `prepare_blocks`.
     """
@@ -63,10 +63,10 @@ class Engine(ABC):
     model: PreTrainedModel
     """Computes."""
     loss: TokenLoss
-    """What is run: engines hook on it, so no forward pass goes past it."""
+    """The module to call in every forward pass, since engines put hooks on it."""
     shards: PreTrainedModel
-    """The same model, or a twin of it, whose parameters are the shards that the optimizer steps: what reads or writes
-    parameters does it there (`local`, `whole`, `gathered`, `keep_shard`), and then calls for `_publish`."""
+    """The same model, or a twin of it, whose parameters are the shards that the optimizer steps. Parameters are read
+    and written here (`local`, `whole`, `gathered`, `keep_shard`); call `_publish` after writing."""
     optimizer: ShardedOptimizer
 
     def __init__(self, world: World, dtype: torch.dtype, compile: bool, recompute_every: int, recompute_keep: str):
@@ -79,18 +79,18 @@ class Engine(ABC):
     @classmethod
     @abstractmethod
     def check(cls, config: Config, world_size: int) -> None:
-        """Refuse what this engine cannot do, before anything is built.
+        """Check that this engine supports the configuration, before anything is built.
 
         Raises:
-            ConfigError: naming the keys and what would be right.
+            ConfigError: if it does not, naming the keys and what would be right.
         """
 
     @classmethod
     def check_model(cls, config: Config, model: nn.Module) -> None:
-        """Refuse a model on meta that this engine cannot train.
+        """Check that this engine can train a model (on meta).
 
         Raises:
-            ConfigError: naming the layer or parameter and what would be right.
+            ConfigError: if it cannot, naming the layer or parameter and what would be right.
         """
         penalized = [name for name, layer in factorized_layers(model).items() if layer.penalized]
         if penalized and config.optim["in_backward"]:
@@ -102,16 +102,16 @@ class Engine(ABC):
     @classmethod
     @abstractmethod
     def spread(cls, config: Config, world_size: int) -> Spread:
-        """What a process of so many would hold."""
+        """How this engine would shard tensors over `world_size` processes."""
 
     @abstractmethod
     def _distribute(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
-        """Spread a model on meta over the processes, with its initial values; returns what becomes `shards`."""
+        """Shard a model on meta over the processes, with its initial values; returns the `shards`."""
 
     def prepare(self, model: PreTrainedModel, seed: int, make_optimizer: MakeOptimizer, fresh: bool = True) -> None:
-        """Take a model on meta: shard it, give it storage and initial values, and make its optimizer.
+        """Shard a model on meta, give it storage and initial values, and create its optimizer.
 
-        Without `fresh` its state is about to be loaded, and values that are costly to draw are not.
+        Without `fresh` its state is going to be loaded, and costly initial values are skipped.
         """
         self.seed = seed
         prepare_blocks(model, self.recompute_every, self.recompute_keep, self.compile)
@@ -123,16 +123,16 @@ class Engine(ABC):
         self.in_backward = InBackward(self.optimizer, self._clip_of_one) if self.optimizer.in_backward else None
 
     def _publish(self) -> None:  # noqa: B027
-        """Let the model compute with what was written into `shards`."""
+        """Make the forward pass use the values written into `shards`."""
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, lr: float, clip: float | None, clip_by: str) -> None:
-        """Before the first micro-batch of a step: its learning rate and clipping.
+        """Set learning rate and clipping before the first micro-batch of a step.
 
         Args:
-            step: the steps done before; layers with a pace of their own follow it.
-            clip: the largest norm of the gradient, or None.
+            step: number of completed steps, for layers with an `lr_factor`.
+            clip: the largest gradient norm, or None.
             clip_by: `global`, or `parameter`: each of n parameters is clipped to clip/√n.
         """
         self.clip, self.clip_by = clip, clip_by
@@ -144,12 +144,12 @@ class Engine(ABC):
 
     @abstractmethod
     def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
-        """Add the gradient of (what `TokenLoss` gives for this micro-batch) / tokens to the gradients.
+        """Accumulate the gradient of `TokenLoss` of this micro-batch ÷ tokens.
 
         Args:
             rows: this process's token ids (sequences, seq_len + 1).
             tokens: target tokens of the whole step over all processes and micro-batches.
-            last: whether this is the step's last micro-batch, after which the gradients of `shards` are whole sums.
+            last: whether this is the step's last micro-batch, after which the gradients of `shards` are fully reduced.
 
         Returns:
             `TokenLoss` of this process's rows, detached, on the device.
@@ -158,7 +158,7 @@ class Engine(ABC):
     def clip_and_step(self, loss: float) -> StepResult:
         """Clip, take one optimizer step, and clear the gradients.
 
-        If the gradient norm or `loss` (the step's, over all processes) is not finite the step is skipped.
+        The step is skipped if the gradient norm or `loss` (of the step, over all processes) is not finite.
         """
         if self.in_backward is None:
             result = self._step(loss)
@@ -190,7 +190,7 @@ class Engine(ABC):
                 layer.after_step()
 
     def _update(self, finite: bool) -> None:
-        """Step the parameters along their gradients, if these are finite."""
+        """Take the optimizer's step if the gradients are finite."""
         if finite:
             self.optimizer.step()
 
@@ -200,9 +200,9 @@ class Engine(ABC):
 
     @torch.no_grad()
     def _gradient_norm(self) -> Tensor:
-        """L2 norm of the whole gradient."""
+        """L2 norm of the gradient over all parameters and processes."""
         squares = torch.stack(torch._foreach_norm(self._gradients(), dtype=torch.float32)).square().sum()
-        anyone = next(iter(self.optimizer.rows.values()))  # the same processes share all parameters
+        anyone = next(iter(self.optimizer.rows.values()))  # all parameters have the same process group
         return anyone.sum(squares).sqrt()
 
     @torch.no_grad()
@@ -211,7 +211,7 @@ class Engine(ABC):
             return
         if self.clip_by == "global":
             factor = self.clip / (norm + 1e-6)
-            if factor < 1:  # else all gradients would be read and written for nothing
+            if factor < 1:  # avoids reading and writing all gradients
                 torch._foreach_mul_(self._gradients(), factor)
             return
         for p in self.optimizer.parameters:
@@ -219,34 +219,34 @@ class Engine(ABC):
                 clip_one(p, self.optimizer.rows[p], self._clip_of_one())
 
     def _clip_of_one(self) -> float | None:
-        """The largest norm of one parameter's gradient, so that all together have `clip` at the most."""
+        """The largest norm of one parameter's gradient, such that the norm of all is at most `clip`."""
         return None if self.clip is None else self.clip / math.sqrt(len(self.optimizer.parameters))
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
     def revise(self, step: int) -> None:
-        """Let the layers that have something to do when `step` steps are done do it, optimizer states included."""
+        """Revise the layers that are due after `step` steps, with resets of their optimizer state."""
         if revise_layers(self.shards, self.optimizer, step, self.seed):
             self._publish()
 
     def resize(self, model: PreTrainedModel, make_optimizer: MakeOptimizer) -> None:
-        """Go on with a model on meta that differs from the present one by smaller ranks: it takes over the leading
-        part of each parameter and optimizer state."""
+        """Continue with a model on meta that has smaller ranks; it gets the leading part of each parameter and
+        optimizer state."""
         old, old_optimizer = self.shards, self.optimizer
         if self.compile:
-            torch.compiler.reset()  # the old shapes' graphs count towards the limit of recompilations
+            torch.compiler.reset()  # graphs of the old shapes would count towards the recompilation limit
         self.prepare(model, self.seed, make_optimizer, fresh=False)
         carry_over(old, old_optimizer, self.shards, self.optimizer)
         self._publish()
 
     def state_dict(self) -> dict[str, Any]:
-        """Model and optimizer in the canonical form: keyed by qualified parameter names, unsharded shapes. They are the
-        tensors themselves, so what is read into them is there."""
+        """State of model and optimizer, keyed by qualified parameter names, with unsharded shapes. The tensors are not
+        copies, so a checkpoint can be loaded into them."""
         return {"model": get_model_state_dict(self.shards), "optimizer": self.optimizer.named_state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, filled in place or with other tensors of the same shards."""
+        """Load a state from `state_dict`, filled in place or with other tensors of the same shards."""
         for part, own in self.state_dict().items():
             for name, value in own.items():
                 local(value).copy_(local(state[part][name]))

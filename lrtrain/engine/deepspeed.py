@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO (Rajbhandari et al., 2020, arXiv 1910.02054): optimizer states, gradients and parameters in ranges.
+"""DeepSpeed's ZeRO (Rajbhandari et al., 2020, arXiv 1910.02054), sharding by ranges of entries.
 
-DeepSpeed gathers parameters, reduces gradients and keeps this process's range of the float32 parameters as one flat
-tensor. What it would step is stepped here, by the same optimizer as under FSDP2, as `FlatShard`s: views of that tensor.
+DeepSpeed gathers parameters, reduces gradients and keeps this process's range of the float32 parameters in one flat
+tensor. lrtrain's optimizer steps that tensor, through `FlatShard`s, which are views of it.
 """
 
 from collections.abc import Callable
@@ -31,9 +31,9 @@ class DeepSpeedEngine(Engine):
 
     Args:
         zero_stage: 1, 2 or 3.
-        offload_optimizer, offload_parameters: keep these in the host's memory.
-        persist_below: parameters with fewer entries are not cut in stage 3.
-        reduce_dtype: fp32 or bf16, in which gradients are summed over processes.
+        offload_optimizer, offload_parameters: keep these in host memory.
+        persist_below: parameters with fewer entries are not sharded in stage 3.
+        reduce_dtype: dtype in which gradients are reduced, fp32 or bf16.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class DeepSpeedEngine(Engine):
         zero = {
             "stage": zero_stage,
             "overlap_comm": world.device.type == "cuda",
-            "memory_efficient_linear": False,  # which would replace torch's linear for all that is in this process
+            "memory_efficient_linear": False,  # it would replace torch's linear in the whole process
             "stage3_param_persistence_threshold": persist_below,
             "stage3_gather_16bit_weights_on_model_save": False,
         }
         self.settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # which DeepSpeed wants to know but does not need
-            "gradient_accumulation_steps": 1,  # `forward_backward` says where a step ends
+            "train_micro_batch_size_per_gpu": 1,  # required by DeepSpeed, but without effect here
+            "gradient_accumulation_steps": 1,  # `forward_backward` decides where a step ends
             "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -84,7 +84,7 @@ class DeepSpeedEngine(Engine):
             )
         if not hydra.utils.get_object(optim["_target_"]).elementwise_shardable:
             raise ConfigError(
-                f"optim={optim['name']} works on rows of matrices, which engine=deepspeed cuts anywhere; use "
+                f"optim={optim['name']} needs whole rows of matrices, but engine=deepspeed shards by entries; use "
                 f"engine=fsdp or engine=ddp, or optim=adamw"
             )
         if optim["in_backward"]:
@@ -98,14 +98,12 @@ class DeepSpeedEngine(Engine):
             )
         bf16 = compute_dtype(config, torch.device("cuda" if torch.cuda.is_available() else "cpu")) == torch.bfloat16
         if bf16 and engine["zero_stage"] == 1:
-            raise ConfigError(
-                f"engine.zero_stage=1 keeps gradients in another way with train.dtype={dtype}; use engine.zero_stage=2"
-            )
+            raise ConfigError(f"engine.zero_stage=1 does not support train.dtype={dtype}; use engine.zero_stage=2")
         param = config.param["_target_"] and hydra.utils.get_object(config.param["_target_"])
         if bf16 and "frozen" in getattr(param, "roles", {}).values():
             raise ConfigError(
-                f"param={config.param['name']} has frozen parameters, of which engine=deepspeed keeps nothing but "
-                f"bfloat16 with train.dtype={dtype}; use train.dtype=fp32 or engine=fsdp"
+                f"param={config.param['name']} has frozen parameters, which engine=deepspeed keeps only in bfloat16 "
+                f"with train.dtype={dtype}; use train.dtype=fp32 or engine=fsdp"
             )
 
     @classmethod
@@ -134,18 +132,18 @@ class DeepSpeedEngine(Engine):
             for unit in (*blocks(model), *self.loss.heads(), *factorized_layers(model).values()):
                 deepspeed.utils.set_z3_leaf_module(unit, True)  # gathered as one
         trained = [p for p in model.parameters() if p.requires_grad]
-        bare = twin(model, lambda p: p)  # DeepSpeed hangs things of its own on modules
+        bare = twin(model, lambda p: p)  # DeepSpeed adds attributes and hooks to modules
         self.deepspeed, self.zero, *_ = deepspeed.initialize(
             model=self.loss,
             optimizer=Stepper(trained, self._step_flat),
             config=self.settings,
             dist_init_required=False,
         )
-        for module, kept in buffers.items():  # in bfloat16 DeepSpeed casts them too
+        for module, kept in buffers.items():  # DeepSpeed would cast buffers to bfloat16 too
             module._buffers.update(kept)
         self.flat_ranges = flat_ranges(self.zero, model, self.stage, self.world.device)
         self.flat = {p: place.shard() for p, place in self.flat_ranges.items()}
-        shards = twin(bare, lambda p: self.flat.get(p, p))  # itself where a process has all of it
+        shards = twin(bare, lambda p: self.flat.get(p, p))  # p itself if it is not sharded
         fill(shards, seed, fresh)
         refresh(self.zero, self.stage)
         return shards
@@ -158,7 +156,7 @@ class DeepSpeedEngine(Engine):
     def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
         self.deepspeed.set_gradient_accumulation_boundary(last)
         losses = self.deepspeed(rows.to(self.world.device, non_blocking=True))
-        self.deepspeed.backward(losses[0] * (self.world.size / tokens), scale_wrt_gas=False)  # it takes the mean
+        self.deepspeed.backward(losses[0] * (self.world.size / tokens), scale_wrt_gas=False)  # DeepSpeed averages
         if last:
             for p, gradient in flat_gradients(self.zero, self.flat_ranges, self.stage):
                 self.flat[p].grad = gradient
@@ -170,9 +168,9 @@ class DeepSpeedEngine(Engine):
         self.deepspeed.step()
 
     def _step_flat(self, flat: Tensor) -> None:
-        """The optimizer's step on what is kept in a flat float32 tensor, which has its gradient now.
+        """The optimizer's step on a flat float32 tensor, which has its gradient now.
 
-        None if that is not finite: DeepSpeed then puts the same parameters back in place."""
+        No step if the gradient is not finite: DeepSpeed then copies the same parameters back."""
         if not self.finite:
             return
         for p, place in self.flat_ranges.items():
@@ -204,7 +202,7 @@ class DeepSpeedEngine(Engine):
 
 
 class Stepper(torch.optim.Optimizer):
-    """What DeepSpeed takes for its optimizer: calls `step` with each flat tensor that is to be stepped."""
+    """The optimizer that DeepSpeed sees: calls `step` with each flat tensor."""
 
     def __init__(self, parameters: list[nn.Parameter], step: Callable[[Tensor], None]):
         super().__init__(parameters, {"lr": 0.0})
@@ -217,5 +215,5 @@ class Stepper(torch.optim.Optimizer):
 
 
 def gathered_layer(layer: FactorizedLinear) -> FactorizedLinear:
-    """A twin of the layer with whole parameters on every process; a collective."""
+    """A twin of the layer with unsharded parameters on every process; a collective."""
     return twin(layer, lambda p: whole(p).clone())

@@ -1,4 +1,4 @@
-"""A dense model that only runs forward, over whatever processes there are."""
+"""A sharded dense model for forward passes only."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from lrtrain.model.structure import first_names
 
 @torch.no_grad()
 def dense_model(model: PreTrainedModel, read: Callable[[str], Tensor], seed: int, world: World) -> PreTrainedModel:
-    """A model on meta, sharded block by block, with the values `read(name)`, in eval mode; a collective."""
+    """The model (on meta) sharded block by block, with values `read(name)`, in eval mode; a collective."""
     firsts = first_names(model)
     if world.size > 1:
         for unit in (*sharded_units(model), model):

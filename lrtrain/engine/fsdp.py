@@ -1,5 +1,5 @@
-"""Sharded data parallelism by torch's FSDP2, block by block: all processes share one copy of the model (FSDP), each
-group of them shares one (HSDP), or each has its own (DDP)."""
+"""Sharded data parallelism by torch's FSDP2, block by block: one copy of the model over all processes (FSDP), over each
+group of processes (HSDP), or on each process (DDP)."""
 
 import math
 
@@ -25,9 +25,8 @@ class FSDPEngine(Engine):
     """FSDP2 over all processes.
 
     Args:
-        replicas: groups of processes that each hold the whole model, a divisor of their number; shards lie within a
-            group.
-        reduce_dtype: fp32 or bf16, in which gradients are summed over processes.
+        replicas: number of groups that each hold the whole model; divides the number of processes.
+        reduce_dtype: dtype in which gradients are reduced, fp32 or bf16.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class FSDPEngine(Engine):
 
     def _distribute(self, model: PreTrainedModel, seed: int, fresh: bool) -> PreTrainedModel:
         own_dtype = next(model.parameters()).dtype
-        if self.world.size > 1 or self.dtype != own_dtype:  # else there is nothing to share and nothing to cast
+        if self.world.size > 1 or self.dtype != own_dtype:  # else nothing to shard or cast
             self._shard(model)
         materialize(model, seed, self.world.device, fresh)
         return model
@@ -70,8 +69,8 @@ class FSDPEngine(Engine):
         for unit in units:
             kept = unit is head or unit is in_loss  # its backward pass comes next
             own = fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=not kept)
-            own.set_unshard_in_backward(not isinstance(unit, nn.Embedding))  # whose gradient needs no weight
-        # The root reaches the head's parameters by the model's own head too, which is not what was wrapped.
+            own.set_unshard_in_backward(not isinstance(unit, nn.Embedding))  # its gradient needs no weight
+        # The root also reaches the head's parameters through the model's own head, which is not wrapped.
         elsewhere = {*in_loss.parameters()} if in_loss in units else None
         fully_shard(self.loss, mesh=self.mesh, mp_policy=policy, ignored_params=elsewhere)
         for module in self._sharded():
@@ -87,7 +86,7 @@ class FSDPEngine(Engine):
 
     def forward_backward(self, rows: Tensor, tokens: int, last: bool = True) -> Tensor:
         if isinstance(self.loss, FSDPModule):
-            self.loss.set_requires_all_reduce(last)  # replicas sum once a step; within them each micro-batch is summed
+            self.loss.set_requires_all_reduce(last)  # across replicas once per step; within a replica every micro-batch
         losses = self.loss(rows.to(self.world.device, non_blocking=True))
         if self.in_backward is None or math.isfinite(sum_over_ranks(losses[0].item())[0]):
             (losses[0] / tokens).backward()
@@ -98,8 +97,8 @@ class FSDPEngine(Engine):
 
 
 class DDPEngine(FSDPEngine):
-    """Each process holds the whole model; gradients are summed once a step, block by block while the last backward pass
-    goes on. It is FSDP2 with as many replicas as processes: shards of one process, so nothing is gathered."""
+    """Each process holds the whole model; gradients are all-reduced once per step, block by block during the last
+    backward pass. It is FSDP2 with one replica per process, so nothing is gathered."""
 
     def __init__(
         self,
@@ -118,14 +117,14 @@ class DDPEngine(FSDPEngine):
 
 
 def _reshard_without_gradient(module: FSDPModule, *_: object) -> None:
-    """Head and root stay gathered for their backward pass; without one they would stay so, in the compute dtype."""
+    """Reshard head and root after a forward pass without a backward pass, for which they otherwise stay gathered."""
     if not torch.is_grad_enabled():
         module.reshard()
 
 
 def sharded_units(model: PreTrainedModel) -> list[nn.Module]:
-    """What is gathered as one, besides what is left of the model: each block, and embedding and head, unless these
-    share their weight."""
+    """The modules that are gathered as units, besides the rest of the model: each block, and embedding and head unless
+    they are tied."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     tied = len({id(p) for module in ends for p in module.parameters()}) < len(ends)
     return [*blocks(model), *([] if tied else ends)]

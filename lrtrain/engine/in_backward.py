@@ -1,7 +1,7 @@
-"""Updates in the backward pass: each parameter steps as soon as it has its gradient, which is then freed.
+"""Updates in the backward pass: each parameter is stepped as soon as its gradient is complete, which is then freed.
 
-So the gradients of one block at a time are alive (Lv et al., "Full parameter fine-tuning ... with limited resources",
-LOMO, arXiv 2306.09782). A norm over all parameters is known only afterwards: each can be clipped by its own.
+Only the gradients of one block exist at a time (Lv et al., "Full parameter fine-tuning ... with limited resources",
+LOMO, arXiv 2306.09782). The norm over all parameters is not known in time, so each gradient is clipped separately.
 """
 
 import math
@@ -16,10 +16,10 @@ from lrtrain.optim.rows import Rows
 
 
 class InBackward:
-    """The hooks on an optimizer's parameters.
+    """Hooks on an optimizer's parameters that step them.
 
     Args:
-        clip: gives the largest norm of one parameter's gradient now, or None.
+        clip: returns the largest norm of one parameter's gradient, or None.
     """
 
     def __init__(self, optimizer: ShardedOptimizer, clip: Callable[[], float | None]):
@@ -31,7 +31,7 @@ class InBackward:
                 p.register_post_accumulate_grad_hook(lambda p, group=group: self._step(p, group))
 
     def begin(self) -> None:
-        """Forget the last step; before the first backward pass of the next."""
+        """Reset before the first backward pass of a step."""
         self.squares = 0.0
         self.skipped = False
         self.optimizer.begin_step()
@@ -54,7 +54,7 @@ class InBackward:
 
 @torch.no_grad()
 def clip_one(p: Tensor, rows: Rows, most: float | None) -> float:
-    """Clip a parameter's gradient to the norm `most`; its norm before. A collective of those that share its rows."""
+    """Clip a parameter's gradient to the norm `most` and return its norm before; a collective of its process group."""
     assert p.grad is not None
     gradient = local(p.grad)
     norm = math.sqrt(rows.sum(torch.linalg.vector_norm(gradient, dtype=torch.float32).square()).item())

@@ -1,7 +1,7 @@
-"""Models whose layers take on smaller ranks while they train.
+"""Shrinking the ranks of a model's layers during training.
 
-No engine can change a parameter's shape in place: the model is built anew with the ranks that its layers want, and
-takes over the leading part of every parameter and of every moment of the optimizer.
+No engine can change a parameter's shape in place: the model is rebuilt with the ranks that its layers want, and
+gets the leading part of every parameter and of every moment of the optimizer.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from lrtrain.optim.base import ShardedOptimizer
 
 @torch.no_grad()
 def wanted_ranks(layers: Mapping[str, FactorizedLinear], step: int) -> dict[str, int]:
-    """The rank that each layer wants when `step` steps are done, its own where it is not due; a collective."""
+    """The rank that each layer wants after `step` steps (its current rank if it is not due); a collective."""
     due = {name: layer for name, layer in layers.items() if layer.resize_due(step)}
     wanted = compute_layers_across_ranks(due, lambda _, layer: {"rank": torch.tensor(layer.wanted_rank())})
     return {name: layer.rank for name, layer in layers.items()} | {name: int(v["rank"]) for name, v in wanted}
@@ -28,10 +28,10 @@ def wanted_ranks(layers: Mapping[str, FactorizedLinear], step: int) -> dict[str,
 def carry_over(
     old: nn.Module, old_optimizer: ShardedOptimizer, new: nn.Module, new_optimizer: ShardedOptimizer
 ) -> None:
-    """Fill a model and its optimizer with the leading part of each tensor of another of the same names; a collective.
+    """Copy the leading part of each tensor of a model and its optimizer into a smaller model; a collective.
 
-    Parameters and moments may be sharded. Moments follow their parameter's shape and step counters stay;
-    only where an optimizer keeps a state in another form (quantized, factored) does a cut parameter's begin anew.
+    Parameters and moments may be sharded. Moments shrink like their parameter, and step counters are kept. State in
+    another form (quantized, projected) is reset for a parameter that shrinks.
     """
     buffers = dict(old.named_buffers())
     for name, buffer in new.named_buffers():
@@ -50,7 +50,7 @@ def carry_over(
 
 
 def _leading(value: Tensor, parameter: Tensor) -> Tensor:
-    """A step counter as it is, or the part of a moment that belongs to what is left of its parameter."""
+    """The unchanged step counter, or the leading part of a moment, in the shape of its parameter."""
     if value.ndim == 0:
         return value
     moment = torch.empty_like(parameter, dtype=value.dtype)
@@ -59,7 +59,7 @@ def _leading(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _keep_leading(new: Tensor, old: Tensor) -> None:
-    """Copy the leading part of `old` (of its whole, if it is sharded) into `new`."""
+    """Copy the leading part of the unsharded `old` into `new`; a collective if they are sharded."""
     if placed_alike(new, old):
         local(new).copy_(local(old))
     else:

@@ -1,4 +1,4 @@
-"""Layers that change between steps: each is revised by one process, the others take over its values."""
+"""Revisions of layers between steps (merges, SVDs): one process computes each and broadcasts the values."""
 
 from collections.abc import Mapping
 
@@ -15,9 +15,9 @@ from lrtrain.optim.base import ShardedOptimizer
 
 @torch.no_grad()
 def revise_layers(model: nn.Module, optimizer: ShardedOptimizer, step: int, seed: int) -> bool:
-    """`FactorizedLinear.revise` for the layers that are due when `step` steps are done, and their resets; a collective.
+    """Call `FactorizedLinear.revise` for the layers that are due after `step` steps, and reset their optimizer state.
 
-    Parameters and optimizer states may be sharded (DTensors). Returns whether there was any.
+    A collective. Parameters and optimizer state may be sharded (DTensors). Returns whether any layer was due.
     """
     layers = {name: layer for name, layer in factorized_layers(model).items() if layer.revision_due(step)}
 
@@ -44,7 +44,7 @@ def _values(layer: FactorizedLinear) -> dict[str, Tensor]:
 
 
 def reset_parameter(optimizer: ShardedOptimizer, p: Tensor, reset: Reset, generator: torch.Generator) -> None:
-    """`reset_state` of a parameter; what is kept in another form than moments of its shape begins anew as a whole."""
+    """`reset_state` of a parameter; state that is not in moments of its shape is initialized again."""
     state = optimizer.state[p]
     if all(value.ndim == 0 or (value.shape == p.shape and value.is_floating_point()) for value in state.values()):
         reset_state(state, reset, generator)
@@ -53,10 +53,10 @@ def reset_parameter(optimizer: ShardedOptimizer, p: Tensor, reset: Reset, genera
 
 
 def reset_state(state: Mapping[str, Tensor], reset: Reset, generator: torch.Generator) -> None:
-    """Prune a parameter's moments, and set its step counter to zero if `reset` says so; in place.
+    """Prune a parameter's moments, and zero its step counter if `reset` asks for it; in place.
 
-    All moments lose the same entries, chosen by the first moment: where Adam's first one outlived the second, it would
-    be divided by eps alone.
+    All moments lose the same entries, chosen by the first moment: a first moment without its second moment would be
+    divided by eps alone.
     """
     kept = None
     for value in state.values():

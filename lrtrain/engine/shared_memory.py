@@ -1,8 +1,8 @@
-"""Tensors from process to process of one host, through memory that all of them see.
+"""All-to-all between the processes of one host through shared memory.
 
-gloo sends by TCP, and by a thread that competes with those that compute: on busy cores one byte takes it up to 4 ms.
-Here a process copies a piece of what it gives into memory of its own, tells the others by a byte on a socket (0.01 ms),
-and copies theirs.
+gloo sends by TCP with a thread that competes with computing threads: on busy cores one byte takes up to 4 ms.
+Here each process copies a piece into its shared memory, notifies the others by a byte on a socket (0.01 ms),
+and copies their pieces.
 """
 
 import os
@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 SLOT = 2**21
-"""Bytes that a process shows at a time: two such slots of each process stay in the CPU's caches."""
+"""Bytes of a slot: two slots per process fit into the CPU's caches."""
 
 
 class SharedMemory:
-    """What the processes of a group on one host show each other: two slots each, filled in turn.
+    """The shared memory of the processes of a group on one host: two slots each, filled alternately.
 
-    A slot is filled again two pieces later. By then all others have read it: only after that they tell of their next
-    piece, for which this process has waited.
+    A slot is refilled two pieces later. All others have read it by then: they announce their next piece only after
+    reading, and this process has waited for that announcement.
     """
 
     def __init__(self, group: dist.ProcessGroup):
@@ -40,13 +40,13 @@ class SharedMemory:
             self.slots[k] = _slots(theirs)
 
     def exchange(self, give: Tensor, take: Tensor) -> None:
-        """Give `give[k]` to process k of the group, and put what it gives into `take[k]`, but for this process's own;
-        both (processes × n).
+        """Send `give[k]` to process k of the group and receive `take[k]` from it, except for this process; both
+        (processes × n).
 
         Raises:
-            RuntimeError: if a process has ended, or does not come within the group's timeout.
+            RuntimeError: if a process has ended, or does not answer within the group's timeout.
         """
-        alike = give.stride(0) == 0  # expanded: shown once for all
+        alike = give.stride(0) == 0  # expanded: all processes read the same piece
         rows = 1 if alike else len(give)
         width = SLOT // (rows * give.element_size())
         for start in range(0, give.shape[1], width):
@@ -62,12 +62,12 @@ class SharedMemory:
                 take[k, piece].copy_(self._shown(k, rows, give[0, piece])[0 if alike else self.rank])
 
     def _shown(self, k: int, rows: int, like: Tensor) -> Tensor:
-        """(rows × n) of what process k shows now, of the dtype and as wide as `like`."""
+        """The (rows × n) in the current slot of process k, with the dtype and width of `like`."""
         return self.slots[k][self.turn].view(like.dtype)[: rows * len(like)].view(rows, len(like))
 
 
 def on_one_host(group: dist.ProcessGroup) -> bool:
-    """Whether the processes of the group can see the same memory, and sockets by their names; a collective."""
+    """Whether the processes of the group can share memory and connect by abstract socket names; a collective."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     here = (boot.read_text(), os.readlink("/proc/self/ns/net")) if boot.exists() else None  # on Linux alone
     found: list[object] = [None] * group.size()
@@ -80,7 +80,7 @@ def _sockets(group: dist.ProcessGroup) -> dict[int, socket.socket]:
     rank, size = group.rank(), group.size()
     found: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as door:
-        door.bind(b"\0lrtrain" + uuid.uuid4().bytes)  # a name that is in no folder
+        door.bind(b"\0lrtrain" + uuid.uuid4().bytes)  # an abstract name, without a file
         door.listen(size)
         names = [b""] * size
         dist.all_gather_object(names, door.getsockname(), group=group)
@@ -98,14 +98,14 @@ def _sockets(group: dist.ProcessGroup) -> dict[int, socket.socket]:
 
 
 def _slots(file: int) -> Tensor:
-    """(2 × SLOT) bytes of the memory that is this file, which is closed."""
+    """The two slots of memory mapped from this file descriptor, which is closed."""
     memory = mmap(file, 2 * SLOT)
     os.close(file)
     return torch.frombuffer(memory, dtype=torch.uint8).view(2, SLOT)
 
 
 def _tell(one: socket.socket, k: int) -> None:
-    """Let process k know that this one's piece is there."""
+    """Notify process k that this process's piece is ready."""
     try:
         one.send(b".")
     except ConnectionError as error:
@@ -113,7 +113,7 @@ def _tell(one: socket.socket, k: int) -> None:
 
 
 def _wait(one: socket.socket, k: int) -> None:
-    """Until process k has told of its piece."""
+    """Wait until process k has announced its piece."""
     try:
         told = one.recv(1)
     except TimeoutError as error:

@@ -1,4 +1,4 @@
-"""Where DeepSpeed's ZeRO keeps what of a parameter: no other file names what is private to DeepSpeed."""
+"""Where DeepSpeed's ZeRO keeps a parameter's values: the only file that uses DeepSpeed's private attributes."""
 
 import importlib
 import logging
@@ -19,15 +19,15 @@ from lrtrain.distributed.world import World
 
 
 def import_deepspeed(world: World) -> ModuleType:
-    """The package, imported only here: it takes seconds, and says much."""
+    """Import DeepSpeed, which takes seconds, with its messages silenced."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # of names that it uses
+    warnings.filterwarnings("ignore", "`torch.distributed.*deprecated", FutureWarning)  # DeepSpeed uses them
     deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if world.device.type == "cpu":
-        deepspeed.ops.__compatible_ops__ = {}  # it would compile one to all-reduce through shared memory
+        deepspeed.ops.__compatible_ops__ = {}  # DeepSpeed would compile a shared-memory all-reduce
     groups = deepspeed.utils.groups
     if groups._WORLD_GROUP not in dist.distributed_c10d._world.pg_map:
         groups._WORLD_GROUP = None  # of an earlier run in this process
@@ -37,8 +37,8 @@ def import_deepspeed(world: World) -> ModuleType:
 def allocate(
     model: PreTrainedModel, device: torch.device, dtype: torch.dtype, deepspeed: ModuleType, cut: dict[str, Any] | None
 ) -> dict[nn.Module, dict[str, Tensor | None]]:
-    """Give a model on meta its storage, parameter by parameter; with `cut` (DeepSpeed's settings) each is cut at once,
-    so no process holds the whole. Returns the buffers of each module."""
+    """Give a model on meta its storage, parameter by parameter; with `cut` (DeepSpeed's settings) each is sharded
+    immediately, so no process holds the whole model. Returns the buffers of each module."""
     init = deepspeed.zero.Init(config_dict_or_path=cut, mem_efficient_linear=False) if cut else None
     made: dict[nn.Parameter, nn.Parameter] = {}
     buffers: dict[nn.Module, dict[str, Tensor | None]] = {}
@@ -94,12 +94,12 @@ class FlatRange:
 
 
 def flat_ranges(zero: Any, model: nn.Module, stage: int, home: torch.device) -> dict[Tensor, FlatRange]:
-    """The place of each parameter of which a process has only a range; others are whole on all."""
+    """The range of each sharded parameter; other parameters are whole on every process."""
     return dict(_ranges_of_stage_3(zero, model, home) if stage == 3 else _ranges_of_stage_1_and_2(zero, home))
 
 
 def _ranges_of_stage_1_and_2(zero: Any, home: torch.device) -> Iterator[tuple[Tensor, FlatRange]]:
-    """All trained parameters follow one another in one tensor, which is cut into equal ranges."""
+    """All trained parameters are concatenated in one tensor, which is divided into equal ranges."""
     here, processes = dist.get_rank(), dist.get_world_size()
     (parameters,), (flat,), (length,) = zero.bit16_groups, zero.single_partition_of_fp32_groups, zero.partition_size
     (offsets,) = zero.round_robin_bit16_offsets
@@ -110,7 +110,7 @@ def _ranges_of_stage_1_and_2(zero: Any, home: torch.device) -> Iterator[tuple[Te
 
 
 def _ranges_of_stage_3(zero: Any, model: nn.Module, home: torch.device) -> Iterator[tuple[Tensor, FlatRange]]:
-    """Each parameter is cut into equal ranges, padded at the end."""
+    """Each parameter is divided into equal ranges, padded at the end."""
     processes = dist.get_world_size()
     flats = zero.fp32_partitioned_groups_flat
     p: Any  # a parameter with what DeepSpeed attached to it
@@ -124,7 +124,7 @@ def _ranges_of_stage_3(zero: Any, model: nn.Module, home: torch.device) -> Itera
 
 
 def flat_gradients(zero: Any, of: dict[Tensor, FlatRange], stage: int) -> Iterator[tuple[Tensor, FlatShard]]:
-    """The gradients after the last backward pass of a step, as far as they lie here."""
+    """This process's part of the gradients after the last backward pass of a step."""
     if zero.offload_optimizer if stage == 3 else zero.cpu_offload:
         yield from ((p, place.gradient()) for p, place in of.items() if place.trained)
         return
@@ -139,11 +139,11 @@ def flat_gradients(zero: Any, of: dict[Tensor, FlatRange], stage: int) -> Iterat
 
 @torch.no_grad()
 def refresh(zero: Any, stage: int) -> None:
-    """Give the parameters that compute the values of the flat float32 ones; a collective."""
+    """Copy the flat float32 parameters into those used by the forward pass; a collective."""
     if stage != 3:
         zero.update_lp_params()
         return
-    zero._partition_all_parameters()  # else those that are whole here would not be gathered, and keep their old values
+    zero._partition_all_parameters()  # otherwise persistent parameters would keep their old values
     for group in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
     if kept := zero.persistent_parameters:

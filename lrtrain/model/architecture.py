@@ -1,4 +1,4 @@
-"""The transformers config that `model` names, and its model as transformers makes it."""
+"""The transformers config that `model` selects, and transformers' model for it."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def architecture(path: str | None, overrides: dict[str, Any], trust_remote_code:
     Code that comes with `path` is run only with `trust_remote_code`.
 
     Raises:
-        ConfigError: if it cannot be had, or is not a causal language model's.
+        ConfigError: if it cannot be loaded, or is not a config of a causal language model.
     """
     if path is None and "model_type" not in overrides:
         raise ConfigError(
@@ -28,7 +28,7 @@ def architecture(path: str | None, overrides: dict[str, Any], trust_remote_code:
     except (OSError, ValueError, KeyError, TypeError) as error:
         where = f"model.path={path}" if path is not None else f"model.config={overrides}"
         if "custom code" in str(error):
-            raise ConfigError(f"{where} brings code of its own; model.trust_remote_code=true runs it") from error
+            raise ConfigError(f"{where} has its own Python code; model.trust_remote_code=true runs it") from error
         raise ConfigError(f"{where} is not a transformers model config: {str(error).splitlines()[0]}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not brings_code(config):
         raise ConfigError(f"model_type={config.model_type} has no causal language model in transformers")
@@ -36,20 +36,19 @@ def architecture(path: str | None, overrides: dict[str, Any], trust_remote_code:
 
 
 def brings_code(config: PreTrainedConfig) -> bool:
-    """Whether a config is of a class that came with it, whose code was trusted and run."""
+    """Whether a config's class comes from its model folder, whose code was trusted and run."""
     return type(config).__module__.startswith("transformers_modules.")
 
 
 def named(config: PreTrainedConfig) -> str:
-    """The configuration's key and value that an architecture comes from, for errors."""
+    """The key and value that selected an architecture, for errors."""
     return (
         f"model.path={config.name_or_path}" if config.name_or_path else f"model.config.model_type={config.model_type}"
     )
 
 
 def new_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
-    """The causal language model of a config as transformers makes it, with float32 parameters on torch's default
-    device."""
+    """transformers' causal language model for a config, with float32 parameters on torch's default device."""
     return AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=brings_code(config)
     )

@@ -1,7 +1,7 @@
-"""Which attention trains an architecture as transformers itself would: tried on a small copy of it, once.
+"""Choosing the attention implementation for an architecture by a trial on a small copy of it, once.
 
-transformers' eager attention with its own masks is the truth. Masks cost time, and to make them transformers looks at
-the positions, which stalls a GPU in every forward pass; where no mask is needed none is made.
+The reference is transformers' eager attention with its masks. Masks cost time, and building them reads positions, which
+synchronizes with the GPU in every forward pass; they are avoided if the architecture does not need them.
 """
 
 import copy
@@ -23,35 +23,35 @@ from lrtrain.model.architecture import named, new_model
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.loss import has_other_terms
 
-# Every token attends to all before it. Under a name that transformers has no mask function for it makes no mask.
+# Every token attends to all earlier ones. transformers builds no mask for a name without a mask function.
 CAUSAL = "lrtrain_causal"
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 PLAIN = ("sdpa", "eager")
-"""transformers' own implementations, which heed masks and caches."""
+"""transformers' implementations, which support masks and caches."""
 
 CHOICES = (CAUSAL, *PLAIN)
-"""What is tried for training, the cheapest first."""
+"""Implementations to try for training, the fastest first."""
 
 KNOWN = (LlamaConfig, OPTConfig)
-"""Configs whose every model attends to all earlier tokens and nothing else, so that nothing is tried."""
+"""Config classes whose models always attend to all earlier tokens, so that no trial is needed."""
 
 LENGTH = 48
-"""Tokens of the sequence that is tried; more than `WINDOW`."""
+"""Length of the trial sequence; more than `WINDOW`."""
 NARROWEST = 4
-"""What a width is divided to at the least; all stay even."""
+"""Smallest width in the small copy; all stay even."""
 WINDOW = 16
-"""Tokens that a sliding window or a chunk of attention has at the most in the small copy."""
+"""Largest sliding window or attention chunk of the small copy, in tokens."""
 TOLERANCE = 1e-3
-"""Of logits, relative to their standard deviation: rounding in float32 stays below it, another mask is far above."""
+"""Tolerance for logits, relative to their standard deviation: above float32 rounding, far below another mask."""
 VOCABULARY = 512
-"""Tokens that the small copy knows at the most."""
+"""Largest vocabulary of the small copy."""
 EXACT = 1e-6
-"""Of gradients that a mask makes zero, relative to the others."""
+"""Tolerance for gradients that a mask makes zero, relative to the others."""
 LARGEST = 5e8
-"""Parameters of a copy at the most."""
+"""Largest number of parameters of a small copy."""
 TRIED = 2
-"""Counts the changes of what is tried: verdicts of an older version do not hold."""
+"""Version of the trial: cached results of older versions are ignored."""
 
 WIDTHS = re.compile(
     r"(^|_)(size|sizes|dim|dims|width|rank|embd|head|model|ff|kv|inner|ssm|channels)(_per_layer_input)?$"
@@ -59,19 +59,17 @@ WIDTHS = re.compile(
 NO_WIDTHS = re.compile(r"vocab|window|chunk|kernel|state|block|patch|image|group|num_|^n_(head|kv)")
 DEPTH = re.compile(r"^(num_hidden_layers|num_(decoder_)?layers|n_layers?|num_blocks)$")
 DEPTHS = (4, 8, 16)
-"""Layers of the small copy, if all kinds of layers are among them."""
+"""Numbers of layers to try for the small copy; it needs all kinds of layers."""
 NUMBERS = re.compile(r"^_|layer_idx|layer_id|index$|layer_num|^training$")
-"""Attributes of modules that count them."""
+"""Attributes of modules that hold the layer's index."""
 WINDOWS = re.compile(r"(window|window_size|attention_chunk_size)$")
 
 
 def attention_for(config: PreTrainedConfig, choices: Sequence[str] = CHOICES) -> str:
-    """The first of the attention implementations whose logits are those of transformers' eager one.
-
-    What was found is kept in the cache.
+    """The first implementation in `choices` whose logits equal those of transformers' eager attention; cached on disk.
 
     Raises:
-        ConfigError: if the model does not run on token ids alone, or earlier logits depend on a later token.
+        ConfigError: if the model does not run on token ids alone, or logits depend on later tokens.
     """
     if type(config) in KNOWN:
         return choices[0]
@@ -82,7 +80,7 @@ def attention_for(config: PreTrainedConfig, choices: Sequence[str] = CHOICES) ->
 
 
 def check_loss(config: PreTrainedConfig) -> None:
-    """Raises ConfigError if transformers trains the model with terms that `TokenLoss` has not."""
+    """Raises ConfigError if transformers' loss of the model has terms that `TokenLoss` does not have."""
     if type(config) not in KNOWN and "other_terms" in _kept(config, CHOICES):
         raise ConfigError(
             f"{named(config)} has in transformers more terms in its loss, such as a z-loss, than cross-entropy and a "
@@ -91,7 +89,7 @@ def check_loss(config: PreTrainedConfig) -> None:
 
 
 def _kept(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
-    """What `_tried` finds, from the cache if it is there."""
+    """The result of `_tried`, cached on disk."""
     kind = f"{type(config).__module__}.{type(config).__qualname__}"
     versions = (transformers.__version__, torch.__version__)
     key = fingerprint(kind, config.to_json_string(use_diff=False), list(choices), versions, TOLERANCE, DEPTHS, TRIED)
@@ -105,7 +103,7 @@ def _kept(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
 
 
 def _tried(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
-    """The `attention`, or why the model is `refused`; and `other_terms` if its own loss has some."""
+    """Keys: `attention`, or `refused` with the reason; and `other_terms` if transformers' loss has some."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
@@ -128,9 +126,9 @@ def _tried(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
 
 
 def _sees_later_tokens(model: PreTrainedModel, rows: Tensor) -> bool:
-    """Whether logits of the first half have a gradient to embeddings of the second, which a mask makes exactly zero, or
-    change whenever its tokens do, as where experts choose among all of them (once or twice they may by rounding, where
-    two experts are almost equal)."""
+    """Whether logits of the first half depend on tokens of the second: by a gradient (which a mask makes exactly zero),
+    or because they change whenever those tokens do, as when experts choose among all tokens (a rare change may be
+    rounding, where two experts have nearly equal scores)."""
     half = LENGTH // 2
     with torch.enable_grad():
         embedded: list[Tensor] = []
@@ -146,16 +144,16 @@ def _sees_later_tokens(model: PreTrainedModel, rows: Tensor) -> bool:
 
 
 def _small_copy(config: PreTrainedConfig) -> tuple[PreTrainedConfig, PreTrainedModel, Tensor]:
-    """The config with as narrow layers as its class allows and as few as have all kinds, its model with eager
+    """A config with layers as narrow as its class allows and as few as contain all kinds, its model with eager
     attention, and a sequence (1, LENGTH).
 
-    All heads and experts stay, and what they are; windows and the vocabulary become small.
+    The numbers of heads and experts stay the same; windows and vocabulary become small.
     """
     for factor in (128, 64, 32, 16, 8, 4, 2, 1):
         try:
             small = _shallow(type(config).from_dict(narrowed(config.to_dict(), factor)))
             if (size := parameter_count(_on_meta(small))) > LARGEST:
-                raise ValueError(f"{size:,} parameters are too many to try, and narrower it does not run")
+                raise ValueError(f"{size:,} parameters are too many to try, and it does not run with narrower layers")
             model = _rough_model(small)
             rows = torch.randint(min(3, VOCABULARY), small.get_text_config().vocab_size, (1, LENGTH))
             _logits(model, rows)
@@ -167,7 +165,7 @@ def _small_copy(config: PreTrainedConfig) -> tuple[PreTrainedConfig, PreTrainedM
 
 
 def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with the fewest layers, of those tried, that are of as many kinds."""
+    """The config with the fewest layers that still has all kinds of layers."""
     kinds = _kinds_of_layers(config)
     for layers in DEPTHS:
         with suppress(Exception):  # patterns of layers that cannot be cut
@@ -178,7 +176,7 @@ def _shallow(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _kinds_of_layers(config: PreTrainedConfig) -> set[Any]:
-    """What tells the modules of a config's layers from each other, and the values that it lists for each layer."""
+    """The distinct kinds of a config's layers: by their modules, and by the values that it lists per layer."""
     simple = (str, int, type(None))
     return {
         (type(module), *((key, value) for key, value in vars(module).items() if isinstance(value, simple)
@@ -188,7 +186,7 @@ def _kinds_of_layers(config: PreTrainedConfig) -> set[Any]:
 
 
 def _lists_by_layer(config: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
-    """The values in a config that are lists with an item for each layer."""
+    """The (key, list) pairs of a config whose list has one item per layer."""
     depth = next((value for key, value in config.items() if isinstance(value, int) and DEPTH.search(key)), None)
     for key, value in config.items():
         if isinstance(value, dict):
@@ -198,7 +196,7 @@ def _lists_by_layer(config: dict[str, Any]) -> Iterator[tuple[str, list[Any]]]:
 
 
 def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """A config's values with so many layers at the most."""
+    """A config's values with at most `layers` layers."""
     lists = {key for key, _ in _lists_by_layer(config)}
     found: dict[str, Any] = {}
     for key, value in config.items():
@@ -211,7 +209,7 @@ def shortened(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def narrowed(config: dict[str, Any], factor: int) -> dict[str, Any]:
-    """A config's values with widths divided by `factor` and small windows and vocabularies."""
+    """A config's values with widths divided by `factor`, and small windows and vocabulary."""
 
     def narrow(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -239,8 +237,8 @@ def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _rough_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model with eager attention whose every weight matters, as some that start at zero would not; yet small enough
-    for rounding not to grow from layer to layer."""
+    """A model with eager attention and random weights: none is zero, so that all affect the logits, and they are small
+    enough for rounding not to grow from layer to layer."""
     model = new_model(copy.deepcopy(config), "eager").eval()
     for p in model.parameters():
         p.add_(torch.randn_like(p), alpha=0.3 * p.shape[-1] ** -0.5 if p.ndim > 1 else 0.03)

@@ -1,4 +1,4 @@
-"""Each layer's execution, where a layer can compute its map in several ways."""
+"""Autotuning the execution of layers that have several."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -16,14 +16,14 @@ def autotune_layers(
     device: torch.device,
     measured: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, str]:
-    """Let each layer that can be executed in several ways choose one by measurement, once per shape.
+    """Autotune each layer that has several executions, once per shape.
 
     Args:
-        tokens: of one process's forward pass.
-        measured: what was chosen before, which stays.
+        tokens: tokens per process and forward pass.
+        measured: earlier choices by layer name, which are kept.
 
     Returns:
-        The execution of each such layer by name.
+        The execution of each of these layers by name.
     """
     chosen: dict[str, str | None] = {}
     executions: dict[str, str] = {}

@@ -51,14 +51,14 @@ def make_model(
 def factorized_model(
     shape: PreTrainedConfig, param: dict[str, Any], rank_plan: RankPlan, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The model of a transformers config, factorized as `param` says, with parameters of `dtype` on the meta device."""
+    """The model of a transformers config, factorized according to `param`, with parameters of `dtype` on meta."""
     make_layer = choice(param) if param["_target_"] else None
     model = build_model(shape, make_layer, param["pattern"], rank_plan)
     if zeros := param.get("zero_init"):
         found = [layer for name, layer in matrices(model, r"\.\d+\.").items() if re.search(zeros, name)]
         if dense := [name for name in dense_experts(model, zeros)]:
             raise ConfigError(
-                f"param.zero_init={zeros} matches {dense[0]}, which is dense and starts as in transformers"
+                f"param.zero_init={zeros} matches {dense[0]}, which is dense and is initialized by transformers"
             )
         if not found:
             raise ConfigError(f"param.zero_init={zeros} matches none of the layers")
@@ -75,11 +75,11 @@ def build_model(
     pattern: str | None = None,
     rank_plan: RankPlan | None = None,
 ) -> PreTrainedModel:
-    """The causal language model of `config` on meta, with the linears and experts that `pattern` finds factorized.
+    """The causal language model of `config` on meta, with linear layers and experts matching `pattern` factorized.
 
     Args:
         make_layer: called with in_features, out_features, bias, rank and device; None leaves the model dense.
-        pattern: regular expression searched in each linear's qualified name.
+        pattern: regular expression searched in each layer's qualified name.
         rank_plan: of the layers.
 
     Raises:
@@ -107,24 +107,24 @@ def build_model(
 
 
 def check_untied(model: PreTrainedModel, found: Mapping[str, nn.Module]) -> None:
-    """transformers would tie the embedding to a factorized head as well, if only by a parameter of the same name.
+    """Check that none of the layers to factorize shares its weight with the embedding.
 
     Raises:
-        ConfigError: if the weight of one of these layers is the embedding's.
+        ConfigError: if one does, since transformers would tie the embedding to a parameter of the factorized head.
     """
     shared = model.get_input_embeddings().weight
     for name, layer in found.items():
         if getattr(layer, "weight", None) is shared:
             raise ConfigError(
-                f"param.pattern finds {name}, whose weight is the embedding's; set "
-                f"model.config.tie_word_embeddings=false, or a pattern that leaves {name} out"
+                f"param.pattern matches {name}, which is tied to the embedding; set "
+                f"model.config.tie_word_embeddings=false, or a pattern that excludes {name}"
             )
 
 
 def batchable_experts(
     model: PreTrainedModel, pattern: str, make_layer: Callable[..., FactorizedLinear]
 ) -> dict[str, DenseExperts]:
-    """The weights of experts that `pattern` finds, where layers of this class can be batched; else they stay dense."""
+    """The experts' weights that match `pattern`, if the layer class can be batched; otherwise experts stay dense."""
     found = dense_experts(model, pattern)
     made = [factorized(experts, make_layer, 1) for experts in found.values()]
     return found if any(isinstance(layer, FactorizedExperts) and layer.one[0].batchable for layer in made) else {}

@@ -14,13 +14,13 @@ from lrtrain.model.experts import experts_per_token
 from lrtrain.model.structure import factorized_layers
 
 UNUSED = re.compile(r"encoder_attn|crossattention|cross_attn")
-"""Modules of a decoder that only see an encoder's output."""
+"""Modules of a decoder that only process an encoder's output."""
 NO_PRODUCT = re.compile(r"Linear|Lightning|Rwkv|Output|Cross")
-"""Attentions, by their class, that do not multiply every token with every other."""
+"""Classes of attention that do not multiply every token with every other."""
 
 
 def factorization_table(model: nn.Module) -> list[tuple[str, int, str, int]]:
-    """What was replaced: rows (projection, layers, "out×in, rank", parameters), one per kind of layer."""
+    """The factorized layers: rows (projection, layers, "out×in, rank", parameters), one per kind of layer."""
     rows: dict[tuple[str, str], list[int]] = {}
     for name, layer in factorized_layers(model).items():
         experts = f"{layer.batch} × " if layer.batch > 1 else ""
@@ -30,7 +30,7 @@ def factorization_table(model: nn.Module) -> list[tuple[str, int, str, int]]:
 
 
 def above_break_even(model: nn.Module) -> list[str]:
-    """Layers that train at least as many parameters as the dense layer that they replace."""
+    """Names of layers that train at least as many parameters as the dense layer that they replace."""
     return [
         name
         for name, layer in factorized_layers(model).items()
@@ -43,17 +43,17 @@ class Flops:
     """Floating-point operations of one forward and backward pass, per token."""
 
     model: float
-    """What the parameterization needs: each layer's own count."""
+    """FLOPs of the model, by each layer's own count."""
     dense_equivalent: float
-    """What the same architecture with dense linears needs."""
+    """FLOPs of the same architecture with dense linear layers."""
 
 
 def training_flops(model: PreTrainedModel, seq_len: int) -> Flops:
-    """FLOPs per token, forward and backward (three times the forward where all is trained).
+    """FLOPs per token, forward and backward (three times the forward pass if all parameters are trained).
 
-    Every matrix multiplies each token once, those of experts only for the tokens routed to them; attention has two
-    products over the whole context (not halved for causality). Work on vectors, such as a state space's scan, norms and
-    lookups in embeddings, is not counted.
+    Every matrix multiplies each token once, experts only the tokens routed to them; attention has two
+    products over the whole context (not halved for causality). Vector operations, such as a state-space scan, norms and
+    embedding lookups, are not counted.
     """
     attention = 3 * attention_flops(model, seq_len)
     chosen = experts_per_token(model.config.get_text_config())
@@ -69,16 +69,16 @@ def training_flops(model: PreTrainedModel, seq_len: int) -> Flops:
 
 
 def called_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Modules that work when a causal model runs on text alone, but for what is inside factorized layers: no attention
-    to an encoder that is not there."""
+    """The modules that run when a causal model processes text alone (no cross-attention), without those inside
+    factorized layers."""
     inner = {id(child) for m in model.modules() if isinstance(m, FactorizedLinear) for child in m.children()}
     idle = {id(child) for name, m in model.named_modules() if UNUSED.search(name) for child in m.modules()}
     return (module for module in model.modules() if id(module) not in inner | idle)
 
 
 def matrix_entries(module: nn.Module, chosen: int) -> int:
-    """Entries of a module's own matrices that a token meets: of experts (experts, out, in) those of as many as are
-    chosen for it; of a convolution over time the whole kernel."""
+    """Entries of a module's own matrices that multiply a token: for experts (experts, out, in) those of its `chosen`
+    experts, for a convolution over time the whole kernel."""
     if isinstance(module, nn.Embedding):
         return 0
     found = 0
@@ -90,8 +90,8 @@ def matrix_entries(module: nn.Module, chosen: int) -> int:
 
 
 def attention_flops(model: PreTrainedModel, seq_len: int) -> int:
-    """FLOPs per token, forward, of the products of queries with keys and of the weights with values (two per entry of
-    heads · width), in each module that projects to queries, keys and values."""
+    """FLOPs per token of the forward products of queries with keys and of attention weights with values (two per entry
+    of heads · width), summed over the attention modules."""
     found = 0
     for module in called_modules(model):
         projects = any(hasattr(child, "in_features") or isinstance(child, Conv1D) for child in module.children())
@@ -102,7 +102,7 @@ def attention_flops(model: PreTrainedModel, seq_len: int) -> int:
 
 
 def product_widths(module: nn.Module, config: PreTrainedConfig) -> tuple[int, int]:
-    """Entries of a token's query and of its values after attention, over all heads."""
+    """The widths of a token's queries and of its values, over all heads."""
     own = [getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads", "n_head")]
     heads = next((n for n in own if isinstance(n, int)), None) or config.num_attention_heads
     width = getattr(module, "head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -111,17 +111,17 @@ def product_widths(module: nn.Module, config: PreTrainedConfig) -> tuple[int, in
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of parameters, frozen ones too, unsharded, tied ones once."""
+    """Number of parameters, unsharded, including frozen ones, tied ones once."""
     return sum(math.prod(p.shape) for p in model.parameters())
 
 
 def trainable_count(model: nn.Module) -> int:
-    """Number of parameters that are trained, unsharded, tied ones once."""
+    """Number of trained parameters, unsharded, tied ones once."""
     return sum(math.prod(p.shape) for p in model.parameters() if p.requires_grad)
 
 
 def dense_parameter_count(model: nn.Module) -> int:
-    """Parameters of the same architecture with dense linears (out·in and the same biases)."""
+    """Number of parameters of the same architecture with dense linear layers (out·in and the same biases)."""
     saved = 0
     for layer in factorized_layers(model).values():
         own = sum(p.numel() for name, p in layer.named_parameters() if layer.roles[name] != "bias")

@@ -1,9 +1,9 @@
 """A model whose construction is recorded rather than carried out, and replayed one tensor at a time.
 
 transformers initializes a tensor in several places: its module's constructor, `_init_weights` of that module, and those
-of the modules around it (GPT-2 draws `c_proj` again in the block that holds it). Here all of them run once on tensors
-without memory, each operation is noted, and the value of one tensor is what the operations that led to it give: exact,
-whatever the model's code does, and never more in memory than one tensor and what it was computed from.
+of its parents (GPT-2 draws `c_proj` again in the block that holds it). Here all of them run once on tensors
+without memory, and each operation is recorded. Replaying the operations that a tensor depends on gives its exact value,
+with only this tensor and its inputs in memory.
 """
 
 from bisect import bisect_left
@@ -20,12 +20,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 META = torch.device("meta")
 
 OVERWRITES = {"normal_", "uniform_", "zero_", "fill_", "copy_", "random_", "bernoulli_"}
-"""Operations after which nothing is left of what their first argument was."""
+"""Operations that overwrite their first argument completely."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One that created or changed storages."""
+    """A recorded operation that created or changed storages."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -34,13 +34,13 @@ class Operation:
     reads: set[int]
     """Storages whose earlier contents it depends on."""
     overwrites: bool
-    """Whether it leaves nothing of the earlier contents of what it changes."""
+    """Whether it overwrites the storages that it changes completely."""
 
 
 class Recording(TorchDispatchMode):
-    """While it is active every new tensor is on meta, and what is done to such tensors is noted.
+    """While active, creates every new tensor on meta and records the operations on such tensors.
 
-    Tensors made of data (`torch.tensor`, `from_numpy`) stay what they are.
+    Tensors created from data (`torch.tensor`, `from_numpy`) stay real.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Recording(TorchDispatchMode):
         super().__exit__(*error)
 
     def _truncated_normal(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """torch's draws again what falls outside, so what it does depends on the values: one operation here."""
+        """Recorded as one operation, because torch's implementation depends on values (it redraws outliers)."""
         self._note(self._truncated, (tensor, *args), kwargs, tensor, [tensor], True)
         return tensor
 
@@ -95,7 +95,7 @@ class Recording(TorchDispatchMode):
         self.operations.append(Operation(func, args, kwargs, results, reads, overwrites))
 
     def value(self, tensor: Tensor) -> Tensor:
-        """What a tensor made meanwhile holds, on the CPU, with random numbers from torch's global generator.
+        """The value of a recorded tensor, on the CPU, with random numbers from torch's global generator.
 
         Raises:
             ValueError: if nothing was ever written to it.
@@ -112,7 +112,7 @@ class Recording(TorchDispatchMode):
         return _real(tensor, memory)
 
     def _collect(self, key: int, before: int, needed: set[int]) -> None:
-        """Add the operations, of those before, that the contents of a storage depend on."""
+        """Add the indices of operations before `before` that the contents of a storage depend on."""
         writers = self.writers[key]
         for i in reversed(writers[: bisect_left(writers, before)]):
             if i not in needed:
@@ -142,7 +142,7 @@ def _replay(operation: Operation, memory: dict[int, torch.UntypedStorage]) -> No
 
 
 def _real(tensor: Tensor, memory: dict[int, torch.UntypedStorage]) -> Tensor:
-    """The tensor that stands for one on meta: the same view of memory of its own."""
+    """The real tensor for one on meta: the same view of allocated memory."""
     if not tensor.is_meta:
         return tensor
     key = _storage(tensor)

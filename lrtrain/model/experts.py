@@ -1,6 +1,6 @@
-"""Experts as transformers keeps them: modules with weights (experts, out, in), or transposed, and a router before them.
+"""Experts in transformers' models: modules with weights (experts, out, in), or transposed, behind a router.
 
-transformers lets other code compute them (its `ExpertsInterface`); that is where factorized ones come in.
+Factorized experts are computed through transformers' `ExpertsInterface`.
 """
 
 import re
@@ -21,11 +21,11 @@ FACTORIZED = "lrtrain_factorized"
 
 
 class DenseExperts(nn.Module):
-    """A view of one weight of a layer's experts, with what is asked of an nn.Linear.
+    """A view of one weight of a layer's experts, with the attributes of an nn.Linear.
 
     Args:
         weight: (experts, out, in), or with `transposed` (experts, in, out).
-        per_token: how many experts a token meets.
+        per_token: number of experts that process a token.
     """
 
     bias = None
@@ -39,13 +39,13 @@ class DenseExperts(nn.Module):
         self.out_features, self.in_features = weight.shape[:0:-1] if transposed else weight.shape[1:]
 
     def factorized(self, one: FactorizedLinear) -> FactorizedExperts:
-        """Such a batch of layers like `one`."""
+        """Factorized experts in place of this weight, as a batch of layers like `one`."""
         return FactorizedExperts(one, self.batch, self.per_token, self.transposed)
 
 
 def dense_experts(model: Any, pattern: str) -> dict[str, DenseExperts]:
-    """The weights of experts whose qualified name `pattern` is found in, by name; of modules that compute them through
-    transformers' interface."""
+    """The experts' weights whose qualified name matches `pattern`, by name, in modules that use transformers'
+    interface."""
     found: dict[str, DenseExperts] = {}
     for name, module in model.named_modules():
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
@@ -57,13 +57,13 @@ def dense_experts(model: Any, pattern: str) -> dict[str, DenseExperts]:
 
 
 def measured(model: nn.Module, pattern: str) -> Mapping[str, FactorizedLinear | nn.Linear | DenseExperts]:
-    """The layers whose spectra are of interest: `matrices`, and of a dense model the experts that `pattern` finds."""
+    """The layers whose spectra are measured: `matrices`, and in a dense model the experts matching `pattern`."""
     layers = factorized_layers(model)
     return layers or {**linears(model, pattern), **dense_experts(model, pattern)}
 
 
 def experts_per_token(config: PreTrainedConfig) -> int:
-    """How many experts a token is sent to, under the names that transformers has for it."""
+    """The number of experts per token, from any of transformers' keys for it."""
     for key in ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"):
         value = getattr(config, key, None)
         if value is not None:
@@ -81,7 +81,7 @@ def replace_experts(model: nn.Module, name: str, layer: FactorizedExperts) -> No
 
 
 def factorized_experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """What transformers' `grouped_mm_experts_forward` computes, of experts whose weights are factorized, some or all.
+    """transformers' `grouped_mm_experts_forward` for experts with some or all weights factorized.
 
     Args:
         hidden: (tokens, d).
@@ -116,7 +116,7 @@ ALL_EXPERTS_FUNCTIONS.register(FACTORIZED, factorized_experts_forward)
 
 
 def _projected(weight: FactorizedExperts | Tensor, x: Tensor, sizes: Tensor, transposed: bool) -> Tensor:
-    """x (tokens, in), sorted by experts, through each expert's own map."""
+    """x (tokens, in), sorted by expert, multiplied by each expert's weight."""
     if isinstance(weight, FactorizedExperts):
         return weight(x, sizes)
     lengths = even_split(len(x), len(weight)) if sizes.is_meta else sizes.tolist()

@@ -1,6 +1,5 @@
-"""Initial values: a function of (seed, parameter name) alone.
-
-So a model is the same at every world size and under every engine."""
+"""Initial values: a function of (seed, parameter name) only, so that they are the same at every world size and under
+every engine."""
 
 import copy
 import os
@@ -34,7 +33,7 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device, fresh: 
     Parameters may be sharded already (DTensors on meta).
     """
     model.to_empty(device=device)
-    model.tie_weights()  # getting storage may have parted them
+    model.tie_weights()  # allocation may have untied them
     fill(model, seed, fresh)
 
 
@@ -42,10 +41,11 @@ def materialize(model: PreTrainedModel, seed: int, device: torch.device, fresh: 
 def fill(model: PreTrainedModel, seed: int, fresh: bool = True) -> None:
     """Give every parameter and buffer, sharded or not, its initial value; a collective.
 
-    Without `fresh` the state of factorized layers is left to be loaded; the buffers that a seed gives back are drawn.
+    Without `fresh` the state of factorized layers is left to be loaded, and only buffers regenerated from the seed are
+    drawn.
 
-    Dense modules are drawn by every process, factorized layers, whose values can cost an SVD, by one process for all;
-    each keeps its shards and drops the rest, so no process holds more than two whole modules.
+    Every process draws dense modules; factorized layers, which may need an SVD, are drawn by one process each and
+    broadcast. Each process keeps its shards, so none holds more than two whole modules.
     """
     layers = factorized_layers(model)
 
@@ -63,13 +63,13 @@ def fill(model: PreTrainedModel, seed: int, fresh: bool = True) -> None:
     for name, module in model.named_modules():
         if id(module) not in inside:
             own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
-            free = [key for key in own if id(own[key]) not in filled]  # of tied ones the first name has the value
+            free = [key for key in own if id(own[key]) not in filled]  # tied ones: first name
             take_over(module, dense_values(start, module, free, seed, name))
             filled.update(map(id, own.values()))
 
 
 def initial_layer(model: PreTrainedModel, name: str, seed: int) -> nn.Module:
-    """A linear layer of the model, which is on meta, as `materialize` starts it: whole, on the CPU."""
+    """A linear layer of a model on meta with the initial values of `materialize`, unsharded, on the CPU."""
     layer = model.get_submodule(name)
     if isinstance(layer, FactorizedLinear):
         values = initial_values(layer, seed, name)
@@ -83,10 +83,10 @@ def initial_layer(model: PreTrainedModel, name: str, seed: int) -> nn.Module:
 
 
 def initial_values(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
-    """All parameters and buffers of a factorized layer: a function of (seed, name) alone.
+    """Initial values of all parameters and buffers of a factorized layer: a function of (seed, name) only.
 
     Raises:
-        ConfigError: if the layer's own code leaves one out, which would stay as it was allocated.
+        ConfigError: if the layer gives no value to one of them.
     """
     values = initial_state(layer, seed, name) | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
     wanted = {key for key, _ in (*layer.named_parameters(), *layer.named_buffers())}
@@ -96,7 +96,7 @@ def initial_values(layer: FactorizedLinear, seed: int, name: str) -> dict[str, T
 
 
 def initial_state(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Tensor]:
-    """Parameters and persistent buffers of a factorized layer: a function of (seed, name) alone."""
+    """Initial values of a factorized layer's parameters and persistent buffers: a function of (seed, name) only."""
 
     def compute() -> dict[str, Tensor]:
         return layer.init_parameters(generator_for(seed, name))
@@ -109,13 +109,13 @@ def initial_state(layer: FactorizedLinear, seed: int, name: str) -> dict[str, Te
 
 
 def zero_start(values: dict[str, Tensor], zero: set[str]) -> dict[str, Tensor]:
-    """The initial values with those at zero that make the layer's W zero and let it learn: of a plain linear its
-    weight, of BA the left factor."""
+    """The initial values with those set to zero that make W zero but trainable: the weight of a dense layer, the left
+    factor of BA."""
     return {key: torch.zeros_like(value) if key in zero else value for key, value in values.items()}
 
 
 def initial_state_path(layer: FactorizedLinear, seed: int, name: str) -> Path:
-    """Where a layer's costly values are kept: named by all that they depend on; `init_version` stands for the code."""
+    """The cache file of a layer's initial values, named by everything they depend on (`init_version` for the code)."""
     shapes = {key: [*value.shape] for key, value in layer.state_dict().items()}
     other = {key for key in vars(layer) if key[0] == "_"} | {"training", "execution"}
     settings = {key: value for key, value in vars(layer).items() if key not in other}
@@ -125,12 +125,12 @@ def initial_state_path(layer: FactorizedLinear, seed: int, name: str) -> Path:
 
 
 def kept_on_disk(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors in the file; where it is missing or damaged they are computed and it is written anew.
+    """The tensors in a cache file; if it is missing or damaged, they are computed and written.
 
-    Any number of processes may do so at once: the file appears whole, by a rename. Without room for it there is none.
+    Safe for concurrent processes: the file is renamed into place. On a full disk it is not written.
     """
     with suppress(Exception), zipfile.ZipFile(path) as file:  # what torch.load raises on a damaged one is not specified
-        if file.testzip() is None:  # torch does not look at the checksums
+        if file.testzip() is None:  # torch does not verify checksums
             return torch.load(path, weights_only=True)
     values = compute()
     unfinished = path.with_suffix(f".{os.getpid()}.{uuid.uuid4().hex}")
@@ -148,14 +148,14 @@ def kept_on_disk(path: Path, compute: Callable[[], dict[str, Tensor]]) -> dict[s
 def dense_values(
     start: "TransformersStart", module: nn.Module, keys: Iterable[str], seed: int, name: str
 ) -> dict[str, Tensor]:
-    """The module's own parameters and buffers of these names as transformers initializes them, whole, on the CPU; zero
-    where it is to start there."""
+    """transformers' initial values of a module's parameters and buffers with these names, unsharded, on the CPU; zero
+    for layers that start at zero."""
     values = {key: start.value(f"{name}.{key}" if name else key, seed) for key in keys}
     return zero_start(values, {"weight"}) if hasattr(module, "starts_at_zero") else values
 
 
 class TransformersStart:
-    """What transformers would initialize the dense model of a config with."""
+    """transformers' initial values for the dense model of a config."""
 
     def __init__(self, config: PreTrainedConfig):
         self.recording = Recording()
@@ -165,10 +165,10 @@ class TransformersStart:
         self.architecture = named(config)
 
     def value(self, name: str, seed: int) -> Tensor:
-        """One parameter or buffer: a function of (seed, name) alone.
+        """The initial value of one parameter or buffer: a function of (seed, name) only.
 
         Raises:
-            ConfigError: if transformers leaves it as it was allocated.
+            ConfigError: if transformers does not initialize it.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(integer_seed(seed, name))
@@ -182,7 +182,7 @@ _starts: WeakKeyDictionary[PreTrainedModel, TransformersStart] = WeakKeyDictiona
 
 
 def _start_of(model: PreTrainedModel) -> TransformersStart:
-    """The same for every layer of a model."""
+    """The `TransformersStart` of a model, created once."""
     if model not in _starts:
         _starts[model] = TransformersStart(model.config)
     return _starts[model]

@@ -1,8 +1,9 @@
-"""Next-token cross-entropy, summed: whoever sums over ranks and micro-batches divides once, by all tokens.
+"""Next-token cross-entropy, summed over tokens; the caller divides once by the tokens of all processes and
+micro-batches.
 
-With a vocabulary of 32,000 the logits are the largest tensor of a small model. Where it is known how a model makes them
-of its head's output they never exist as a whole: some tokens at a time go from logits to losses and gradients, within
-the forward pass, when every engine has the head's weight gathered.
+With a vocabulary of 32,000 the logits are the largest tensor of a small model. For model types whose logits are a known
+function of the head's output they are never stored: head, loss and gradient are computed in chunks of tokens within the
+forward pass, while the engine has the head's weight gathered.
 """
 
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from transformers import PreTrainedModel
 from lrtrain.errors import ConfigError
 
 CHUNK = 1024
-"""Tokens whose logits exist at a time. Fewer make the products slower, and add up the weight's gradient more often."""
+"""Tokens per chunk. Smaller chunks make matrix products slower and accumulate the weight's gradient more often."""
 
 LogitsOf = Callable[[Any, Tensor], Tensor]
-"""(config, what the head puts out) → logits."""
+"""(config, output of the head) → logits."""
 
 
 def _capped(logits: Tensor, cap: float | None) -> Tensor:
@@ -43,12 +44,12 @@ LOGITS: dict[str, LogitsOf] = {
     "gemma4_text": lambda config, output: _capped(output, config.final_logit_softcapping),
     "recurrent_gemma": lambda config, output: _capped(output, config.logits_soft_cap),
 }
-"""By model type, for transformers' own classes whose logits are this function of `head(base_model(ids))`, each tested;
-all other models compute whole logits themselves."""
+"""By model type, for transformers' classes whose logits are this function of `head(base_model(ids))` (each is tested);
+all other models compute all logits at once."""
 
 
 class TokenLoss(nn.Module):
-    """A causal language model of transformers with its loss as output: what engines run, in training and evaluation."""
+    """A causal language model of transformers with its loss as output, called by engines in training and evaluation."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -58,22 +59,22 @@ class TokenLoss(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """Sum of the cross-entropies (nats) of each row's tokens 1..seq_len given those before; (1,).
 
-        While training, a mixture of experts' auxiliary loss is added where the model's config asks for it
-        (`output_router_logits`), times its coefficient, as transformers adds it. It is one number for all tokens of a
-        forward pass; times their number it averages over micro-batches and ranks as the token losses do. Then (3,): the
-        sum that is trained, the token losses' share of it, and the auxiliary loss times the number of tokens.
+        In training, a mixture of experts' auxiliary loss is added as in transformers, times its coefficient, if the
+        model's config has `output_router_logits`. It is one number per forward pass; multiplied by the number of tokens
+        it averages over micro-batches and processes like token losses. The output is then (3,): the sum to train on,
+        the sum of token losses, and the auxiliary loss times the number of tokens.
 
         Args:
             rows: token ids (sequences, seq_len + 1), int64.
         """
         loss, output = self.token_loss(rows)
         if not self.training or getattr(output, "aux_loss", None) is None:
-            return torch.stack([loss])  # not a view, of which FSDP2 warns
+            return torch.stack([loss])  # FSDP2 warns about views
         auxiliary = rows[:, 1:].numel() * output.aux_loss
         return torch.stack([loss + _auxiliary_coefficient(self.model) * auxiliary, loss, auxiliary])
 
     def heads(self) -> list[nn.Module]:
-        """The modules that compute with the head's parameters, from the outermost on."""
+        """The modules that use the head's parameters, outermost first."""
         head = self.model.get_output_embeddings()
         return [module for module in (self.head, head) if module is not None]
 
@@ -88,8 +89,8 @@ class TokenLoss(nn.Module):
 
 
 class HeadLoss(nn.Module):
-    """A model's head with losses as output. It is a module of its own so that an engine's hooks, which gather and
-    release the head's parameters, enclose all chunks."""
+    """A model's head with losses as output: a separate module, so that an engine's hooks gather the head's parameters
+    once for all chunks."""
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
@@ -101,17 +102,17 @@ class HeadLoss(nn.Module):
         return head_loss(self.head, self._logits, hidden, targets)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        # Not through __call__: hooks on the head itself, such as ZeRO-3's, would gather it for each chunk.
+        # Not by __call__: hooks on the head itself, such as ZeRO-3's, would gather it for each chunk.
         return LOGITS[self.config.model_type](self.config, self.head.forward(hidden))
 
 
 def next_token_loss(model: PreTrainedModel, rows: Tensor) -> Tensor:
-    """The sum of the cross-entropies of a model that no engine runs, without an auxiliary loss; see `TokenLoss`."""
+    """The sum of the cross-entropies of a model without an engine and without an auxiliary loss; see `TokenLoss`."""
     return TokenLoss(model).token_loss(rows)[0]
 
 
 def has_other_terms(model: PreTrainedModel, rows: Tensor) -> bool:
-    """Whether the model's own loss, as transformers trains it, has terms that `TokenLoss` has not, as a z-loss.
+    """Whether the loss that transformers trains has terms that `TokenLoss` does not have, such as a z-loss.
 
     Args:
         model: in eval mode. What is not of transformers may have any loss, and is not asked for it.
@@ -129,16 +130,16 @@ def has_other_terms(model: PreTrainedModel, rows: Tensor) -> bool:
 
 
 def _is_known(model: PreTrainedModel) -> bool:
-    """Whether LOGITS says how logits come about, and no auxiliary loss is wanted of the model."""
+    """Whether the model's logits are a function in LOGITS, and it has no auxiliary loss."""
     own = type(model).__module__.startswith("transformers.models.")
     return own and model.config.model_type in LOGITS and not getattr(model.config, "output_router_logits", False)
 
 
 def _auxiliary_coefficient(model: Any) -> float:
-    """By which transformers multiplies the auxiliary loss.
+    """The coefficient of the auxiliary loss in transformers.
 
     Raises:
-        ConfigError: if the model keeps it under none of the known names.
+        ConfigError: if the model has it under none of the known names.
     """
     for owner in (model, model.config.get_text_config()):
         for key in ("router_aux_loss_coef", "aux_loss_coef"):
@@ -167,8 +168,8 @@ def head_loss(head: nn.Module, compute: Any, hidden: Tensor, targets: Tensor) ->
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The gradients are computed with the losses and wait for the backward pass, which scales them in place: it can run
-    once. Softmax and all sums are in float32 at least."""
+    """Computes gradients together with the losses; the backward pass scales them in place, so it can run only once.
+    Softmax and all sums are at least float32."""
 
     @staticmethod
     def forward(ctx, compute, targets, train, hidden, *parameters):
@@ -194,18 +195,18 @@ class _HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         gradients = ctx.gradients
-        del ctx.gradients  # so that autograd takes them over instead of copying them
+        del ctx.gradients  # so that autograd does not copy them
         return None, None, None, *(gradient.mul_(grad_outputs[0]) for gradient in gradients)
 
 
 def _added(sums: list[Tensor], new: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The sums with the new terms, in place where there are sums already."""
+    """The sums plus the new terms, in place if there are sums already."""
     return [a.add_(b) for a, b in zip(sums, new, strict=True)] if sums else [b.to(dtype) for b in new]
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Sum of the cross-entropies of logits (tokens, vocabulary) to targets (tokens,), and its gradient, which takes the
-    place of float32 logits."""
+    """Sum of the cross-entropies of logits (tokens, vocabulary) to targets (tokens,), and its gradient, which
+    overwrites float32 logits."""
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
     at_target = targets[:, None]
     scores.sub_(scores.amax(1, keepdim=True))  # all in place: one tensor of this size

@@ -52,9 +52,9 @@ def budget_rank(
     """The largest rank, the same in all layers, with which the model trains at most a share of its dense parameters.
 
     Args:
-        rule: the share, as `60%`.
+        rule: the share, e.g. `60%`.
         dense: parameters of the dense model.
-        found: the linears that are replaced.
+        found: the linear layers to replace.
 
     Raises:
         ConfigError: if `rule` is no percentage, or even rank 1 trains more.
@@ -75,13 +75,13 @@ def budget_rank(
 
 
 def kind_of(linear: nn.Linear | DenseExperts) -> tuple[int, int, bool, int]:
-    """What its factors' sizes depend on besides their rank: out, in, whether there is a bias, how many there are."""
+    """The sizes of a layer, apart from its rank: out, in, whether it has a bias, batch."""
     return linear.out_features, linear.in_features, linear.bias is not None, getattr(linear, "batch", 1)
 
 
 def layer_rank(rule: int | float | dict[str, int | float], name: str, linear: nn.Linear | DenseExperts) -> int:
-    """The rank of one layer: an integer is the rank, a float a share of min(in, out), a mapping goes from patterns
-    (searched in the layer's name, the first that is found holds) to either.
+    """The rank of one layer: an integer is the rank, a float a share of min(in, out), a mapping from patterns to either
+    uses the first pattern that is found in the layer's name.
 
     Raises:
         ConfigError: if no pattern is found or the rank is not between 1 and min(in, out).
@@ -90,7 +90,7 @@ def layer_rank(rule: int | float | dict[str, int | float], name: str, linear: nn
     if isinstance(rule, dict):
         match = next((pattern for pattern in rule if re.search(pattern, name)), None)
         if match is None:
-            raise ConfigError(f"param.rank={rule} has no pattern that is found in {name}; add one")
+            raise ConfigError(f"param.rank={rule} has no pattern that matches {name}; add one")
         key, rule = f"param.rank.{match}", rule[match]
     return matrix_rank(rule, key, name, linear.out_features, linear.in_features)
 
@@ -99,7 +99,7 @@ def matrix_rank(rule: int | float, key: str, name: str, m: int, n: int) -> int:
     """A rank for a matrix (m, n): an integer is the rank, a float a share of min(m, n).
 
     Args:
-        key, name: of the configuration and of the matrix, for the error.
+        key, name: the configuration key and the matrix's name, for the error.
 
     Raises:
         ConfigError: if the rank is not between 1 and min(m, n).
@@ -115,7 +115,7 @@ def matrix_rank(rule: int | float, key: str, name: str, m: int, n: int) -> int:
 
 
 def mean_rank(model: nn.Module) -> float | None:
-    """The mean rank of the factorized layers; None of a dense model."""
+    """The mean rank of the factorized layers; None for a dense model."""
     ranks = [layer.rank for layer in factorized_layers(model).values()]
     return sum(ranks) / len(ranks) if ranks else None
 
@@ -123,7 +123,7 @@ def mean_rank(model: nn.Module) -> float | None:
 def factorized(
     linear: nn.Linear | DenseExperts, make_layer: Callable[..., FactorizedLinear], rank: int
 ) -> FactorizedLinear:
-    """What stands for a linear, on the meta device."""
+    """The factorized layer that replaces a linear layer, on meta."""
     sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
     layer = make_layer(**sizes, rank=rank, device="meta")
     if isinstance(linear, DenseExperts):

@@ -1,4 +1,4 @@
-"""What a model consists of: its blocks, its linear layers, and the names of its tensors."""
+"""A model's blocks, linear layers, and names of tensors."""
 
 import inspect
 import re
@@ -15,28 +15,27 @@ from lrtrain.layers.base import FactorizedLinear
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder's blocks, which are sharded, compiled and recomputed: the longest list of modules that is in no other
-    (experts may be more)."""
+    """The decoder's blocks: the longest module list that is not inside another one (experts may be longer)."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     inner = {id(child) for blocks in lists for child in blocks.modules() if child is not blocks}
     return max((blocks for blocks in lists if id(blocks) not in inner), key=len)
 
 
 def untied(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state that is saved, by name; a parameter with several names under the first of them."""
+    """The model's state by name, with tied tensors under their first name only."""
     firsts = first_names(model)
     return {name: tensor for name, tensor in model.state_dict().items() if firsts[name] == name}
 
 
 def first_names(model: PreTrainedModel) -> dict[str, str]:
-    """Each name in the model's state → the first name of the same tensor."""
+    """Each name in the model's state → the first name of its tensor."""
     state = model.state_dict(keep_vars=True)
     found: dict[int, str] = {}
     return {name: found.setdefault(id(tensor), name) for name, tensor in state.items()}
 
 
 def matrices(model: nn.Module, pattern: str) -> Mapping[str, FactorizedLinear | nn.Linear]:
-    """The layers whose spectra are of interest: the factorized ones, or in a dense model those that would be."""
+    """The layers whose spectra are measured: the factorized ones, or in a dense model those matching `pattern`."""
     return factorized_layers(model) or linears(model, pattern)
 
 
@@ -46,9 +45,9 @@ def factorized_layers(model: nn.Module) -> dict[str, FactorizedLinear]:
 
 
 def linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
-    """The plain linears whose qualified name `pattern` is found in, by name: `nn.Linear` and transformers' `Conv1D`.
+    """The plain linear layers (`nn.Linear` and transformers' `Conv1D`) whose qualified name matches `pattern`, by name.
 
-    No classes derived from them, which compute something else, and no layer whose weight the model reads itself.
+    Without subclasses, which compute something else, and without layers whose weight the model reads directly.
 
     Raises:
         ConfigError: if there is none, or the pattern is not a regular expression.
@@ -69,18 +68,18 @@ def linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is exactly a linear layer, sharded by FSDP or not."""
+    """Whether a module is a linear layer and not of a subclass (other than FSDP's)."""
     kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
     return kind is nn.Linear or kind is Conv1D
 
 
 def weights_read(model: nn.Module) -> set[str]:
-    """Names of the plain linears whose weight or bias the module that holds them reads instead of calling the layer, on
-    any device: no other layer can stand in for them."""
+    """Names of the plain linear layers whose weight or bias their parent reads directly, on any device: they cannot be
+    replaced."""
     return {
         f"{name}.{child}".removeprefix(".")
         for name, module in model.named_modules()
-        if not isinstance(module, FactorizedLinear)  # whose factors are its own
+        if not isinstance(module, FactorizedLinear)  # reads its own factors
         for child, layer in module.named_children()
         if is_plain(layer) and child in _children_read(type(module))
     }
@@ -88,14 +87,14 @@ def weights_read(model: nn.Module) -> set[str]:
 
 @cache
 def _children_read(kind: type[nn.Module]) -> frozenset[str]:
-    """Children whose weight or bias a class's methods read, but for those that initialize."""
+    """Names of children whose weight or bias a class's methods read, apart from initialization."""
     found: set[str] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, method in vars(base).items():
             if inspect.isfunction(method) and not re.search("init|reset", name):
                 try:
                     source = inspect.getsource(method)
-                except OSError:  # made by other code
+                except OSError:  # generated code without source
                     continue
                 found |= {*re.findall(r"\bself\.(\w+)\.(?:weight|bias)\b", source)}
     return frozenset(found)

@@ -66,7 +66,8 @@ def test_code_that_comes_with_a_model_is_run_only_where_that_is_asked_for(tmp_pa
 
     refused = launch(job)
     assert refused.returncode == 2 and not touched.exists()
-    assert refused.stderr.strip() == f"model.path={folder} brings code of its own; model.trust_remote_code=true runs it"
+    told = "has its own Python code; model.trust_remote_code=true runs it"
+    assert refused.stderr.strip() == f"model.path={folder} {told}"
     job.append("model.trust_remote_code=true")
     done = launch(job)
     assert done.returncode == 0 and touched.exists(), done.stderr

@@ -64,7 +64,7 @@ def test_a_step_that_is_not_finite_touches_nothing(world, stage: int, poison: st
     "overrides, sentence",
     [
         (["engine.zero_stage=4"], "engine.zero_stage=4 must be 1, 2 or 3"),
-        (["optim=galore"], "optim=galore works on rows .* use engine=fsdp or engine=ddp, or optim=adamw"),
+        (["optim=galore"], "optim=galore needs whole rows .* use engine=fsdp or engine=ddp, or optim=adamw"),
         (["optim.in_backward=true", "train.clip=null"], "optim.in_backward=true steps before engine=deepspeed"),
         (["train.dtype=bf16_sr"], "train.dtype=bf16_sr keeps no float32 parameters"),
         (["train.dtype=bf16", "engine.zero_stage=1"], "engine.zero_stage=1 keeps .* use engine.zero_stage=2"),

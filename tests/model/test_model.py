@@ -124,7 +124,7 @@ def test_ranks_by_pattern_share_and_number(param: str):
         ("param.rank=900", r"param.rank=900 is not between 1 and min\(in, out\)=32 of model.layers.0.self_attn.q_proj"),
         ("param.rank=0", "param.rank=0 is not between"),
         ("param.rank=1.5", "param.rank=1.5 is not a share"),
-        ("param.rank={q_proj:4}", "has no pattern that is found in model.layers.0.self_attn.k_proj"),
+        ("param.rank={q_proj:4}", "has no pattern that matches model.layers.0.self_attn.k_proj"),
         ("param.pattern=nothing", "param.pattern=nothing matches none"),
         ("param.pattern='['", "param.pattern=\\[ is not a regular expression"),
         ("param.pattern=. model.config.tie_word_embeddings=true", "finds lm_head, .*tie_word_embeddings=false"),
