@@ -20,7 +20,7 @@ from omegaconf import DictConfig, open_dict
 
 from lrtrain.distributed.world import environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
-from lrtrain.sweeps.jobs import Job, Outcome, known, plan_sweep
+from lrtrain.sweeps.jobs import Job, Outcome, outcome_without_start, plan_sweep
 from lrtrain.sweeps.report import SweepFailed, Tell, print_outcomes, run_needed
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class TorchrunLauncher(PretrainLauncher):
 
         refuse_torchrun("torchrun")
         torchruns = Torchruns(self.sweep.folder, self.nproc, self.parallel)
-        found = [known(job, self.nproc) for job in jobs]
+        found = [outcome_without_start(job, self.nproc) for job in jobs]
         return run_needed(jobs, found, lambda left: torchruns.run(left, self.tell), self.tell)
 
 
@@ -114,7 +114,7 @@ class SlurmLauncher(PretrainLauncher):
 
         refuse_torchrun("slurm")
         slurm = Slurm(self.sweep.folder, self.cluster, self.nproc, self.wait, {**self.settings})
-        found = [known(job, self.nproc * self.settings["nodes"]) for job in jobs]
+        found = [outcome_without_start(job, self.nproc * self.settings["nodes"]) for job in jobs]
         return run_needed(jobs, found, lambda left: slurm.run(left, self.tell), self.tell)
 
 
