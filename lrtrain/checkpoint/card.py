@@ -13,7 +13,7 @@ HOW = {
 
 
 def card(run: RunWeights, factorized: bool, parameters: int) -> str:
-    """README.md: how the model was trained, its losses, and how it loads."""
+    """The text of README.md: how the model was trained, its losses, and how to load it."""
     config = run.config
     facts: dict[str, Any] = {
         "Method": f"`param={config.param['name']}`, `optim={config.optim['name']}`",
@@ -33,7 +33,7 @@ def card(run: RunWeights, factorized: bool, parameters: int) -> str:
 
 
 def losses(run: RunWeights) -> dict[str, str]:
-    """Those of the run's summary, if it ended at the exported step."""
+    """The losses in the run's summary, if the run ended at the exported step."""
     summary = read_object(run.run_dir / "summary.json") or {}
     if summary.get("step") != run.meta.step:
         return {}

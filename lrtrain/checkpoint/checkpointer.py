@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints: complete or absent.
 
 `checkpoints/step-00001000/` holds the shards of torch.distributed.checkpoint, `meta.json`, and `checksums.json` with
-the CRC-32 of each, the marker of a whole checkpoint. It is written as `.step-00001000.partial` and renamed when every
-process is done; a removal renames it away first. So whatever bears the final name and has the marker was complete,
-wherever a process was killed; the checksums tell if it still is.
+the CRC-32 of each file, which marks a complete checkpoint. It is written as `.step-00001000.partial` and renamed when
+every process is done; before deletion it is renamed again. So a folder with the final name and the marker was complete,
+whenever a process was killed; the checksums detect later damage.
 """
 
 import json
@@ -38,23 +38,23 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def _named(folder: Path) -> list[Path]:
-    """What bears the final name of a checkpoint, by ascending step."""
+    """The folders with the final name of a checkpoint, by ascending step."""
     return sorted(p for p in folder.iterdir() if NAME.fullmatch(p.name)) if folder.is_dir() else []
 
 
 def last_good(folder: Path) -> str:
-    """What a run that failed can go on from, in words."""
+    """A phrase that names the last good checkpoint."""
     kept = whole_checkpoints(folder)
     return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
 
 
 def newest_sound(folder: Path) -> Path | None:
-    """The newest checkpoint in a `checkpoints` folder that is as it was written; None if there is none.
+    """The newest undamaged checkpoint in a `checkpoints` folder; None if there is no checkpoint.
 
-    Each one that is not is named on stderr.
+    Damaged ones are named on stderr.
 
     Raises:
-        ConfigError: if there are some, but not one is as it was written.
+        ConfigError: if all checkpoints are damaged.
     """
     found = _named(folder)
     for checkpoint in reversed(found):
@@ -68,13 +68,13 @@ def newest_sound(folder: Path) -> Path | None:
 
 
 def find_checkpoint(path: Path, key: str = "resume=") -> Path:
-    """The checkpoint that `path` means: itself, or the newest sound one of the run that it is the folder of.
+    """The checkpoint at `path`, or the newest undamaged one of the run at `path`.
 
     Args:
-        key: what the path was given as, for the error.
+        key: the option that gave the path, for the error.
 
     Raises:
-        ConfigError: if there is none, or the one named is damaged.
+        ConfigError: if there is none, or the checkpoint at `path` is damaged.
     """
     if (path / MARKER).is_file():
         if damage := damage_of(path):
@@ -87,7 +87,7 @@ def find_checkpoint(path: Path, key: str = "resume=") -> Path:
 
 
 def damage_of(checkpoint: Path) -> str | None:
-    """What differs from the checkpoint that was written, in a few words; None if nothing does. Reads all of it."""
+    """A description of the damage to a checkpoint; None if it is intact. Reads all of its files."""
     try:
         written = json.loads((checkpoint / MARKER).read_text())
     except (OSError, ValueError, RecursionError):
@@ -115,7 +115,7 @@ def checksum(path: Path) -> int:
 
 
 class Checkpointer:
-    """Saves and loads the state of a run; one save is in flight at most."""
+    """Saves and loads the state of a run, with at most one save in flight."""
 
     def __init__(self, folder: Path, world: World, keep: int, keep_every: int | None, asynchronous: bool):
         self.folder = folder
@@ -123,13 +123,13 @@ class Checkpointer:
         self.keep = keep
         self.keep_every = keep_every
         self.asynchronous = asynchronous
-        # The background save talks over a group of its own: its collectives must not mix with the training's.
+        # The background save has its own process group, so that its collectives do not mix with the training's.
         self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if asynchronous else None
         self.pending: Callable[[], Any] | None = None
         self.step = 0
         self.saved = True
         self.sound: set[str] = set()
-        """Names of the checkpoints that were written or checked by this process: retention counts no others."""
+        """Names of the checkpoints that this process wrote or verified: only these count for retention."""
         if world.main:
             make_folder_durably(folder)
             for leftover in folder.glob(".step-*"):
@@ -137,9 +137,9 @@ class Checkpointer:
             self.inode = folder.stat().st_ino
 
     def save(self, state: dict[str, Any], step: int, meta: CheckpointMeta) -> None:
-        """Begin a checkpoint of `state` (copied before this returns); a collective. Waits for the one before.
+        """Start a checkpoint of `state` (copied before this returns), after the previous one has ended; a collective.
 
-        One that fails, as on a full disk, is told of and leaves those before it as they are; see `wait`.
+        A failure, e.g. on a full disk, is printed and leaves earlier checkpoints unchanged; see `wait`.
         """
         self.wait()
         partial = self._partial(step)
@@ -154,8 +154,8 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Until the save in flight has ended on all processes, and `saved` tells of the last one whether it is on the
-        disk. A collective."""
+        """Wait until the save in flight has ended on all processes; then `saved` is whether it succeeded. A
+        collective."""
         if self.pending is None:
             return
         failure = _failure_of(self.pending)
@@ -176,17 +176,17 @@ class Checkpointer:
             dcp.load(state, storage_reader=TensorReader(checkpoint), planner=TensorPlanner())
         except CheckpointException as error:
             raise ConfigError(f"{checkpoint} is not loaded: {_reasons(error)}") from error
-        if checkpoint.parent.resolve() == self.folder.resolve():  # it was checked before, as any that is chosen
+        if checkpoint.parent.resolve() == self.folder.resolve():  # it was verified when it was chosen
             self.sound.add(checkpoint.name)
 
     def _partial(self, step: int) -> Path:
         return self.folder / f".step-{step:08d}.partial"
 
     def _committer(self, partial: Path, final: Path, meta: CheckpointMeta) -> Callable[[], None]:
-        text = meta.to_json()  # now: the run goes on, and changes its progress, while tensors are written
+        text = meta.to_json()  # now, because the run's progress changes while tensors are written
 
         def commit() -> None:
-            if self.world.main:  # torch.distributed.checkpoint returns here only when all processes have written
+            if self.world.main:  # torch.distributed.checkpoint calls this after all processes have written
                 if self.folder.stat().st_ino != self.inode:
                     raise FileNotFoundError(f"{self.folder} was removed or moved")
                 write_durably(partial / META, text)
@@ -202,9 +202,9 @@ class Checkpointer:
         return commit
 
     def _retire(self, saved: Path) -> None:
-        """Remove what is older than the newest `keep` that are known to be sound, but not what was just saved.
+        """Remove checkpoints older than the newest `keep` verified ones, but never the one just saved.
 
-        Whether the others are sound is not known, and costs reading them: they do not count.
+        Other checkpoints do not count, because verifying them would mean reading them.
         """
         whole = whole_checkpoints(self.folder)
         counted = [checkpoint for checkpoint in whole if checkpoint.name in self.sound]
@@ -215,7 +215,7 @@ class Checkpointer:
 
 
 def _then(future: Future, action: Callable[[], None]) -> Future:
-    """A future that is done when `action` has run after `future`."""
+    """A future that completes when `action` has run after `future`."""
     chained: Future = Future()
 
     def run(done: Future) -> None:
@@ -231,7 +231,7 @@ def _then(future: Future, action: Callable[[], None]) -> Future:
 
 
 def _failure_of(save: Callable[[], Any]) -> str | None:
-    """Why a save failed on this process, in one line; None if it did not."""
+    """The reason why a save failed on this process, in one line; None if it succeeded."""
     try:
         save()
     except OSError as error:
@@ -242,12 +242,12 @@ def _failure_of(save: Callable[[], Any]) -> str | None:
 
 
 def _reasons(error: CheckpointException) -> str:
-    """What went wrong on the processes, in one line."""
+    """The reasons of an error on all processes, in one line."""
     return "; ".join(sorted({str(failure).splitlines()[0] for failure, _ in error.failures.values()}))
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; from the first moment it is not taken for whole."""
+    """Delete a checkpoint, renaming it first so that it never looks complete."""
     doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)

@@ -1,6 +1,6 @@
-"""A run's model in a folder of its own, for others to load: merged into plain weights, or with its factors.
+"""Export of a run's model to a folder, merged into dense weights or with its factors.
 
-Layer by layer from the checkpoint into safetensors: one layer is in memory at a time, whatever the model's size.
+Weights go layer by layer from the checkpoint into safetensors files, with one layer in memory at a time.
 """
 
 import json
@@ -54,7 +54,7 @@ def export_dense(run: RunWeights, out: Path, dtype: torch.dtype | None, most: in
 
 
 def check_mergeable(name: str, layer: FactorizedLinear) -> None:
-    """Raises ConfigError with the reason where a layer (on meta) stands for no matrix."""
+    """Raises ConfigError with the reason if a layer (on meta) cannot be merged into one matrix."""
     try:
         layer.dense_weight()
     except NotImplementedError as error:

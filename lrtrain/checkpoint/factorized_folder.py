@@ -1,4 +1,4 @@
-"""A folder with a model's factors: what says how to build the model, and saving one that was loaded."""
+"""A folder with a model's factors: its description files, and `save_pretrained` of a loaded model."""
 
 import json
 from collections.abc import Mapping
@@ -16,21 +16,21 @@ FACTORIZED = "lrtrain.json"
 """Architecture, `param` section, ranks and seed."""
 
 MARK = {"model_type": "lrtrain", "how_to_load": "lrtrain.load(FOLDER)"}
-"""The config.json of such a folder: transformers has no such type and says so, where it would draw the weights of a
-dense model that it misses."""
+"""The model_type in config.json of such a folder: unknown to transformers, which otherwise would load it as a dense
+model with random weights."""
 
 
 def config_with(config: PreTrainedConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    """A transformers config as its file has it, with some values replaced."""
+    """The content of config.json for a transformers config, with some values replaced."""
     changed = type(config).from_dict(config.to_dict() | changes)
     return json.loads(changed.to_json_string())
 
 
 def description(model: PreTrainedModel, param: dict[str, Any], seed: int, support_hash: str) -> dict[str, Any]:
-    """What `lrtrain.load` builds the model from.
+    """The content of lrtrain.json, from which `lrtrain.load` builds the model.
 
     Args:
-        model: of the architecture and the ranks; on any device.
+        model: gives architecture and ranks; on any device.
     """
     return {
         "architecture": config_with(model.config, {"dtype": next(model.parameters()).dtype}),
@@ -42,14 +42,14 @@ def description(model: PreTrainedModel, param: dict[str, Any], seed: int, suppor
 
 
 def write_description(folder: Path, config: dict[str, Any]) -> None:
-    """The two files that make a folder one with factors."""
+    """Write the two files that describe a folder with factors."""
     (folder / "config.json").write_text(json.dumps(MARK | {"torch_dtype": config["architecture"]["dtype"]}, indent=2))
     (folder / FACTORIZED).write_text(json.dumps(config, indent=2))
 
 
 def saves_its_factors(model: PreTrainedModel, param: dict[str, Any], seed: int, support_hash: str) -> None:
     """Give a loaded model a `save_pretrained` that writes what `lrtrain.load` reads: transformers' own would write the
-    config.json of the dense model beside the factors."""
+    dense model's config.json next to the factors."""
     model.lrtrain = {"param": param, "seed": seed, "support_hash": support_hash}  # pyright: ignore[reportArgumentType]
     model.save_pretrained = MethodType(save_pretrained, model)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -61,12 +61,12 @@ def save_pretrained(
     state_dict: Mapping[str, Tensor] | None = None,
     max_shard_size: int = 5 * 10**9,
 ) -> None:
-    """Write the model so that `lrtrain.load` reads it; as of transformers, what is there is replaced.
+    """Write the model for `lrtrain.load`, replacing existing files as in transformers.
 
     Args:
-        is_main_process: others write nothing.
-        state_dict: the values, if they are not the model's own.
-        max_shard_size: bytes of a file.
+        is_main_process: if False, nothing is written.
+        state_dict: values to write instead of the model's.
+        max_shard_size: largest size of a file, in bytes.
     """
     if not is_main_process:
         return

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: `meta.json`."""
+"""`meta.json`: everything in a checkpoint besides tensors."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -16,26 +16,26 @@ Window = list[int]
 
 @dataclass
 class Progress:
-    """Where a run stands: all that is needed to resume besides model, optimizer and the state of the data source."""
+    """The progress of a run: what resuming needs besides model, optimizer and the state of the data source."""
 
     step: int = 0
-    """Optimizer steps completed, skipped ones included."""
+    """Completed optimizer steps, including skipped ones."""
     position: int = 0
     """Sequences consumed: the next step takes position … position + batch_size − 1 of the data's order."""
     tokens: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
-    """Time spent in steps, callbacks and checkpoints aside."""
+    """Seconds spent in steps, without callbacks and checkpoints."""
     recent: list[float] = field(default_factory=list)
-    """The last losses that were no spikes, for `rollback`."""
+    """The last losses that were not spikes, for `rollback`."""
     left_out: list[Window] = field(default_factory=list)
-    """What rollbacks have left out of the data."""
+    """Windows of the data that rollbacks have skipped."""
 
 
 @dataclass
 class DataState:
-    """Which data a run reads, and where a stream of it stands."""
+    """The identity of the data and the state of its stream."""
 
     fingerprint: str
     state: Any
@@ -90,6 +90,6 @@ def read_meta(checkpoint: Path) -> CheckpointMeta:
 
 
 def of_known_fields(kind: type[T], values: dict[str, Any]) -> T:
-    """An instance made of the values that the dataclass knows; checkpoints of other versions may have more."""
+    """An instance of a dataclass from the values of its fields; checkpoints of other versions may have more values."""
     names = {f.name for f in fields(kind)}  # pyright: ignore[reportArgumentType]
     return kind(**{name: value for name, value in values.items() if name in names})

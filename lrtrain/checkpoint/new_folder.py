@@ -1,4 +1,4 @@
-"""A folder that appears under its name when it is whole."""
+"""A folder that gets its name when it is complete."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def check_new(out: Path) -> None:
-    """Raises ConfigError if there is something at `out`, be it a link to nothing."""
+    """Raises ConfigError if `out` exists, even as a broken link."""
     if os.path.lexists(out):
         what = "exists" if out.exists() else "is a link to nothing"
         raise ConfigError(f"--out {out} {what}; choose another folder")

@@ -1,6 +1,6 @@
-"""The form in which checkpoints of an architecture are published.
+"""The names and shapes of tensors in published checkpoints of an architecture.
 
-transformers 5 renames and fuses some of their tensors when it reads them, and does the reverse when it writes them.
+transformers 5 renames and fuses some of these tensors when reading, and reverses this when writing.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 
 def published(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors, by name, that a checkpoint has for one of the model's state.
+    """The tensors of a published checkpoint, by name, for one tensor of the model's state.
 
     Args:
         model: dense; on any device.
@@ -21,12 +21,12 @@ def published(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Te
 
 
 class PublishedParts:
-    """All tensors of a model's checkpoint, made from those of its state one at a time.
+    """All tensors of a model's published checkpoint, made from those of its state one at a time.
 
     Args:
         model: dense; on any device.
-        state: shape and dtype of each tensor of its state that is saved; on meta.
-        produce: makes one of the state by its name there.
+        state: the tensors of its state to save, on meta (shapes and dtypes).
+        produce: returns a tensor of the state by name.
     """
 
     def __init__(self, model: PreTrainedModel, state: dict[str, Tensor], produce: Callable[[str], Tensor]):
@@ -43,8 +43,8 @@ class PublishedParts:
         self.waiting: dict[str, Tensor] = {}
 
     def take(self, part: str) -> Tensor:
-        """One of the checkpoint's tensors, by its name there, once each; the rest of the same whole is kept for the
-        next calls."""
+        """One tensor of the checkpoint, by its name there, once each; other parts of the same state tensor are kept for
+        later calls."""
         if part not in self.waiting:
             name = self.whole[part]
             self.waiting = published(self.model, name, self.produce(name))
@@ -52,13 +52,13 @@ class PublishedParts:
 
 
 def from_published(model: PreTrainedModel, name: str, like: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-    """A tensor of a dense model's state, from those of a checkpoint: the inverse of `published`.
+    """A tensor of a dense model's state from those of a published checkpoint: the inverse of `published`.
 
-    What transformers does when it writes only moves values, so indices show where each of them goes.
+    transformers only moves values when writing, so writing a tensor of indices shows where each value goes.
 
     Args:
-        like: of its shape; on meta.
-        read: a tensor of the checkpoint; raises KeyError if there is none of this name.
+        like: a tensor of its shape; on meta.
+        read: returns a tensor of the checkpoint; raises KeyError for an unknown name.
     """
     places = published(model, name, torch.arange(like.numel()).view(like.shape))
     values = {part: read(part) for part in places}

@@ -1,7 +1,7 @@
-"""Reading checkpoints of torch.distributed.checkpoint without running what they say.
+"""Reading checkpoints of torch.distributed.checkpoint without executing code from them.
 
-Torch unpickles a checkpoint's metadata, and every value that is no tensor, with all that pickle may do: call anything.
-Here the metadata may name its own classes alone, and there are no values but tensors.
+Torch unpickles a checkpoint's metadata, and all values that are not tensors; pickle can call any function.
+Here the metadata may only name metadata classes, and values must be tensors.
 """
 
 import io
@@ -27,27 +27,27 @@ METADATA = {
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Raises UnpicklingError for whatever does not belong into the metadata of a checkpoint."""
+    """Raises UnpicklingError for classes that do not belong to the metadata of a checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in METADATA.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        if name == "PosixPath":  # of pathlib, whose modules differ between versions of Python
+        if name == "PosixPath":  # pathlib's module path differs between versions of Python
             return PosixPath
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
 
 
 class TensorReader(FileSystemReader):
-    """Reads a checkpoint from files; raises UnpicklingError where its metadata names something else."""
+    """Reads a checkpoint from files; raises UnpicklingError if its metadata names other classes."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
 
     @cached_property
     def _metadata(self) -> Metadata:
-        """Read once: with thousands of shards it takes seconds, too long to do so for each tensor."""
+        """The metadata, read once: with thousands of shards reading takes seconds, too long for each tensor."""
         with self.fs.create_stream(self._get_metadata_path(), "rb") as file:
             metadata = MetadataUnpickler(file).load()
         assert metadata.storage_meta is not None

@@ -1,7 +1,7 @@
-"""Safetensors files, written and read a tensor at a time.
+"""Safetensors files, written and read one tensor at a time.
 
-The library's writer takes all tensors of a file at once; here the header is written first, from shapes alone, and each
-tensor follows as soon as it is there, so writing a model takes the memory of its largest tensor.
+The library's writer needs all tensors of a file at once; here the header is written first, from shapes, then tensor
+after tensor, so writing a model takes the memory of its largest tensor.
 """
 
 import json
@@ -23,10 +23,10 @@ NAMES = {
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor], produce: Callable[[str], Tensor], most: int) -> None:
-    """Write `produce(name)` for all names, in files of at most `most` bytes (or one tensor) that transformers finds.
+    """Write `produce(name)` for all names into files of at most `most` bytes (or one tensor), named as in transformers.
 
     Args:
-        tensors: shape and dtype of each by name; on meta.
+        tensors: tensors on meta (shapes and dtypes) by name.
         produce: called once for each name, in the order of `tensors`.
     """
     shards = split(tensors, most)
@@ -47,7 +47,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], produce: Callable[[str], 
 
 
 def split(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """The names in their order, in groups of at most `most` bytes or of one."""
+    """The names, in order, in groups of at most `most` bytes (or one tensor)."""
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
@@ -60,7 +60,7 @@ def split(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
 
 
 def header(tensors: Mapping[str, Tensor]) -> bytes:
-    """What a file begins with: the length of a JSON text, and the text, which says where each tensor is."""
+    """The header of a file: the length of a JSON text, and the text, with the position of each tensor."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -72,7 +72,7 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def opened(path: Path) -> safe_open:
-    """A file to read from. Raises ConfigError if it is missing, or is not whole."""
+    """An open safetensors file. Raises ConfigError if it is missing or incomplete."""
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
@@ -97,11 +97,11 @@ class SafetensorsFolder:
             raise ConfigError(f"{folder} has no model.safetensors; save the model with save_pretrained")
 
     def shape(self, name: str) -> torch.Size:
-        """Of one tensor; raises KeyError if there is none of this name."""
+        """The shape of one tensor; raises KeyError for an unknown name."""
         with opened(self.folder / self.files[name]) as file:
             return torch.Size(file.get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor; raises KeyError if there is none of this name."""
+        """One tensor; raises KeyError for an unknown name."""
         with opened(self.folder / self.files[name]) as file:
             return file.get_tensor(name)

@@ -1,4 +1,4 @@
-"""Trained weights that a run starts from: a transformers folder (or hub name), or a run or checkpoint of ours."""
+"""The source weights of `init_from`: a transformers folder (or hub name), or an lrtrain run or checkpoint."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -21,10 +21,10 @@ FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*"]
 
 
 class Origin(Protocol):
-    """Tensors of a dense model's state, by the name there, whole, on the CPU."""
+    """Tensors of a dense model's state by name, unsharded, on the CPU."""
 
     def shape(self, name: str) -> torch.Size:
-        """Of one of them; raises KeyError if there is none."""
+        """The shape of a tensor; raises KeyError for an unknown name."""
         ...
 
     def tensor(self, name: str) -> Tensor:
@@ -33,14 +33,14 @@ class Origin(Protocol):
 
 
 def open_origin(path: str, dense: PreTrainedModel, trusted: Collection[str]) -> Origin:
-    """What `init_from` names.
+    """The source weights at `init_from`.
 
     Args:
-        dense: the model that is to start from it, without factors; on meta.
+        dense: the dense form of the model to initialize; on meta.
         trusted: see `from_stored`.
 
     Raises:
-        ConfigError: if it cannot be had, or would run code that is not trusted.
+        ConfigError: if they cannot be loaded, or would run code that is not trusted.
     """
     folder = local_folder(path)
     if (folder / FACTORIZED).is_file():
@@ -51,7 +51,7 @@ def open_origin(path: str, dense: PreTrainedModel, trusted: Collection[str]) -> 
 
 
 def local_folder(path: str) -> Path:
-    """The folder at `path`, or that of a hub's model of this name, downloaded once."""
+    """The folder at `path`, or the downloaded folder of the hub model of this name."""
     if Path(path).exists():
         return Path(path)
     try:
@@ -64,10 +64,10 @@ def local_folder(path: str) -> Path:
 
 
 class FolderOrigin:
-    """A transformers checkpoint; of a bare decoder's, whose names lack the model's prefix, too.
+    """A transformers checkpoint, also of a bare decoder (whose names lack the model's prefix).
 
     Args:
-        dense: the model that is to start from it; on meta.
+        dense: the dense form of the model to initialize; on meta.
     """
 
     def __init__(self, folder: Path, dense: PreTrainedModel):
@@ -89,12 +89,12 @@ class FolderOrigin:
         return from_published(self.dense, name, self.state[name], self.files.tensor)
 
     def _found(self, name: str) -> str | None:
-        """What a tensor is called in the files, if they have it as the model has it."""
+        """The name of a tensor in the files; None if they do not have it."""
         return next((one for one in (name, name.partition(".")[2]) if one in self.files.files), None)
 
 
 class RunOrigin:
-    """A run's model, its layers merged."""
+    """A run's model with its layers merged."""
 
     def __init__(self, run: RunWeights):
         self.run = run
@@ -116,10 +116,10 @@ class RunOrigin:
 
 
 def check_origin(path: str, origin: Origin, dense: PreTrainedModel) -> None:
-    """Check that an origin has each tensor of a dense model (on meta) in its shape.
+    """Check that source weights have each tensor of a dense model (on meta) with the same shape.
 
     Raises:
-        ConfigError: naming the first that it has not.
+        ConfigError: if not, naming the first that is missing or differs.
     """
     firsts = first_names(dense)
     for name, tensor in dense.state_dict().items():

@@ -1,4 +1,4 @@
-"""What transformers 4 needs of a config.json that transformers 5 wrote: rotary settings under their older names."""
+"""Making a config.json of transformers 5 readable by transformers 4: rotary settings under their older names."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ PARTIAL = ("partial_rotary_factor", "rotary_pct")
 
 
 def readable_by_4(config: PreTrainedConfig, written: dict[str, Any]) -> dict[str, Any]:
-    """`written`, the file of `config`, with the rotary settings also where transformers 4 reads them.
+    """`written`, the content of config.json for `config`, with the rotary settings also under transformers 4's keys.
 
-    A key that transformers 5 would read as another model is left out.
+    Keys that would change the model in transformers 5 are left out.
     """
     for key, value in rope_of_4(written.get("rope_parameters") or {}).items():
         with_key = type(config).from_dict(written | {key: value})

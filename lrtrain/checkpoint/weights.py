@@ -1,6 +1,6 @@
-"""The weights of a run, read from a checkpoint a layer at a time by one process.
+"""The weights of a run, read from a checkpoint layer by layer on one process.
 
-Checkpoints of all engines and numbers of processes have one form: unsharded shapes under qualified names.
+Checkpoints of all engines and numbers of processes have the same form: unsharded shapes under qualified names.
 """
 
 import copy
@@ -44,7 +44,8 @@ class RunWeights:
         trusted: see `from_stored`.
 
     Raises:
-        ConfigError: if there is no sound checkpoint, or the seed does not give its sparse supports back.
+        ConfigError: if there is no undamaged checkpoint, or the seed gives other sparse supports than it was trained
+        with.
     """
 
     def __init__(self, path: Path, trusted: Collection[str] = ()):
@@ -78,7 +79,7 @@ class RunWeights:
         return read_tokenizer(folder, f"the run's tokenizer in {folder}")
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors of the model's state by name, as they were saved, on the CPU."""
+        """Unsharded tensors of the model's state by name, as they were saved, on the CPU."""
         shapes = self.model.state_dict()
         found = {f"model.{name}": torch.empty(shapes[name].shape, dtype=self.dtypes[name]) for name in names}
         with warnings.catch_warnings():
@@ -91,7 +92,7 @@ class RunWeights:
         return self.tensors([name])[name]
 
     def support(self, name: str) -> dict[str, Tensor]:
-        """The buffers of a factorized layer that the seed gives back."""
+        """The buffers of a factorized layer that are regenerated from the seed."""
         return self.layers[name].init_buffers(generator_for(self.config.train.seed, f"{name}/buffers"))
 
     @torch.no_grad()
@@ -104,11 +105,11 @@ class RunWeights:
 
     @torch.no_grad()
     def dense(self, name: str) -> Tensor:
-        """A tensor of the dense model's state, by its name there; of a factorized layer's weight W in float32,
-        transposed where the dense layer keeps it so.
+        """A tensor of the dense model's state by name. The weight of a factorized layer is its W in float32, transposed
+        if the dense layer stores it as (in, out).
 
         Raises:
-            NotImplementedError: where a layer stands for no matrix.
+            NotImplementedError: if the layer cannot be merged into one matrix.
         """
         parent, _, key = name.rpartition(".")
         if name in self.layers:  # experts

@@ -1,4 +1,4 @@
-"""The batches of a run: read on a thread, agreed upon by all processes."""
+"""The batches of a run, read on a thread."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Batches:
     def __init__(self, run: Run):
         self.run = run
         self.unreadable = run.data.faults.count
-        """Documents that were left out of the data so far."""
+        """Number of documents skipped in the data so far."""
 
     def first(self) -> int:
         """The position of the next batch's first sequence."""
@@ -39,8 +39,7 @@ class Batches:
         """This process's rows (sequences, seq_len + 1) of the next batch, and the seconds that reading them took; None
         if any process got a signal first. A collective.
 
-        The rows are read on a thread, so that a signal is heeded, and an overdue checkpoint saved, while a source keeps
-        the run waiting.
+        A thread reads the rows, so that a signal or an overdue checkpoint is handled while the source is slow.
         """
         run, world = self.run, self.run.world
         read = partial(run.data.train.batch, self.first(), run.config.train.batch_size, world.dist_rank, world.size)
@@ -73,7 +72,7 @@ class Batches:
                 self._give_up(waiting)
 
     def _count_unreadable(self, count: int) -> None:
-        """Log how many documents were left out of the data, if there are more now."""
+        """Log the number of skipped documents if it has grown."""
         if count > self.unreadable:
             self.run.log(scalars("data", {"unreadable": count}))
         self.unreadable = count
@@ -87,7 +86,7 @@ class Batches:
 
 
 def in_background(call: Callable[[], T]) -> Future[tuple[T, float]]:
-    """(result, seconds) of `call`, made on a thread that does not hold up the end of the process."""
+    """A future of (result, seconds) of `call`, run on a daemon thread."""
     future: Future[tuple[T, float]] = Future()
 
     def run() -> None:

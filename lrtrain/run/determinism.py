@@ -1,4 +1,4 @@
-"""`train.deterministic`: the same command twice gives the same bits, or the run is refused."""
+"""`train.deterministic`: repeating a command gives the same losses bit for bit, or the run is refused."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import torch
 
 from lrtrain.errors import ConfigError
 
-# What torch says of an operation (with its name) and of cuBLAS.
+# torch's messages for an operation (with its name) and for cuBLAS.
 WITHOUT = re.compile(r"(\S+) does not have a deterministic|Deterministic behavior was enabled")
 
 

@@ -1,4 +1,4 @@
-"""What tells a run from all others, of the same name too: `run.json` in its directory."""
+"""The identity of a run, unique even among runs of the same name: `run.json` in its directory."""
 
 import json
 import sys
@@ -28,8 +28,8 @@ class RunIdentity:
 
 
 def known_run(config: Config, meta: CheckpointMeta | None) -> RunIdentity | None:
-    """The run that `resume=auto` resumes, from run.json or where that is damaged from the checkpoint; None if there is
-    none yet."""
+    """The identity of the run that `resume=auto` resumes, from run.json or, if that is damaged, from the checkpoint;
+    None if there is no run yet."""
     if config.resume != "auto":
         return None
     path = Path(config.run.dir) / RUN

@@ -1,4 +1,4 @@
-"""The run directory belongs to one run at a time, from before anything is read from it until the run has ended."""
+"""A lock on the run directory, held from before anything is read from it until the run has ended."""
 
 import os
 from pathlib import Path
@@ -16,12 +16,13 @@ FILES = ("lock", "run.json", "config.yaml", "metrics.jsonl", "summary.json")
 
 
 class RunLock:
-    """Makes the directory of a run and keeps every other process out of it; a context, entered and left by all ranks.
+    """Creates the run directory and locks it; a context manager that all processes enter and leave.
 
-    The lock is a flock on `<run.dir>/lock` that rank 0 has: it ends with its process, however that ends.
+    The lock is a flock on `<run.dir>/lock`, held by the main process and released when that process ends for any
+    reason.
 
     Raises:
-        ConfigError: on every rank, if another run has the directory, or it cannot be written.
+        ConfigError: on every process, if another run holds the lock, or the directory cannot be written.
     """
 
     def __init__(self, config: Config):
@@ -58,7 +59,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         if self._mine is None:
             return
-        if not self.lost() and not is_taken(self.folder):  # it has failed before there was anything to keep
+        if not self.lost() and not is_taken(self.folder):  # the run failed before writing anything
             (self.folder / "lock").unlink()
             self.folder.rmdir()
         self.lock.release()
@@ -66,10 +67,10 @@ class RunLock:
 
 
 def check_kinds(folder: Path) -> None:
-    """Check that no folder has the name of one of a run's files, nor the other way round.
+    """Check that no folder has the name of one of a run's files, and no file that of a folder.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: if one does, naming it.
     """
     for names, right, kind, belongs in (
         (FOLDERS, Path.is_dir, "a file", "folder"),
@@ -81,7 +82,7 @@ def check_kinds(folder: Path) -> None:
 
 
 def _inode(path: Path) -> tuple[int, int] | None:
-    """What tells a file from any other one, of whatever name; None if there is none."""
+    """(device, inode) of a file; None if there is no file."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""The training loop. It knows no method by name: model, optimizer, engine and callbacks come from the configuration."""
+"""The training loop. It knows no method by name: the configuration selects model, optimizer, engine and callbacks."""
 
 import dataclasses
 import gc
@@ -41,10 +41,10 @@ def pretrain(config: Config) -> None:
 
 
 def train(config: Config, world: World, stop: StopRequest) -> dict[str, Any]:
-    """Train as configured, from the start or from where the run stopped. Every process of the group calls it.
+    """Train as configured, from the start or resumed; a collective.
 
     Returns:
-        What summary.json holds; `stopped_by` and `step` of a run that a signal ended before its end.
+        The content of summary.json; or `stopped_by` and `step` if a signal stopped the run.
 
     Raises:
         ConfigError: on every process, if a value of the configuration is wrong.
@@ -60,7 +60,7 @@ def train(config: Config, world: World, stop: StopRequest) -> dict[str, Any]:
                     return finish(start_run(config, world, stop, heartbeat, lock, left_out))
         except Spike as spike:
             left_out, config = spike.left_out, dataclasses.replace(config, resume="auto")
-        gc.collect()  # the model that spiked, before there is another
+        gc.collect()  # frees the old model before the new one is built
 
 
 def finish(run: Run) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def finish(run: Run) -> dict[str, Any]:
 
 
 def train_steps(run: Run) -> bool:
-    """The steps, and what is due between them; returns whether no signal ended them."""
+    """Take steps and call callbacks up to `train.steps`; returns False if a signal stopped them."""
     config, progress = run.config, run.progress
     run.each(lambda callback: callback.on_start(run))
     while progress.step < config.train.steps:
@@ -110,7 +110,7 @@ def train_steps(run: Run) -> bool:
 
 
 def conclude(run: Run) -> dict[str, Any] | None:
-    """Save the last step, let the callbacks end, and write the summary; None if a signal came first."""
+    """Save the last step, call the callbacks' `on_end` and write the summary; None if a signal came first."""
     run.saver.save(run, final=True)
     found: dict[str, Any] = {}
     for callback in run.callbacks.values():
@@ -124,6 +124,6 @@ def conclude(run: Run) -> dict[str, Any] | None:
 
 
 def out_of_memory_snapshot(run: Run) -> AbstractContextManager[None]:
-    """What is to be left behind if a GPU's memory runs out, where that was asked for."""
+    """A context that writes a GPU memory snapshot when memory runs out, if `train.profile` is set."""
     folder = run.dir / "profile" / f"process-{run.world.dist_rank}"
     return nullcontext() if run.config.train.profile is None else snapshot_when_out_of_memory(folder)

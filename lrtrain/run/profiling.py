@@ -1,4 +1,4 @@
-"""A look at one step with torch's profiler, and at a GPU's memory when it has run out."""
+"""Profiling one step, and a snapshot of GPU memory when it runs out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 ROWS = 10
-ALLOCATIONS = 100_000  # the last ones are kept, with their stacks, in the host's memory
+ALLOCATIONS = 100_000  # number of last allocations kept with their stacks, in host memory
 
 
 @contextmanager
 def profiled(folder: Path) -> Iterator[None]:
-    """Write what happens meanwhile to `folder`: trace.json.gz for chrome://tracing or Perfetto, and top.txt, the ten
-    operators that take the most time of their own."""
+    """Profile the context and write to `folder`: trace.json.gz for chrome://tracing or Perfetto, and top.txt, the ten
+    operators with the most self time."""
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, record_shapes=True) as recorded:
@@ -28,8 +28,8 @@ def profiled(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def snapshot_when_out_of_memory(folder: Path) -> Iterator[None]:
-    """On a GPU: write all allocations with their stacks to `folder`/memory.pickle, for pytorch.org/memory_viz, if
-    memory runs out meanwhile."""
+    """On a GPU, if memory runs out in the context: write all allocations with their stacks to `folder`/memory.pickle,
+    for pytorch.org/memory_viz."""
     if not torch.cuda.is_available():
         yield
         return

@@ -1,4 +1,4 @@
-"""What a run prints of itself at its start and its end."""
+"""What a run prints at its start and its end."""
 
 import re
 from collections import defaultdict
@@ -21,7 +21,7 @@ LOSS_AT_SHARE = "eval_loss_at_rank_share_"
 
 
 def print_factorization(model: nn.Module) -> None:
-    """What was factorized, and how small that makes the model."""
+    """Print the factorized layers and the model's size."""
     for kind, layers, shape, size in factorization_table(model):
         print(f"  {kind:<12} {layers:>3} × ({shape}): {size:,} parameters")
     if dense := dense_matrices(model):
@@ -49,7 +49,7 @@ def dense_matrices(model: nn.Module) -> list[str]:
 
 
 def summary_rows(summary: dict[str, Any]) -> dict[str, str]:
-    """The summary as people read it."""
+    """The rows of the printed summary."""
     ours, dense, trained = (summary[f"parameters{kind}"] for kind in ("", "_dense", "_trainable"))
     frozen = f", {trained:,} of them trained" if trained < ours else ""
     rows = {

@@ -1,7 +1,7 @@
-"""A loss that spikes: back to a checkpoint from before it, and on without the batches that came with it.
+"""Rollback: after a loss spike, training resumes from an earlier checkpoint and skips the batches around the spike.
 
-As PaLM was trained (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1): the same batches on other weights gave no
-spike, so a restart that leaves them out is a run that goes on, and not one that hides something.
+As in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1), where the same batches gave no spike on other
+weights.
 """
 
 import statistics
@@ -21,7 +21,7 @@ class Diverged(RunFailed):
 
 
 class Spike(RunFailed):
-    """The run goes on from an earlier checkpoint, without the windows of `left_out`."""
+    """Raised to resume from an earlier checkpoint, skipping the windows in `left_out`."""
 
     def __init__(self, sentence: str, left_out: list[Window]):
         super().__init__(sentence)
@@ -31,10 +31,10 @@ class Spike(RunFailed):
 def watch(
     loss: float, skipped: bool, progress: Progress, config: Config, checkpointer: Checkpointer, world: World
 ) -> None:
-    """Go back if the step just done was a spike, or one too many that was skipped. A collective.
+    """Roll back if the last step was a spike, or too many steps in a row were skipped. A collective.
 
     Raises:
-        Spike: for `train` to go on from an earlier checkpoint.
+        Spike: if `train` is to resume from an earlier checkpoint.
         Diverged: after `train.max_skipped` steps in a row without a finite loss and gradient, or a spike after
             `rollback.most` rollbacks.
     """
@@ -55,7 +55,7 @@ def watch(
 def _roll_back(
     reason: str, batches: int, progress: Progress, config: Config, checkpointer: Checkpointer, world: World
 ) -> None:
-    """Raise Spike to leave out the last so many batches; return if there is no checkpoint from before them."""
+    """Raise Spike to skip the last batches; return if there is no checkpoint from before them."""
     folder, most = checkpointer.folder, config.rollback.most
     first = max(0, progress.position - batches * config.train.batch_size)
     checkpointer.wait()
@@ -75,10 +75,10 @@ def _roll_back(
 
 
 def spike_of(loss: float, recent: list[float], config: RollbackConfig) -> str | None:
-    """What makes a loss a spike, in a few words; None if it is none.
+    """A description of the spike if `loss` is one, else None.
 
-    It is one above median + spike · MAD of the last `window` losses, MAD the median absolute deviation from the median;
-    none before there are so many.
+    A spike is above median + spike · MAD of the last `window` losses (MAD: median absolute deviation from the median).
+    With fewer losses there is no spike.
     """
     if config.spike is None or len(recent) < config.window:
         return None
@@ -93,7 +93,7 @@ def spike_of(loss: float, recent: list[float], config: RollbackConfig) -> str | 
 
 
 def beyond(position: int, batch_size: int, left_out: list[Window]) -> int:
-    """The first position from `position` on whose batch touches no window."""
+    """The first position ≥ `position` whose batch overlaps no window."""
     for first, end in sorted(left_out):
         if position < end and position + batch_size > first:
             position = end
@@ -101,13 +101,13 @@ def beyond(position: int, batch_size: int, left_out: list[Window]) -> int:
 
 
 def checkpoint_before(folder: Path, position: int) -> Path | None:
-    """The newest whole checkpoint that has seen nothing from `position` on; None if there is none."""
+    """The newest complete checkpoint that has seen no sequence from `position` on; None if there is none."""
     found = [c for c in whole_checkpoints(folder) if read_meta(c).progress.position <= position]
     return found[-1] if found else None
 
 
 def take_back(folder: Path, checkpoint: Path) -> Path | None:
-    """Remove the checkpoints after `checkpoint`; what a run goes on from then."""
+    """Remove the checkpoints after `checkpoint`; returns the checkpoint to resume from."""
     for later in reversed(whole_checkpoints(folder)):
         if later.name > checkpoint.name:
             remove(later)

@@ -1,4 +1,4 @@
-"""The run directory: what is resumed from it, what it is refused for, and the small files that a run has there."""
+"""The run directory: the checkpoint to resume, checks before resuming, and the run's small files."""
 
 import re
 import sys
@@ -20,14 +20,14 @@ from lrtrain.errors import ConfigError
 from lrtrain.run.identity import RUN, RunIdentity
 
 ASIDE = ("resume", "dry_run", "run.", "tracking.")
-"""Keys that change nothing of what a run computes."""
+"""Keys that do not affect what a run computes."""
 
 
 def checkpoint_to_resume(config: Config) -> Path | None:
     """The checkpoint that `resume` asks for; None for a fresh start.
 
     Raises:
-        ConfigError: if a path was given that has none, or all that a run has are damaged.
+        ConfigError: if the given path has no checkpoint, or all checkpoints of the run are damaged.
     """
     if config.resume == "never":
         return None
@@ -37,10 +37,10 @@ def checkpoint_to_resume(config: Config) -> Path | None:
 
 
 def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, meta: CheckpointMeta) -> None:
-    """A checkpoint fits only the model and the optimizer it was made of, and a run resumes only with its data.
+    """Check that a checkpoint has the configured model and optimizer, and a resumed run its data.
 
     Raises:
-        ConfigError: naming the difference.
+        ConfigError: if not, naming the difference.
     """
     named = {str(target) for _, target in stored_targets(as_dict(config))}
     named |= {str(config.model.path)} if config.model.trust_remote_code else set()
@@ -70,7 +70,7 @@ def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, me
 def claim(
     config: Config, identity: RunIdentity, tokenizer: PreTrainedTokenizerBase, meta: CheckpointMeta | None
 ) -> None:
-    """Write, or bring up to date, the configuration, tokenizer and identity of a run in its directory.
+    """Write or update the configuration, tokenizer and identity of a run in its directory.
 
     Raises:
         ConfigError: if the directory cannot be written.
@@ -85,8 +85,8 @@ def claim(
 
 
 def keep_config(config: Config, folder: Path, meta: CheckpointMeta | None) -> None:
-    """Write config.yaml; one with other values, which held up to the step that is resumed, stays beside it as
-    config-step-00000040.yaml. What differs is printed."""
+    """Write config.yaml. If the existing one has other values, it is kept as config-step-00000040.yaml (the step that
+    is resumed), and the changes are printed."""
     path, resumed = folder / "config.yaml", meta is not None and config.resume == "auto"
     former = stored_config(path)
     changes = changes_from(former or (meta.config if meta else None), config)
@@ -105,7 +105,7 @@ def keep_config(config: Config, folder: Path, meta: CheckpointMeta | None) -> No
 
 
 def stored_config(path: Path) -> dict[str, Any] | None:
-    """The values in a configuration file, which is read and not followed; None if there is none, or it is damaged."""
+    """The unresolved values in a configuration file; None if there is no file, or it is damaged."""
     try:
         found = OmegaConf.to_container(OmegaConf.load(path))
     except FileNotFoundError:
@@ -119,15 +119,15 @@ def stored_config(path: Path) -> dict[str, Any] | None:
 
 
 def changes_from(former: dict[str, Any] | None, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys of what a run computes whose values differ → (former, now). A key that came later has no former value."""
+    """Keys that affect the run and whose values changed → (old, new); the old value of a new key is None."""
     known = flat(former) if former else {}
     changes = differing(former, as_dict(config)) if former else {}
     return {key: values for key, values in changes.items() if key in known and not key.startswith(ASIDE)}
 
 
 def sibling_sentence(config: Config) -> str | None:
-    """What to tell of `resume=auto` that finds no run under its name, but beside it one of the same model and
-    parameterization that may have been meant; None if there is none."""
+    """A hint if `resume=auto` finds no run of this name, but one with the same model and parameterization that may have
+    been meant; None if there is none."""
     folder = Path(config.run.dir)
     if config.resume != "auto" or (folder / RUN).exists():
         return None

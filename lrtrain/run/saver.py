@@ -1,4 +1,4 @@
-"""When a run is saved, and what a checkpoint holds of it."""
+"""When a run is saved, and what its checkpoints hold."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Saver:
     """Saves a run, and loads it. All methods are collectives.
 
     Args:
-        saved: the step of the checkpoint that this run resumes from, which has one already; else −1.
+        saved: the step of the checkpoint that this run resumes from, which is not saved again; else −1.
     """
 
     def __init__(self, run: Run, saved: int = -1):
@@ -42,14 +42,14 @@ class Saver:
         self.minutes = checkpoint.minutes
 
     def overdue(self) -> bool:
-        """Whether the main process's clock says that a checkpoint is due; the others follow it."""
+        """Whether a checkpoint is due by the main process's clock."""
         return self.clock and time.monotonic() - self.last > 60 * self.minutes
 
     def save(self, run: Run, final: bool = False) -> None:
-        """Begin a checkpoint of this step, unless it has one, or a value is not finite.
+        """Start a checkpoint of this step, unless it has one or a value is not finite.
 
-        While steps are skipped only a `final` one is taken: sound checkpoints must not make room for those of a model
-        that may give no finite loss any more.
+        While steps are skipped only a `final` checkpoint is written: good checkpoints must not be deleted in favour of
+        those of a model that may never give a finite loss again.
         """
         if self.step == run.progress.step:
             self.checkpointer.wait()
@@ -74,7 +74,7 @@ class Saver:
             print(f"step {run.progress.step} is not saved: {reason}", file=sys.stderr, flush=True)
 
     def load(self, run: Run, checkpoint: Path, meta: CheckpointMeta) -> None:
-        """Take over the state of a checkpoint, and where it stands in the data if that is the same.
+        """Load a checkpoint, and its position in the data if the data is the same.
 
         Raises:
             ConfigError: if the seed gives other sparse supports than the checkpoint was trained with.
@@ -96,7 +96,7 @@ class Saver:
 
 
 def meta_of(run: Run) -> CheckpointMeta:
-    """What a checkpoint of the run's present step says of it."""
+    """The `CheckpointMeta` of the run's current step."""
     return CheckpointMeta(
         step=run.progress.step,
         progress=run.progress,
@@ -115,8 +115,8 @@ def meta_of(run: Run) -> CheckpointMeta:
 
 
 def nonfinite(state: dict[str, Any]) -> str | None:
-    """The name of a tensor in the state of model and optimizer with an entry that is NaN or infinite on some process;
-    None if there is none. A collective."""
+    """The name of a tensor of model or optimizer with a NaN or infinite entry on any process; None if there is none. A
+    collective."""
     named = [(f"{part} {name}", local(t)) for part, values in state.items() for name, t in values.items()]
     checked = [i for i, (_, t) in enumerate(named) if t.is_floating_point() and t.numel()]
     largest = torch._foreach_norm([named[i][1] for i in checked], float("inf"))

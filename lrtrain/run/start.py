@@ -44,7 +44,7 @@ def start_run(
     """A run that is ready for its next step. A collective.
 
     Args:
-        left_out: what a rollback that this run goes on from has left out of the data.
+        left_out: the windows of the data that rollbacks have skipped so far.
 
     Raises:
         ConfigError: on every process, if a value of the configuration is wrong.
@@ -59,7 +59,7 @@ def start_run(
     run.rank_plan = RankPlan(config.param["rank"], meta.ranks if meta else {})
     architecture = meta.architecture if meta else None
     model = make_model(config, run.rank_plan, architecture)
-    choice(config.optim)(model)  # on meta: what the optimizer refuses is said before anything is built
+    choice(config.optim)(model)  # on meta: raises the optimizer's errors before anything is built
     read_data(run, model, checkpoint, meta)
     start = Start(config, model, world) if config.init_from and not checkpoint else None
     if start and start.rank_plan.exact:
@@ -70,7 +70,7 @@ def start_run(
     if world.main:
         print_factorization(model)
     build_engine(run, model, fresh=not (checkpoint or start))
-    ours = meta is not None and config.resume == "auto"  # else the checkpoint is another run's
+    ours = meta is not None and config.resume == "auto"  # otherwise it is the checkpoint of another run
     run.saver = Saver(run, saved=meta.step if meta and ours else -1)
     run.batches = Batches(run)
     run.schedule = choice(config.schedule)
@@ -91,7 +91,7 @@ def start_run(
 
 
 def read_data(run: Run, model: PreTrainedModel, checkpoint: Path | None, meta: CheckpointMeta | None) -> None:
-    """Check that the data fit the model, tokenize or open them, and check that they are the checkpoint's."""
+    """Check that the data fits the model, tokenize or open it, and check that it is the checkpoint's data."""
     config, text = run.config, model.config.get_text_config()
     longest = getattr(text, "max_position_embeddings", None)
     run_on_all_ranks(lambda: check_fits(config.data, text.vocab_size, longest))
@@ -107,7 +107,7 @@ def read_data(run: Run, model: PreTrainedModel, checkpoint: Path | None, meta: C
 def claim_directory(run: Run, model: PreTrainedModel, meta: CheckpointMeta | None) -> None:
     """Claim the run's directory for its id, and autotune its layers.
 
-    An execution that was measured in this dtype on such a device before is kept: another one rounds differently, and
+    Executions that the run chose before for this dtype and device are kept: another execution rounds differently, and
     resuming would not be exact.
     """
     config, device = run.config, run.world.device
@@ -142,9 +142,9 @@ def build_engine(run: Run, model: PreTrainedModel, fresh: bool) -> None:
 
 
 def ask_for_vector_instructions() -> None:
-    """Let torch.compile find out what this CPU has before its first kernel is due: it asks the C++ compiler, which
-    takes seconds where it was never asked, while the data is prepared."""
-    import torch._inductor.compile_fx  # noqa: F401  whole at first: two threads that import from each other may fail
+    """Let torch.compile detect the CPU's vector instructions while the data is prepared: it runs the C++ compiler,
+    which takes seconds the first time."""
+    import torch._inductor.compile_fx  # noqa: F401  imported here, since concurrent imports of it may fail
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     in_background(pick_vec_isa)

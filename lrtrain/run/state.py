@@ -1,4 +1,4 @@
-"""A run on one process among others: everything that its steps and callbacks share."""
+"""The state of a run on one process, shared by steps and callbacks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from lrtrain.tracking import Tracker
 
 
 class Run:
-    """Filled by `lrtrain.run.start.start_run`, in the order in which the parts depend on each other."""
+    """The state of a run, filled by `lrtrain.run.start.start_run` in the order of dependencies."""
 
     data: Data
     rank_plan: RankPlan
@@ -58,7 +58,7 @@ class Run:
         self.progress = Progress()
 
     def cache_counts(self, model: PreTrainedModel) -> None:
-        """Keep the layers, FLOPs and counts of a model (on meta) that is about to be trained."""
+        """Cache the layers, FLOPs and parameter counts of a model on meta."""
         self.layers = factorized_layers(model)
         for name, layer in self.layers.items():
             layer.execution = self.identity.executions.get(name)
@@ -72,11 +72,11 @@ class Run:
         }
 
     def log(self, metrics: Sequence[Metric]) -> None:
-        """Record metrics of the present step."""
+        """Record metrics of the current step."""
         self.tracker.log(self.progress.step, self.progress.tokens, metrics)
 
     def stop_requested(self) -> bool:
-        """Whether any process got a signal: a collective, so that all stop at the same place."""
+        """Whether any process got a signal; a collective, so that all stop at the same step."""
         return sum_over_ranks(self.stop.signal is not None)[0] > 0
 
     def each(self, call: Callable[[Callback], Any]) -> float:
@@ -87,7 +87,7 @@ class Run:
         return time.perf_counter() - started
 
     def held_out_loss(self) -> Evaluation | None:
-        """The loss on the held-out set; None if nothing is held out or a signal cut the evaluation short."""
+        """The loss on the validation set; None if there is none, or a signal interrupted the evaluation."""
         indices = evenly_spaced(len(self.data.validation), self.config.eval.sequences)
         if not indices:
             return None
@@ -96,7 +96,7 @@ class Run:
         return evaluate(self.engine.loss, rows, size, self.world, stop=self.stop_requested)
 
     def resize_layers(self) -> None:
-        """Go on with smaller tensors where layers want smaller ranks now."""
+        """Shrink the layers that want smaller ranks now; a collective."""
         step = self.progress.step
         ranks = wanted_ranks(factorized_layers(self.engine.shards), step)
         if all(layer.rank == ranks[name] for name, layer in self.layers.items()):

@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepLog:
-    """What one step was."""
+    """The log of one step."""
 
     loss: float
-    """What is trained on: mean per target token over all processes (nats), an auxiliary loss included."""
+    """The loss that is trained: mean per target token over all processes (nats), including an auxiliary loss."""
     cross_entropy: float
     aux_loss: float | None
-    """Of a mixture of experts whose config asks for it."""
+    """The auxiliary loss of a mixture of experts, if its config enables it."""
     grad_norm: float
     """Global L2 norm of the gradient before clipping."""
     lr: float
     skipped: bool
-    """Whether loss or gradient was not finite, so that nothing was updated."""
+    """Whether the step was skipped because loss or gradient was not finite."""
     tokens: int
     """Target tokens of the batch, over all processes."""
     seconds: float
-    """Time of the step on this process, the wait for its batch included, callbacks aside."""
+    """Time of the step on this process, including the wait for its batch, without callbacks."""
     waited: float
-    """Part of `seconds` that was spent waiting for the batch."""
+    """Part of `seconds` spent waiting for the batch."""
 
 
 def take_step(run: Run, rows: torch.Tensor, waited: float) -> StepLog:
@@ -70,9 +70,9 @@ def take_step(run: Run, rows: torch.Tensor, waited: float) -> StepLog:
 
 
 def seed_step(run: Run) -> None:
-    """Make every random choice of a step a function of (seed, step), so that there is no generator state to save.
+    """Seed a step's random numbers from (seed, step), so that no generator state has to be saved.
 
-    Dropout differs between processes; the layers' own choices are the same on all.
+    Dropout differs between processes; the layers' draws are the same on all.
     """
     seed, step = run.config.train.seed, run.progress.step
     torch.manual_seed(integer_seed(seed, f"step {step} process {run.world.dist_rank}"))

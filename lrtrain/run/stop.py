@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal to any process ends the run at the same step on all of them."""
+"""Graceful stops: a signal to any process stops all processes at the same step."""
 
 import os
 import signal
@@ -7,15 +7,14 @@ from types import FrameType
 from lrtrain.distributed.collectives import max_over_ranks
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What a scheduler, a keyboard, a terminal that closes, and `--signal` of a batch system send."""
+"""Signals sent by schedulers, Ctrl-C, a closing terminal, and `--signal` of a batch system."""
 TORCHRUN_ENDED = "the end of torchrun"
 
 
 class StopRequest:
-    """Notes the signals of `STOPPING` to this process, and the end of the torchrun that started it; what to do about it
-    is agreed between the processes elsewhere.
+    """Records signals in `STOPPING` to this process, and the end of its torchrun; the loop decides when to stop.
 
-    A second SIGINT interrupts at once. SIGHUP stays ignored where it was (nohup).
+    A second SIGINT interrupts immediately. SIGHUP stays ignored if it was (nohup).
     """
 
     def __init__(self) -> None:
@@ -23,20 +22,20 @@ class StopRequest:
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         heeded = [one for one in STOPPING if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in heeded}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded)  # what came while this process started comes now
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded)  # signals that arrived during the start arrive now
 
     @property
     def signal(self) -> str | None:
-        """What asked this process to stop, by name; None if nothing did."""
+        """The name of the signal that this process got; None if there was none."""
         return _named(self._number())
 
     def agreed(self) -> str:
-        """What asked any process to stop, by name. A collective, once one process knows of something."""
+        """The name of the signal that any process got; a collective, called after one got a signal."""
         return _named(int(max_over_ranks(self._number())[0])) or "nothing"
 
     def _number(self) -> int:
         if not self._signal and self._parent not in (None, os.getppid()):
-            self._signal = signal.NSIG  # no signal of its own: torchrun was killed, and nobody would end us
+            self._signal = signal.NSIG  # not a signal: torchrun was killed, and nobody would end this process
         return self._signal
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -45,7 +44,7 @@ class StopRequest:
         self._signal = number
 
     def restore(self) -> None:
-        """Give the signals back to whoever handled them before."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -1,4 +1,4 @@
-"""The summary of a finished run: summary.json, its picture, and what is printed."""
+"""The summary of a finished run: summary.json, its picture, and the printed table."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ def summarize(run: Run, found: dict[str, Any]) -> dict[str, Any]:
     """Write and print the summary of a finished run, and return it. A collective.
 
     Args:
-        found: what the callbacks have to say at the end.
+        found: values returned by the callbacks' `on_end`.
     """
     progress = run.progress
     (memory,) = max_over_ranks(peak_memory_gib(run.world.device))
@@ -35,14 +35,14 @@ def summarize(run: Run, found: dict[str, Any]) -> dict[str, Any]:
         rows = summary_rows(summary)
         try:
             rows |= {"picture": draw_summary(run, summary)}
-        except Exception as error:  # whatever a picture fails of, the run has not
+        except Exception as error:  # an error in drawing must not fail the run
             print(f"summary.json and its picture could not be written: {error}", file=sys.stderr, flush=True)
         print_summary(rows, sys.stdout)
     return {key: value for key, value in summary.items() if value is not None}
 
 
 def draw_summary(run: Run, summary: dict[str, Any]) -> str:
-    """Write summary.json and the picture of the run, whose path this returns."""
+    """Write summary.json and the picture of the run; returns the picture's path."""
     from lrtrain.analysis.plots import plot_run  # matplotlib takes a while to import: not before the first step
 
     write_durably(run.dir / "summary.json", json.dumps(summary, indent=1))

@@ -15,7 +15,7 @@ BUSY = 0.1
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held: allocated on the GPU, or resident on the CPU."""
+    """Peak memory of this process: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
@@ -41,7 +41,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     while time.perf_counter() < until:
         best = max(best, 2 * size**3 / _product_seconds(a))
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # these matrices are none of the run's
+        torch.cuda.reset_peak_memory_stats(device)  # these matrices do not belong to the run
     return best
 
 
@@ -52,7 +52,7 @@ def _product_seconds(a: torch.Tensor) -> float:
 
 
 class Meter:
-    """Adds up steps since it was last read.
+    """Accumulates throughput over the steps since the last reading.
 
     Args:
         peak: FLOP/s of all processes together that MFU is a share of.
@@ -67,7 +67,7 @@ class Meter:
         self.steps = self.tokens = 0
 
     def add(self, seconds: float, waited: float, tokens: int) -> None:
-        """Count one step: its time, the part of it spent waiting for data, and its tokens over all processes."""
+        """Add one step: its time, the part of it spent waiting for data, and its tokens over all processes."""
         self.seconds += seconds
         self.waited += waited
         self.steps += 1

@@ -205,7 +205,7 @@ def test_what_a_checkpoint_pickles_is_not_run(tmp_path: Path, world):
     saver = saved(tmp_path, world, 1)
     (checkpoint,) = whole_checkpoints(tmp_path)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "touched")))
-    with pytest.raises(ConfigError, match="system does not belong into a checkpoint"):
+    with pytest.raises(ConfigError, match="system does not belong in a checkpoint"):
         saver.load({"w": torch.zeros(1000)}, checkpoint)
     assert not (tmp_path / "touched").exists()
 

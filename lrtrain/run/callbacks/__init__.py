@@ -1,1 +1,1 @@
-"""What happens beside the steps of a run. `callbacks` in the configuration names each by `_target_`, in order."""
+"""Callbacks, which run between the steps. `callbacks` in the configuration lists them by `_target_`, in order."""

@@ -1,4 +1,4 @@
-"""Checkpoints at a cadence. A run also saves itself when time is up, on a signal, and at its end."""
+"""Periodic checkpoints. A run is also saved every `checkpoint.minutes`, on a signal, and at its end."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Checkpoint(Callback):
-    """Begins a checkpoint every `every` steps."""
+    """Starts a checkpoint every `every` steps."""
 
     def on_step(self, run: "Run") -> None:
         if run.progress.step:

@@ -1,4 +1,4 @@
-"""The loss on held-out text, and at the end also at the smaller ranks that the layers offer."""
+"""The validation loss, and at the end also the loss at smaller ranks of layers that support them."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ class Evaluate(Callback):
         }
 
     def _evaluate(self, run: "Run") -> float | None:
-        """The loss; None if nothing is held out or a signal cut the evaluation short."""
+        """The validation loss; None if there is no validation set, or a signal interrupted the evaluation."""
         started = time.perf_counter()
         found = run.held_out_loss()
         if found is None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Log(Callback):
     """Logs `train/…` and `perf/…` after the first step, every `every` steps, and after the last.
 
-    `train/loss` is the mean over the steps since the last row, those that were skipped aside.
+    `train/loss` is the mean over the steps since the last row, without skipped ones.
     """
 
     def __init__(self, every: int):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Profile(Callback):
-    """Traces `step` on the main process into profile/ of the run's directory; None: no step."""
+    """Writes a trace of `step` on the main process to profile/ in the run directory; None: no step."""
 
     def __init__(self, step: int | None = None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Spectra of weights, hidden states, updates and gradients, as `conf/spectra` has it."""
+"""Spectra of weights, hidden states, updates and gradients, configured in `conf/spectra`."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ class Spectra(Callback):
         self.monitor: Monitor | None = None
         self.gradients: list[Metric] = []
         self.seconds = 0.0
-        """Time that measuring took so far."""
+        """Total seconds of measurements so far."""
 
     def after_backward(self, run: "Run") -> None:
         step = run.progress.step + 1
