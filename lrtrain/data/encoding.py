@@ -1,11 +1,10 @@
 """Texts to token ids, in memory that does not grow with the length of a text.
 
-A long text is encoded in pieces. They are cut where a letter or digit is followed by a space or a line end. No
-pre-tokenizer that we know has one word on both sides of such a place: neither that of our SentencePiece models, nor
-the regular expressions of GPT-2, Llama 3, Qwen and o200k (they let line ends follow punctuation only, and white space
-lead a word). So the pieces give the ids of the whole. A tokenizer that does something at the start of each text
-(Llama 2 puts a space there) is found out by encoding the beginning of the text both ways; it then gets the whole text
-at once.
+A long text is encoded in pieces, split where a letter or digit is followed by a space or a line end. Known
+pre-tokenizers have no word that spans such a position: neither lrtrain's SentencePiece models, nor the regular
+expressions of GPT-2, Llama 3, Qwen and o200k (where line ends only follow punctuation, and white space starts a word).
+So the pieces give the same ids as the whole text. A tokenizer that changes the start of each text (Llama 2 adds a
+space) is detected by encoding the beginning of the text both ways, and then encodes the whole text at once.
 """
 
 import re
@@ -14,15 +13,15 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-PIECE_CHARACTERS = 1 << 18  # a word longer than this is cut all the same
+PIECE_CHARACTERS = 1 << 18  # longer words are split too
 GROUP_CHARACTERS = 1 << 22  # encoded at a time, on all cores
-TRIED_CHARACTERS = 1 << 14  # of a long text, encoded both ways
+TRIED_CHARACTERS = 1 << 14  # of a long text, encoded both ways to compare
 
 SEAM = re.compile(r"(?<=[^\W_])(?=[ \n])")
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
-    """The ids of each text and EOS, int32. "</s>" in a text is text and not the special token."""
+    """The ids of each text, followed by EOS, int32. "</s>" within a text is not parsed as the special token."""
     tokenizer.backend_tokenizer.encode_special_tokens = True
     pieces = [(i, piece) for i, text in enumerate(texts) for piece in _pieces_of(tokenizer, text)]
     ids: list[list[np.ndarray]] = [[] for _ in texts]
@@ -47,7 +46,7 @@ def _pieces_of(tokenizer: PreTrainedTokenizerFast, text: str) -> Iterable[str]:
 
 
 def _pieces(text: str, most: int) -> Iterator[str]:
-    """`text` in pieces of at most so many characters, cut at the last seam of each if it has one."""
+    """`text` in pieces of at most `most` characters, split at the last possible position of each."""
     start = 0
     while start < len(text):
         end = start + most
@@ -58,7 +57,7 @@ def _pieces(text: str, most: int) -> Iterator[str]:
 
 
 def _last_seam(text: str, start: int, end: int) -> int | None:
-    """The last seam in [start, end]; searched for from the end, some at a time."""
+    """The last position in [start, end] where the text can be split; searched backwards, in chunks."""
     while end > start:
         begin = max(start, end - 1000)
         seams = [match.start() for match in SEAM.finditer(text, begin, end + 1)]

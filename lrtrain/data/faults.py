@@ -1,4 +1,4 @@
-"""What could not be read of a corpus: counted, named, and left out or refused."""
+"""Parts of a corpus that cannot be read: counted, named, and skipped or refused."""
 
 import logging
 from dataclasses import asdict, dataclass
@@ -8,18 +8,18 @@ from lrtrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-NAMED = 10  # in the log; the others are only counted
+NAMED = 10  # number of faults named in the log; further ones are only counted
 
 
 @dataclass
 class Faults:
-    """What a corpus was read without.
+    """The faults of a corpus.
 
     Args:
-        refuse: whether the first one ends the run (`data.on_error=refuse`).
-        rows: documents, and rests of files that gave others.
-        files: whole files, none of whose documents could be read.
-        first: the first, named by file and row.
+        refuse: whether the first fault ends the run (`data.on_error=refuse`).
+        rows: number of unreadable documents, and of files whose rest is unreadable.
+        files: number of files without any readable document.
+        first: the first fault, by file and row.
     """
 
     refuse: bool
@@ -33,22 +33,22 @@ class Faults:
         return self.rows + self.files
 
     def add(self, file: object, row: int, reason: str) -> None:
-        """Note that row `row`, counted from 1, could not be read, or all of `file` from there on.
+        """Record that row `row` (from 1), or all of `file` from there on, could not be read.
 
         Raises:
-            ConfigError: naming it, if these are refused.
+            ConfigError: if faults are refused, naming it.
         """
         self._note(f"{file}:{row}: {reason}", self.rows)
         self.rows += 1
 
     def add_file(self, file: object, rows: int, reason: str) -> None:
-        """Note that `file` gave no document at all; `rows` of it were added before and count as this one file.
+        """Record that `file` has no readable document; its `rows` faults added before now count as one file.
 
         Raises:
-            ConfigError: naming it, if these are refused.
+            ConfigError: if faults are refused, naming it.
         """
         self.rows -= rows
-        self.first = self.first if self.count else ""  # the file, and not the first of its rows
+        self.first = self.first if self.count else ""  # name the file, not its first row
         self._note(f"{file}, the whole file: {reason}", self.files)
         self.files += 1
 
@@ -70,23 +70,23 @@ class Faults:
 
 
 class FileFaults:
-    """What cannot be read of one file, told as one thing where nothing can."""
+    """The faults of one file, reported as one fault if no document can be read."""
 
     def __init__(self, faults: Faults, file: object, found: bool = False):
         self._faults = faults
         self._file = file
         self.found = found
-        self._held: tuple[int, str] | None = None  # the first, until it is known whether it is the only one
+        self._held: tuple[int, str] | None = None  # the first fault, until it is known whether the file has documents
         self._first = "it holds no text"
         self._rows = 0
 
     def document(self) -> None:
-        """Note that one was read."""
+        """Record that a document was read."""
         self.found = True
         self._flush()
 
     def add(self, row: int, reason: str) -> None:
-        """Note that row `row`, or the rest of the file from there on, could not be read."""
+        """Record that row `row`, or the rest of the file from there on, could not be read."""
         if self.found or self._rows or self._held:
             self._flush()
             self._rows += 1
@@ -95,7 +95,7 @@ class FileFaults:
             self._held, self._first = (row, reason), reason
 
     def lost(self, reason: str | None = None) -> None:
-        """Note that the file is over and gave nothing; why, if its first row does not say it best."""
+        """Record that the file has ended without a document; `reason` defaults to its first fault."""
         self._faults.add_file(self._file, self._rows, reason or self._first)
 
     def _flush(self) -> None:
@@ -105,10 +105,10 @@ class FileFaults:
 
 
 def recorded_faults(found: dict[str, Any], refuse: bool) -> Faults:
-    """The faults that were met when the corpus was read before.
+    """The faults that were recorded when the corpus was packed.
 
     Raises:
-        ConfigError: naming the first, if there are any and they are refused.
+        ConfigError: if there are any and they are refused, naming the first.
     """
     faults = Faults(**found)
     faults.refuse = refuse
@@ -118,9 +118,9 @@ def recorded_faults(found: dict[str, Any], refuse: bool) -> Faults:
 
 
 def printable(name: object) -> str:
-    """A file's name as any stream takes it: one that is no UTF-8 with its bytes spelled out."""
+    """A file's name in printable form: bytes that are not UTF-8 are escaped."""
     return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def _refusal(where: str) -> str:
-    return f"data.on_error=refuse: {where}; mend or remove it, or leave such documents out with data.on_error=skip"
+    return f"data.on_error=refuse: {where}; repair or remove it, or skip such documents with data.on_error=skip"

@@ -24,12 +24,12 @@ DAMAGE = (EOFError, ValueError, KeyError, zlib.error, lzma.LZMAError, pa.ArrowEx
 
 
 def read_documents(files: Iterable[Path], text_field: str, faults: Faults) -> Iterator[str]:
-    """The texts of `files` in order, without the empty ones.
+    """The texts of `files` in order, without empty ones.
 
-    What cannot be read is added to `faults`: a row, the rest of a file, or a file that gives no document at all.
+    Unreadable rows, rests of files, and files without a document are added to `faults`.
 
     Raises:
-        RunFailed: naming the file that the disk does not give, whatever its content.
+        RunFailed: if the disk cannot read a file, naming it.
     """
     for path in files:
         of_file = FileFaults(faults, path)
@@ -44,12 +44,12 @@ def read_documents(files: Iterable[Path], text_field: str, faults: Faults) -> It
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether it says that the content is damaged, and not that the system could not read it, which has an errno."""
+    """Whether an error means damaged content; an error of the system has an errno."""
     return error.errno is None if isinstance(error, OSError) else isinstance(error, DAMAGE)
 
 
 def reader_of(path: Path) -> Reader:
-    """The reader for the name of `path`. Raises KeyError for a name that is none of ours."""
+    """The reader for the suffix of `path`. Raises KeyError for an unsupported one."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes[-1:] == [".parquet"]:
         return parquet_rows
@@ -67,13 +67,13 @@ def is_supported(path: Path) -> bool:
 
 
 def whole_text(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
-    """The file as one document, its line ends as they are."""
+    """The file as one document, with unchanged line ends."""
     with open_binary(path) as file:
         yield 1, file.read().decode("utf-8-sig")
 
 
 def json_lines(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
-    """`text_field` of each line; None for a line that is no JSON object with this field."""
+    """`text_field` of each line; None for a line that is not a JSON object with this field."""
     with open_binary(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.isspace():
@@ -83,7 +83,7 @@ def json_lines(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
 def parquet_rows(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
     """`text_field` of each row, counted from 1."""
     number = 0
-    with path.open("rb") as opened, pq.ParquetFile(opened) as file:  # pyarrow opens no name that is no UTF-8
+    with path.open("rb") as opened, pq.ParquetFile(opened) as file:  # pyarrow cannot open names that are not UTF-8
         if reason := no_text_column(file.schema_arrow, text_field):
             raise ValueError(reason)
         for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
@@ -93,7 +93,7 @@ def parquet_rows(path: Path, text_field: str) -> Iterator[tuple[int, Any]]:
 
 
 def no_text_column(schema: pa.Schema, name: str) -> str | None:
-    """Why the column is not one of texts; None if it is."""
+    """The reason why a column holds no texts; None if it does."""
     if name not in schema.names:
         return f"it has no column {name!r}"
     kind = schema.field(name).type
@@ -103,7 +103,7 @@ def no_text_column(schema: pa.Schema, name: str) -> str | None:
 
 
 def field_names(path: Path) -> list[str] | None:
-    """Names a text field may have, by the schema or the first line; None where this cannot be told."""
+    """The fields of a file, from its schema or first line; None if they cannot be determined."""
     reader = reader_of(path)
     try:
         if reader is parquet_rows:
@@ -111,7 +111,7 @@ def field_names(path: Path) -> list[str] | None:
         if reader is json_lines:
             with open_binary(path) as file:
                 return list(json.loads(file.readline()).keys())
-    except (*DAMAGE, OSError, RecursionError, AttributeError):  # reading the corpus says what is wrong
+    except (*DAMAGE, OSError, RecursionError, AttributeError):  # reading the corpus will report the error
         return None
     return None
 
@@ -146,7 +146,7 @@ OPENERS: dict[str, Callable[[Path, str], Any]] = {
 
 
 def field_of(line: bytes | str, text_field: str) -> Any:
-    """A field of a JSON object; None for a line that is none with this field."""
+    """A field of a JSON object; None if the line is not a JSON object with this field."""
     try:
         return json.loads(line)[text_field]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -154,7 +154,7 @@ def field_of(line: bytes | str, text_field: str) -> Any:
 
 
 def _is_array(path: Path) -> bool:
-    """Whether a file that should have a JSON object a line begins as an array."""
+    """Whether a file that should have one JSON object per line starts with an array."""
     if reader_of(path) is not json_lines:
         return False
     try:
@@ -165,7 +165,7 @@ def _is_array(path: Path) -> bool:
 
 
 def _checked(path: Path, text_field: str) -> Iterator[tuple[int, str, str]]:
-    """(line, text, "") of each document, or (line, "", what is wrong with it)."""
+    """(line, text, "") of each document, or (line, "", reason) if it is unreadable."""
     line = 0
 
     def read_from(had: int) -> Iterator[tuple[int, Any]]:
@@ -184,12 +184,12 @@ def _checked(path: Path, text_field: str) -> Iterator[tuple[int, str, str]]:
 
 
 def no_text(text_field: str) -> str:
-    """What is wrong with a row without a text."""
+    """The reason to report for a row without a text."""
     return f"no text in field {text_field!r}"
 
 
 def is_text(text: Any) -> bool:
-    """Whether a tokenizer takes it: JSON can hold half of a surrogate pair, UTF-8 cannot."""
+    """Whether a tokenizer accepts the value: JSON strings may hold half of a surrogate pair, UTF-8 cannot."""
     try:
         return isinstance(text, str) and text.encode() is not None
     except UnicodeEncodeError:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 
 def files_below(folder: Path) -> tuple[list[Path], int]:
-    """The files in `folder` and its subfolders, linked ones too, and how many hidden files and folders were passed by.
+    """The files in `folder` and its subfolders, following links, and the number of hidden files and folders skipped.
 
-    Each folder is visited once, so links that lead round in a circle, or twice to the same place, are safe.
+    Each folder is visited once, so circular and duplicate links are safe.
     """
     files: list[Path] = []
     hidden = 0

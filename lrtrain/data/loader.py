@@ -1,4 +1,4 @@
-"""What the trainer reads: batches that are a function of the position, at every number of processes."""
+"""Training data: batches that are a function of the position, for any number of processes."""
 
 from dataclasses import asdict
 from typing import Any, Protocol
@@ -16,10 +16,10 @@ from lrtrain.errors import ConfigError
 
 
 class TrainData(Protocol):
-    """The contract of the trainer. Sample p is the same for every batch size and number of processes."""
+    """The interface of training data. Sample p is the same for every batch size and number of processes."""
 
     faults: Faults
-    """What this process has left out while it read batches."""
+    """What this process could not read in its batches."""
 
     def batch(self, position: int, batch_size: int, dist_rank: int, world_size: int) -> torch.Tensor:
         """This process's share of samples position … position + batch_size - 1.
@@ -30,9 +30,9 @@ class TrainData(Protocol):
         ...
 
     def state(self, position: int) -> dict[str, Any]:
-        """What is needed to go on from `position`, JSON-able. Every process must call it.
+        """The state to resume from `position`, JSON-serializable; a collective.
 
-        `position` is where the last batch that was read ends, or where it begins: it may have been read ahead.
+        `position` is the end or the beginning of the last batch read (which may have been read ahead).
         """
         ...
 
@@ -53,7 +53,7 @@ class PackedTrain:
         return self._rows.rows(sample_rows(positions, len(self._rows), self._seed))
 
     def state(self, position: int) -> dict[str, Any]:
-        return {}  # the position says it all
+        return {}  # the position is enough
 
     def load_state(self, state: dict[str, Any]) -> None:
         pass
@@ -63,8 +63,8 @@ class StreamedTrain:
     """Sample p is the next sequence of canonical stream p mod K; file i belongs to stream i mod K.
 
     A process takes the samples p with p mod world_size == dist_rank, so it reads only the streams k with
-    k mod world_size == dist_rank. Batches are read in order: `batch` wants the position where the last one
-    ended, or that of the loaded state, or a later one: what lies between is read and dropped.
+    k mod world_size == dist_rank. Batches are read in order: `batch` needs the position where the last one
+    ended, that of the loaded state, or a later one; samples in between are read and dropped.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class StreamedTrain:
         self._seq_len = seq_len
         self._cursors = [Cursor()] * streams
         self._open: dict[int, TokenStream] = {}
-        self._reached: dict[int, dict[int, Cursor]] = {0: {}}  # position → where each stream read here stood
+        self._reached: dict[int, dict[int, Cursor]] = {0: {}}  # position → cursor of each stream of this process
 
     def batch(self, position: int, batch_size: int, dist_rank: int, world_size: int) -> torch.Tensor:
-        """See TrainData. Raises ConfigError unless the streams can be dealt evenly to the processes."""
+        """See TrainData. Raises ConfigError if the number of streams is not a multiple of that of processes."""
         count = len(self._cursors)
         if count % world_size:
             raise ConfigError(f"data.streams={count} must be a multiple of the {world_size} processes")
@@ -98,8 +98,8 @@ class StreamedTrain:
                 self._stream(p % count).next_sequence()
         mine = [p for p in range(position, position + batch_size) if p % world_size == dist_rank]
         sequences = np.stack([self._stream(p % count).next_sequence() for p in mine])
-        # At once, at the end, and with where the batch before ended: `state` may be asked for while another thread
-        # reads this batch, or when it has read it and no step was taken with it yet.
+        # Set both positions in one assignment, after reading: `state` may be called while another thread reads this
+        # batch, or after it was read and before its step.
         here = {k: stream.cursor for k, stream in self._open.items()}
         self._reached = {last: self._reached[last], position + batch_size: here}
         return torch.from_numpy(sequences.astype(np.int64))
@@ -112,7 +112,8 @@ class StreamedTrain:
         return {"position": position, "streams": [asdict(cursors[k]) for k in sorted(cursors)]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, saved at any number of processes. Raises ConfigError for other streams."""
+        """Resume from `state`, saved on any number of processes. Raises ConfigError if the number of streams
+        differs."""
         if len(state["streams"]) != len(self._cursors):
             raise ConfigError(f"data.streams={len(self._cursors)} must be {len(state['streams'])}, as when saved")
         self._cursors = [Cursor(**cursor) for cursor in state["streams"]]

@@ -1,8 +1,8 @@
-"""The order of an epoch: a permutation with random access, a function of (seed, epoch) alone.
+"""The order of an epoch: a permutation with random access, a function of (seed, epoch) only.
 
-A Feistel network is a bijection of [0, 4^b) whatever its round function is. Walking its cycle until the
+A Feistel network is a bijection of [0, 4^b) for any round function. Walking its cycle until the
 value is below n makes it a bijection of [0, n) (Black and Rogaway, 2002, "Ciphers with arbitrary finite
-domains"). Nothing of size n is stored, and no library's random generator takes part, so a position means
+domains"). Nothing of size n is stored, and no library's random generator is used, so a position means
 the same sample with every version of numpy and torch.
 """
 

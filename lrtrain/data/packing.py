@@ -1,8 +1,8 @@
-"""Documents to rows of tokens in memory-mapped Arrow files.
+"""Packing documents into rows of tokens in memory-mapped Arrow files.
 
-The documents of a split, EOS after each, are one stream of tokens. Row i is stream[i·T : i·T + T + 1] for
+The documents of a split, with EOS after each, form one stream of tokens. Row i is stream[i·T : i·T + T + 1] for
 T = seq_len: consecutive rows share one token, so that every token of the stream after the first is a target
-exactly once. The last tokens, fewer than T, are left out.
+exactly once. Fewer than T tokens at the end are dropped.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class PackedRows:
 
 
 class RowWriter:
-    """Cuts one stream of tokens into overlapping rows and writes them to `path`."""
+    """Splits a stream of tokens into overlapping rows and writes them to `path`."""
 
     def __init__(self, path: Path, seq_len: int):
         self.seq_len = seq_len
@@ -67,7 +67,7 @@ class RowWriter:
     def _write_complete_rows(self) -> None:
         stream = np.concatenate([np.empty(0, np.int32), *self._pending])
         count = max(0, len(stream) - 1) // self.seq_len
-        rest = stream[count * self.seq_len :]  # its first token is the last of the row before
+        rest = stream[count * self.seq_len :]  # its first token is the last of the previous row
         if count:
             windows = np.lib.stride_tricks.sliding_window_view(stream, self.seq_len + 1)[:: self.seq_len]
             rows = pa.FixedSizeListArray.from_arrays(pa.array(windows.ravel()), self.seq_len + 1)
@@ -107,13 +107,13 @@ def pack_first(
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Whether a document is held out: by its text alone, so other documents do not move it."""
+    """Whether a document is held out, by a hash of its text, independent of other documents."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"validation").digest()
     return int.from_bytes(digest) < fraction * 2**64
 
 
 def tokenized(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[str, np.ndarray]]:
-    """(text, ids and EOS) of each document, with a progress bar on stderr where it takes long."""
+    """(text, ids and EOS) of each document, with a progress bar on stderr if it takes long."""
     with tqdm(desc="tokenizing", unit=" tokens", unit_scale=True, delay=5, leave=False) as bar:
         for texts in _batches(documents):
             for text, tokens in zip(texts, encode_documents(tokenizer, texts), strict=True):
@@ -122,7 +122,7 @@ def tokenized(documents: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> I
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of documents of some BATCH_CHARACTERS in sum."""
+    """Lists of documents with about BATCH_CHARACTERS in total."""
     batch: list[str] = []
     characters = 0
     for text in documents:

@@ -1,4 +1,4 @@
-"""The data of a run: checked before anything is built, then prepared."""
+"""The data of a run: validated before anything is built, then tokenized and packed."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from lrtrain.data.tokenizer import load_saved, load_tokenizer, tokenizer_fingerp
 from lrtrain.errors import ConfigError
 
 FAULTS = "faults.json"
-PACKING_VERSION = 2  # raised when the same text gives other rows
+PACKING_VERSION = 2  # increased when the same text gives other rows
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Data:
     tokenizer: PreTrainedTokenizerFast
     train: TrainData
     validation: PackedRows
-    fingerprint: str  # of source, tokenizer, seq_len and split: the meaning of a position
+    fingerprint: str  # a hash of source, tokenizer, seq_len and split, which determine the sample at a position
     train_tokens: int | None  # targets in one epoch; None for a stream
-    faults: Faults  # what was left out before training; `train.faults` has what a stream leaves out
+    faults: Faults  # faults before training; `train.faults` has those of a stream
 
 
 def check_data(cfg: DataConfig) -> None:
-    """Raise ConfigError for what can be seen to be wrong without building anything."""
+    """Raise ConfigError for errors that can be found without building anything."""
     if reason := why_not_writable(_cache_dir(cfg)):
         raise ConfigError(f"data.cache_dir={_cache_dir(cfg)} {reason}; give one that can be written to")
     if cfg.tokenizer.path is not None:
@@ -45,7 +45,7 @@ def check_data(cfg: DataConfig) -> None:
 
 
 def check_fits(cfg: DataConfig, vocab_size: int, longest: int | None) -> None:
-    """Raise ConfigError for a tokenizer or sequences that are too large for the model, before text is tokenized.
+    """Raise ConfigError if tokenizer or sequences are too large for the model, before text is tokenized.
 
     Args:
         vocab_size: rows of the model's embedding.
@@ -65,8 +65,8 @@ def check_fits(cfg: DataConfig, vocab_size: int, longest: int | None) -> None:
 def prepare_data(cfg: DataConfig, seed: int) -> Data:
     """Tokenizer and rows of `cfg`, built or opened; `seed` decides the order of the epochs.
 
-    Every process calls it, before or after the process group is up: it uses files and locks, no collectives.
-    Raises ConfigError where the corpus cannot give what `cfg` asks for.
+    Every process calls it, before or after the process group exists: it uses files and locks, no collectives.
+    Raises ConfigError if the corpus cannot provide what `cfg` asks for.
     """
     source = _source(cfg)
     tokenizer = load_tokenizer(cfg.tokenizer, source, _cache_dir(cfg), _faults(cfg))
@@ -119,7 +119,7 @@ def _faults(cfg: DataConfig) -> Faults:
 
 
 def _known_faults(folder: Path, cfg: DataConfig) -> Faults:
-    """What was left out when the rows in `folder` were packed, perhaps by an earlier run."""
+    """The faults when the rows in `folder` were packed, perhaps by an earlier run."""
     return recorded_faults(json.loads((folder / FAULTS).read_text()), cfg.on_error == "refuse")
 
 

@@ -1,7 +1,6 @@
-"""Where text comes from. `conf/data/*.yaml` names one of these classes in `source._target_`.
+"""Sources of text. `conf/data/*.yaml` names one of these classes in `source._target_`.
 
-A source gives its documents in an order that does not change, a fingerprint of what they are, and a cheap
-check of what the user asked for.
+A source provides its documents in a fixed order, a fingerprint of their content, and a fast validation of its settings.
 """
 
 import glob
@@ -42,25 +41,25 @@ from lrtrain.errors import ConfigError
 log = logging.getLogger(__name__)
 
 FORMATS = "give files, folders or globs of .txt, .md, .jsonl or .parquet"
-SAMPLE_DOCUMENTS = 20_000  # of a stream, for its tokenizer: some 40 MB of C4
-BATCH = 64  # documents of a stream that are tokenized at a time
-CHUNK = 1 << 20  # bytes of a stream that are read at a time
-INSTALLED = {"site-packages", "dist-packages"}  # folders in the standard library that are not of it
+SAMPLE_DOCUMENTS = 20_000  # of a stream, to train its tokenizer: about 40 MB of C4
+BATCH = 64  # documents of a stream tokenized at a time
+CHUNK = 1 << 20  # bytes of a stream read at a time
+INSTALLED = {"site-packages", "dist-packages"}  # folders within the standard library's that do not belong to it
 
 
 class TextSource(Protocol):
-    """What `prepare_data` asks of a source."""
+    """The interface of a source."""
 
     def check(self) -> None:
-        """Raise ConfigError for what cannot work, before anything is built."""
+        """Raise ConfigError for invalid settings, before anything is built."""
         ...
 
     def fingerprint(self, cache_dir: Path) -> str:
-        """A digest of the documents' content; `cache_dir` remembers the digests of files."""
+        """A digest of the documents' content; digests of files are cached in `cache_dir`."""
         ...
 
     def documents(self, faults: Faults) -> Iterator[str]:
-        """The documents in order, none of them empty; what cannot be read is added to `faults`."""
+        """The nonempty documents in order; unreadable ones are added to `faults`."""
         ...
 
 
@@ -98,7 +97,7 @@ class PythonStdlib:
 
 @dataclass(frozen=True)
 class LocalFiles:
-    """Files, folders and globs. A text file is a document; so is a row of a .jsonl or .parquet file."""
+    """Files, folders and globs. A text file is one document; a .jsonl or .parquet file has one per row."""
 
     path: str | list[str]
     text_field: str
@@ -120,19 +119,19 @@ class LocalFiles:
 
     def fingerprint(self, cache_dir: Path) -> str:
         files = self.files()
-        names = [file.name for file in files]  # their suffixes decide how the bytes are read
+        names = [file.name for file in files]  # suffixes decide how files are read
         return fingerprint("local", self.text_field, names, content_digests(files, cache_dir))
 
     def documents(self, faults: Faults) -> Iterator[str]:
         return read_documents(self.files(), self.text_field, faults)
 
     def files(self, tell: bool = False) -> list[Path]:
-        """The files, sorted by path, each once, whatever names and links lead to it.
+        """The files, sorted by path, each once, even if several names and links lead to it.
 
-        Hidden files are read where they are named, not where their folder is; `tell` says how many were left out.
+        Hidden files are read if they are named, not if their folder is; `tell` logs how many were skipped.
 
         Raises:
-            ConfigError: when a pattern matches none.
+            ConfigError: if a pattern matches no file.
         """
         files = sorted({file.absolute() for pattern in _patterns(self.path) for file in self._matches(pattern, tell)})
         if not files:
@@ -158,9 +157,9 @@ class LocalFiles:
 
 @dataclass(frozen=True)
 class JsonStream:
-    """Files of JSON lines that are read while training, local ones or on the hub (`hf://datasets/…`).
+    """Files of JSON lines that are read during training, local or on the hub (`hf://datasets/…`).
 
-    The files are dealt to `streams` canonical streams; lrtrain.data.streams has the order of the samples.
+    The files are distributed over `streams` streams; see lrtrain.data.streams for the order of the samples.
     """
 
     train: str | list[str]
@@ -181,21 +180,21 @@ class JsonStream:
             self.validation_files()
 
     def fingerprint(self, cache_dir: Path) -> str:
-        """Of names and, for local files, sizes: the content is too large to read before training."""
+        """A digest of names and, for local files, sizes: the content is too large to read before training."""
         files = [*self.train_files(), *self.validation_files()]
         sizes = [None if "://" in file else os.path.getsize(file) for file in files]
         names = [os.path.basename(file) for file in files]
         return fingerprint("stream", self.text_field, self.streams, names, sizes)
 
     def documents(self, faults: Faults) -> Iterator[str]:
-        """The beginning of the first training file: what a tokenizer is trained on."""
+        """The first documents of the first training file, to train a tokenizer."""
         return islice(self._read(self.train_files()[:1], faults), SAMPLE_DOCUMENTS)
 
     def validation_documents(self, faults: Faults) -> Iterator[str]:
         return self._read(self.validation_files(), faults)
 
     def train_files(self) -> list[str]:
-        """Sorted. Raises ConfigError when there are fewer files than streams."""
+        """The training files, sorted. Raises ConfigError if there are fewer files than streams."""
         files = _resolve("data.path", self.train)
         if len(files) < self.streams:
             raise ConfigError(
@@ -214,7 +213,7 @@ class JsonStream:
 
 
 def nonempty(documents: Iterator[str], faults: Faults) -> Iterator[str]:
-    """The documents. Raises ConfigError if there is none, as nothing can be learned from white space."""
+    """The documents. Raises ConfigError if there is none (white space does not count)."""
     found = False
     for text in documents:
         found = True
@@ -224,10 +223,10 @@ def nonempty(documents: Iterator[str], faults: Faults) -> Iterator[str]:
 
 
 def json_batches(file: str, text_field: str, start: int, faults: Faults) -> Iterator[list[tuple[int, str]]]:
-    """(row, text) of a file of JSON lines from row `start` on, some at a time, without those that have no text.
+    """Batches of (row, text) of a file of JSON lines from row `start` on, without rows that have no text.
 
-    The rows that cannot be read, the rest of a file that is damaged, and a file that is not there any more are added to
-    `faults`. Raises ConfigError when the first row is an object without `text_field`.
+    Unreadable rows, the rest of a damaged file, and a missing file are added to `faults`. Raises ConfigError if the
+    first row is an object without `text_field`.
     """
     batch: list[tuple[int, str]] = []
     row, of_file = start, FileFaults(faults, file, found=start > 0)
@@ -255,7 +254,7 @@ def json_batches(file: str, text_field: str, start: int, faults: Faults) -> Iter
 
 
 def _lines(file: str, start: int) -> Iterator[bytes]:
-    """The lines of a local or remote file, compressed or not, from line `start` on; lost connections are made again."""
+    """The lines of a local or remote file, compressed or not, from line `start` on; reconnects lost connections."""
     with xopen(StreamingDownloadManager().extract(file), "rb") as stream:
         rest, row = b"", 0
         while chunk := stream.read(CHUNK):
@@ -281,7 +280,7 @@ def _resolve(key: str, patterns: str | list[str]) -> list[str]:
     for pattern in _patterns(patterns):
         try:
             found.update(resolve_pattern(os.path.expanduser(pattern), os.getcwd()))
-        except Exception as error:  # an OSError, or whatever the hub client of the day raises offline
+        except Exception as error:  # an OSError, or any error of the hub client when offline
             raise ConfigError(
                 f"{key}={pattern} cannot be listed ({error}); give local or hf:// files of JSON lines"
             ) from error
@@ -289,7 +288,7 @@ def _resolve(key: str, patterns: str | list[str]) -> list[str]:
 
 
 def _is_local(patterns: str | list[str]) -> bool:
-    """Whether listing the files is cheap: those on a hub are listed once, when they are needed."""
+    """Whether the files are local; files on a hub are listed only once, when they are needed."""
     return not any("://" in pattern for pattern in _patterns(patterns))
 
 

@@ -1,7 +1,7 @@
-"""One canonical stream of a streamed corpus, and the cursor from which it goes on.
+"""One stream of a streamed corpus, and the cursor to resume it.
 
-The cursor is ours: the file, the row and the token where the next sequence starts. It finds its place again
-by skipping rows of one file, so a stream resumes exactly any number of times, whatever was read ahead.
+The cursor is the file, row and token where the next sequence starts. Resuming skips rows of one file, so a
+stream resumes exactly any number of times, no matter what was read ahead.
 """
 
 from collections import deque
@@ -24,12 +24,12 @@ class Cursor:
 
     epoch: int = 0  # passes over the stream's files so far
     file: int = 0  # of the stream's own files
-    row: int = 0  # of the file, empty ones counted
+    row: int = 0  # of the file, including empty ones
     token: int = 0  # of the row's document
 
 
 class TokenStream:
-    """The documents of `files`, EOS after each, over and over, as sequences that overlap by one token."""
+    """The documents of `files`, EOS after each, repeated endlessly, as sequences that overlap by one token."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class TokenStream:
         self._seq_len = seq_len
         self._faults = faults
         self._ahead = self._documents(cursor)
-        self._queue: deque[tuple[Cursor, np.ndarray]] = deque()  # begins with the document of the cursor
+        self._queue: deque[tuple[Cursor, np.ndarray]] = deque()  # starts with the document of the cursor
 
     def next_sequence(self) -> np.ndarray:
         """The next (seq_len + 1,) int32; the cursor moves by seq_len."""
@@ -61,13 +61,13 @@ class TokenStream:
         return sequence
 
     def _move_to(self, token: int) -> None:
-        """Put the cursor on `token`, counted from the first queued document, and drop what is behind it."""
+        """Move the cursor to `token`, counted from the first queued document, and drop documents before it."""
         while token >= len(self._queue[0][1]):
             token -= len(self._queue.popleft()[1])
         self.cursor = replace(self._queue[0][0], token=token)
 
     def _documents(self, cursor: Cursor) -> Iterator[tuple[Cursor, np.ndarray]]:
-        """(start, ids and EOS) of each document from the row of `cursor` on, pass after pass."""
+        """(start, ids and EOS) of each document from the row of `cursor` on, epoch after epoch."""
         first_file, first_row = cursor.file, cursor.row
         for epoch in count(cursor.epoch):
             found = False
@@ -81,7 +81,7 @@ class TokenStream:
             first_file = 0
 
     def _rows(self, file: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(row, ids and EOS) of a file's rows from `start` on, without the empty ones."""
+        """(row, ids and EOS) of a file's nonempty rows from `start` on."""
         for rows in json_batches(self._files[file], self._text_field, start, self._faults):
             documents = encode_documents(self._tokenizer, [text for _, text in rows])
             yield from ((row, tokens) for (row, _), tokens in zip(rows, documents, strict=True))

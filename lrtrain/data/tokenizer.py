@@ -1,4 +1,4 @@
-"""The tokenizer: a saved one, or a SentencePiece BPE model of the corpus, as a transformers tokenizer."""
+"""The tokenizer: a saved one, or a SentencePiece BPE model trained on the corpus, as a transformers tokenizer."""
 
 import hashlib
 import heapq
@@ -24,11 +24,11 @@ from lrtrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-SAMPLE_CHARACTERS = 20_000_000  # 32,000 pieces are learnt from them in seconds; more change little
+SAMPLE_CHARACTERS = 20_000_000  # enough for 32,000 pieces; more text changes little
 MOST_PIECES = 1 << 20  # four times those of the largest in use
 FIXED_PIECES = 3 + 256  # <unk>, <s>, </s> and the bytes
-SPACE = "▁"  # U+2581, which SentencePiece and llama.cpp spell a space with
-SENTENCEPIECE = "tokenizer.model"  # the file that llama.cpp's converter reads
+SPACE = "▁"  # U+2581, a space in SentencePiece and llama.cpp
+SENTENCEPIECE = "tokenizer.model"  # read by llama.cpp's converter
 SETTINGS = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -37,16 +37,16 @@ SETTINGS = {
     "remove_extra_whitespaces": False,
     "allow_whitespace_only_pieces": True,
     "split_digits": True,
-    "max_sentence_length": 1 << 30,  # longer lines would be left out without a word
+    "max_sentence_length": 1 << 30,  # longer lines would be dropped silently
 }
 
 
 def load_tokenizer(
     cfg: TokenizerConfig, source: TextSource, cache_dir: Path, faults: Faults
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of `cfg`; a trained one is built once for each (source, size) and loaded afterwards.
+    """The tokenizer of `cfg`; a trained one is built once per (source, size) and cached.
 
-    Raises ConfigError when the saved one cannot serve, or the corpus cannot support the size.
+    Raises ConfigError if a saved one cannot be used, or the corpus does not support the size.
     """
     if cfg.path is not None:
         return load_saved(cfg.path)
@@ -63,36 +63,36 @@ def load_tokenizer(
 
 
 def load_saved(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer that AutoTokenizer finds at `path`. Raises ConfigError without one, or without EOS."""
+    """The tokenizer at `path`, loaded by AutoTokenizer. Raises ConfigError if there is none, or it has no EOS."""
     tokenizer = read_tokenizer(os.path.expanduser(path), f"data.tokenizer.path={path}")
     if not tokenizer.is_fast:
         raise ConfigError(f"data.tokenizer.path={path} is slow; give one that has a tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"data.tokenizer.path={path} has no EOS token; give one that has, it ends documents")
-    tokenizer.backend_tokenizer.no_truncation()  # saved settings of either would change the documents
+    tokenizer.backend_tokenizer.no_truncation()  # saved truncation or padding would change the documents
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 def read_tokenizer(path: str | Path, named: str, trusted: bool = False) -> PreTrainedTokenizerFast:
-    """The tokenizer that AutoTokenizer finds at `path`.
+    """The tokenizer at `path`, loaded by AutoTokenizer.
 
     Args:
-        named: the path as the error names it.
-        trusted: whether code that comes with it may run.
+        named: what the error calls the path.
+        trusted: whether code from the folder may run.
 
     Raises:
         ConfigError: if there is none, or it is damaged.
     """
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trusted)
-    except Exception as error:  # the parsers of a damaged file raise bare ones
+    except Exception as error:  # parsers of damaged files raise arbitrary exceptions
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"{named} cannot be loaded: {reason}") from error
 
 
 def trained_size(cfg: TokenizerConfig) -> int:
-    """Pieces of a tokenizer to train. Raises ConfigError for a size that no corpus supports."""
+    """The number of pieces of a tokenizer to train. Raises ConfigError for a size that no corpus supports."""
     if cfg.vocab_size is None or cfg.vocab_size <= FIXED_PIECES:
         raise ConfigError(
             f"data.tokenizer.vocab_size={cfg.vocab_size} must be above {FIXED_PIECES}, the bytes and special tokens"
@@ -103,14 +103,14 @@ def trained_size(cfg: TokenizerConfig) -> int:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A digest of everything that the ids of a text depend on."""
+    """A digest of everything that determines the ids of a text."""
     return fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id)
 
 
 def sample(documents: Iterable[str], characters: int) -> list[str]:
-    """The documents with the smallest hashes, `characters` in sum or a little more; all of a small corpus.
+    """The documents with the smallest hashes, of about `characters` in total; all of a small corpus.
 
-    It depends on the documents alone, not on their order, and is taken in one pass with bounded memory.
+    The sample does not depend on the order of the documents, and takes one pass with bounded memory.
     """
     chosen: list[tuple[int, str]] = []
     total = 0
@@ -127,7 +127,7 @@ def sample(documents: Iterable[str], characters: int) -> list[str]:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     """A serialized SentencePiece BPE model of exactly `vocab_size` pieces: <unk>, <s>, </s>, 256 bytes, text.
 
-    Raises ConfigError when the texts cannot support the size.
+    Raises ConfigError if the texts do not support the size.
     """
     model = io.BytesIO()
     lines = (line for text in texts for line in text.split("\n") if line)
@@ -146,9 +146,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def from_sentencepiece(model: bytes) -> PreTrainedTokenizerFast:
-    """A transformers tokenizer that gives the ids of SentencePiece.
+    """A transformers tokenizer that gives the same ids as SentencePiece.
 
-    As there, "▁" (U+2581) stands for a space, so one in the text comes back as a space.
+    As in SentencePiece, "▁" (U+2581) encodes a space, so "▁" in a text decodes to a space.
     """
     trained = sentencepiece.SentencePieceProcessor(model_proto=model)
     pieces = [trained.id_to_piece(i) for i in range(len(trained))]
@@ -164,8 +164,8 @@ def from_sentencepiece(model: bytes) -> PreTrainedTokenizerFast:
         )
     )
     backend.normalizer = normalizers.Replace(" ", SPACE)
-    # No piece of SentencePiece holds a line end, or a space behind another character, so this cut changes no
-    # id; it makes encoding several times faster, for words repeat and are cached.
+    # No SentencePiece piece contains a line end, or a space after another character, so this split does not change
+    # ids; it makes encoding several times faster, because repeated words are cached.
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|▁*[^▁\n]+|▁+"), behavior="isolated")
     backend.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
@@ -174,7 +174,7 @@ def from_sentencepiece(model: bytes) -> PreTrainedTokenizerFast:
         unk_token=unk,
         bos_token=bos,
         eos_token=eos,
-        pad_token=unk,  # no text holds it: what has no piece is spelled in bytes
+        pad_token=unk,  # never used in texts, which fall back to bytes
         add_prefix_space=False,
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
@@ -182,13 +182,13 @@ def from_sentencepiece(model: bytes) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer for transformers 4 and 5, and the SentencePiece model that it was made of, if it has one."""
+    """Write the tokenizer for transformers 4 and 5, and its SentencePiece model if it has one."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     if settings["tokenizer_class"] == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in both
-        settings["add_bos_token"] = len(tokenizer.encode("")) > 0  # llama.cpp puts one there unless it is told
+        settings["add_bos_token"] = len(tokenizer.encode("")) > 0  # llama.cpp adds BOS by default
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False))
     model = Path(tokenizer.name_or_path) / SENTENCEPIECE
     if model.is_file():

@@ -1,1 +1,1 @@
-"""What is measured of a model while it trains: held-out loss, spectra of weights, gradients, updates, hidden states."""
+"""Measurements during training: held-out loss, spectra of weights, gradients, updates and hidden states."""

@@ -1,9 +1,10 @@
-"""Norms and ranks of a large matrix from a few products with it, each with its standard error.
+"""Norms and ranks of a large matrix from a few products with it, with standard errors.
 
 Stochastic Lanczos quadrature (Ubaru, Chen & Saad, SIAM J. Matrix Anal. Appl. 2017): tr f(WWᵀ) = Σ f(λ_i) is the mean
-of dim·zᵀf(WWᵀ)z over random unit vectors z, and some steps of Lanczos' method from z give nodes θ and weights ω with
-zᵀf(WWᵀ)z ≈ Σ ω f(θ). The few large singular values would make that mean noisy, so an orthonormal basis Q near the
-leading vectors is taken exactly (as in Hutch++, Meyer et al. 2021): tr f = Σ q_iᵀ f q_i + (dim − k)·E[zᵀ f z], z ⟂ Q.
+of dim·zᵀf(WWᵀ)z over random unit vectors z, and some Lanczos steps from z give nodes θ and weights ω with
+zᵀf(WWᵀ)z ≈ Σ ω f(θ). The few large singular values would make that mean noisy, so their contribution is computed on an
+orthonormal basis Q near the leading vectors (Hutch++, Meyer et al. 2021): tr f = Σ q_iᵀ f q_i + (dim − k)·E[zᵀ f z], z
+⟂ Q.
 """
 
 import math
@@ -11,15 +12,17 @@ import math
 import torch
 from torch import Tensor
 
-LEADING = 32  # vectors that are taken exactly
+LEADING = 32  # size k of the leading basis Q
 PROBES = 16
-LEADING_STEPS, STEPS = 8, 40  # of Lanczos' method, from each of these: 4·out·in operations a step
+LEADING_STEPS, STEPS = 8, 40  # Lanczos steps from leading vectors, and from probes: 4·out·in operations each
 
 
 def estimated_metrics(weight: Tensor, generator: torch.Generator) -> dict[str, float]:
-    """Of W (out, in), in float32 at least: `<metric>_estimated` and its `_stderr` for nuclear norm, entropy, effective
-    ranks of σ and σ², and participation ratio; without an error the spectral norm (from below) and, exactly, the
-    Frobenius norm. Names as in `metrics.summarize`. Nothing of a matrix that is not finite, norms alone of zero."""
+    """Estimated metrics of W (out, in), at least float32, with the names of `metrics.summarize`.
+
+    `<metric>_estimated` and its `_stderr` for nuclear norm, entropy, effective ranks of σ and σ², and participation
+    ratio; the spectral norm as a lower bound, and the exact Frobenius norm. A non-finite matrix has no metrics, a zero
+    matrix norms only."""
     wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
     square = float(torch.linalg.vector_norm(wide, dtype=torch.float64)) ** 2
     if not math.isfinite(square):
@@ -27,7 +30,7 @@ def estimated_metrics(weight: Tensor, generator: torch.Generator) -> dict[str, f
     if square == 0:
         return {"nuclear_norm_estimated": 0.0, "spectral_norm_estimated": 0.0, "frobenius_norm": 0.0}
     leading, probes, top = traces(wide, generator)
-    sums = leading + probes  # (probes, functions): each row an estimate of all traces
+    sums = leading + probes  # (probes, functions): each row estimates all traces
     found = {"spectral_norm_estimated": top, "frobenius_norm": math.sqrt(square)}
     found["stable_rank_estimated"] = square / top**2
     for metric, (value, error) in jackknife(sums, square).items():
@@ -36,8 +39,8 @@ def estimated_metrics(weight: Tensor, generator: torch.Generator) -> dict[str, f
 
 
 def traces(wide: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """Σ over the leading basis (functions,) and (dim − k)·zᵀfz for each probe (probes, functions), and σ_1, for the
-    functions of `_functions`; `wide` (short, long)."""
+    """For each of `_functions`: the sum over the leading basis (functions,) and (dim − k)·zᵀfz for each probe (probes,
+    functions); and σ_1. `wide` is (short side, long side)."""
     dim = len(wide)
     k, count = min(LEADING, dim // 4), PROBES
     basis = leading_vectors(wide, k, generator)
@@ -61,9 +64,10 @@ def leading_vectors(wide: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def lanczos(wide: Tensor, starts: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Nodes and weights (starts, steps) in float64 of the quadrature of WWᵀ for each unit column of (short, starts).
+    """Nodes and weights (starts, steps), float64, of the quadrature of WWᵀ for each unit column of `starts` (short
+    side, starts).
 
-    Every column has its own Krylov space, fully reorthogonalized; one that is exhausted goes on with zeros."""
+    Every column has its own Krylov space, fully reorthogonalized; an exhausted one continues with zeros."""
     v, previous = starts, torch.zeros_like(starts)
     beta = starts.new_zeros(starts.shape[1])
     kept, diagonal, beside = [], [], []
@@ -87,8 +91,8 @@ def lanczos(wide: Tensor, starts: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def jackknife(sums: Tensor, square: float) -> dict[str, tuple[float, float]]:
-    """(value, standard error) of each metric from the traces that each probe gives (probes, functions): the error of
-    quantities that are not linear in them follows from leaving out one probe at a time."""
+    """(value, standard error) of each metric from the traces of each probe (probes, functions). The errors of
+    nonlinear metrics follow from leaving out one probe at a time."""
     count = len(sums)
     without = [_metrics((sums.sum(0) - row) / (count - 1), square) for row in sums]
     found = {}
@@ -106,8 +110,8 @@ def _functions(energy: Tensor) -> Tensor:
 
 
 def _metrics(sums: Tensor, square: float) -> dict[str, float]:
-    """From the traces of `_functions`. Of Σλ the exact value ‖W‖_F² is known too: to scale by their ratio takes away
-    most of the noise where the spectrum is flat. Σλ² is that of the few largest, which are taken exactly."""
+    """Metrics from the traces of `_functions`. The exact value of Σλ is ‖W‖_F²: scaling by its ratio to the estimate
+    removes most of the noise of flat spectra, but is not needed for Σλ², dominated by the leading basis."""
     nuclear, by_sigma, energy, by_energy, fourth = sums.tolist()
     entropy = math.log(nuclear) - by_sigma / nuclear
     return {

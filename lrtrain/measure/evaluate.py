@@ -15,13 +15,14 @@ from lrtrain.model.loss import TokenLoss
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     loss: float
     """Mean cross-entropy per target token (nats)."""
     tokens: int
     galore_loss: float
-    """What GaLore, SLTrain, CoLA and others print for it: the sum of batch means over (batches + 1), which is lower."""
+    """The loss as printed by GaLore, SLTrain, CoLA and others: the sum of batch means ÷ (batches + 1), which is
+    lower."""
 
     def metrics(self, compat: str | None) -> list[Metric]:
         """As they are logged; with compat=galore their number beside the true one."""
@@ -40,13 +41,13 @@ def perplexity(loss: float) -> float:
 def evaluate(
     loss_of: TokenLoss, rows: Tensor, batch_size: int, world: World, stop: Callable[[], bool] = lambda: False
 ) -> Evaluation | None:
-    """Evaluate on all of `rows`; every process takes its share. A collective.
+    """Evaluate on all of `rows`, each process on its share; a collective.
 
     Args:
-        loss_of: the model as it is run: an engine's `loss`.
+        loss_of: an engine's `loss`.
         rows: token ids (sequences, seq_len + 1), the same on every process.
         batch_size: sequences per process and forward pass.
-        stop: asked before each batch on all processes alike; True ends the evaluation and gives None.
+        stop: called before each batch on all processes; if it returns True, the result is None.
     """
     loss_of.eval()
     loss = galore = 0.0
@@ -57,7 +58,7 @@ def evaluate(
                 return None
             first = (batch * world.size + world.dist_rank) * batch_size
             mine = rows[first : first + batch_size]
-            # Forward passes are collectives: a process that has no rows left runs one that does not count.
+            # Forward passes are collectives: a process without rows runs one that does not count.
             found = loss_of((mine if len(mine) else rows[:1]).to(world.device)).item()
             if len(mine):
                 loss += found
@@ -70,6 +71,6 @@ def evaluate(
 
 
 def evenly_spaced(available: int, wanted: int) -> list[int]:
-    """At most `wanted` indices, evenly spaced over `available`: always the same ones."""
+    """At most `wanted` evenly spaced indices below `available`, always the same ones."""
     count = min(available, wanted)
     return [i * available // count for i in range(count)]

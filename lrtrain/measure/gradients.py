@@ -1,8 +1,8 @@
-"""Spectra of gradients: of a dense weight, or of the factors that stand in its place.
+"""Spectra of gradients of dense weights or of factors.
 
-Nuclear norm and effective rank per projection follow arXiv 2504.10766, there of single samples, here of the whole
-step's gradient, over all processes and before clipping. A factorized layer has no G = ∂L/∂W, only G_B = G Aᵀ and
-G_A = Bᵀ G, and the change G_B A + B G_A that a step of gradient descent on its factors makes to W.
+Nuclear norm and effective rank per projection follow arXiv 2504.10766 (there for single samples, here for the whole
+step's gradient over all processes, before clipping). A factorized layer has no G = ∂L/∂W, only G_B = G Aᵀ and
+G_A = Bᵀ G, and the change G_B A + B G_A of W by a gradient step on its factors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,10 +23,10 @@ PREFIXES = {"factor_left": "left_", "factor_right": "right_", "matrix": ""}
 
 
 class GradientSpectra:
-    """Measures gradients, and how far each one's leading quarter of singular vectors turned since the last time.
+    """Measures gradients, and the overlap of their leading quarter of singular vectors with the last measurement.
 
-    A process keeps these vectors for the layers that it owns. They are not part of a checkpoint: after
-    resuming, the first measurement has no overlap.
+    Each process keeps these vectors for the layers that it owns. They are not in checkpoints: after resuming, the
+    first measurement has no overlap.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class GradientSpectra:
 
     @torch.no_grad()
     def measure(self, layers: Mapping[str, nn.Module]) -> list[Metric]:
-        """Metrics of the gradients that the layers' parameters have now. A collective."""
+        """Metrics of the current gradients of the layers' parameters; a collective."""
         pairs = {}
         for name, layer in layers.items():
             factors = [layer] if isinstance(layer, FactorizedLinear) and layer.factor_pair() else []
@@ -59,7 +59,7 @@ class GradientSpectra:
         return as_tensors(found)
 
     def _of_matrix(self, place: tuple[str, str], gradient: Tensor) -> dict[str, float]:
-        """Nothing of a gradient that is zero or not finite."""
+        """Metrics of a gradient; none if it is zero or not finite."""
         sigma = dense_singular_values(gradient)
         if not is_finite(sigma) or is_zero(sigma):
             return {}
@@ -78,11 +78,11 @@ class GradientSpectra:
 
 
 def named_matrices(layer: nn.Module) -> Iterator[tuple[str, str]]:
-    """The parameters of a layer that are trained as matrices: their name, and the prefix of their metrics."""
+    """(name, prefix of metrics) of a layer's parameters that are trained matrices."""
     roles = layer.roles if isinstance(layer, FactorizedLinear) else {"weight": "matrix"}
     return ((key, PREFIXES[role]) for key, role in roles.items() if role in PREFIXES)
 
 
 def with_gradients(module: nn.Module) -> nn.Module:
-    """A twin of the module that has its gradients (maybe sharded) in place of its parameters; None where none is."""
+    """A twin of the module with its (maybe sharded) gradients in place of parameters; None for a missing gradient."""
     return twin(module, lambda p: p.grad)

@@ -1,4 +1,4 @@
-"""How many dimensions the hidden states of a model use, after each block, on a fixed set of tokens."""
+"""The rank of the hidden states after each block, on a fixed set of tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from lrtrain.model.structure import blocks
 
 
 class States:
-    """What is kept of the states after one block: their second moment, and sums over sequences."""
+    """Statistics of the states after one block: their second moment, and sums over sequences."""
 
     def __init__(self, width: int, device: torch.device):
         self.width, self.device = width, device
@@ -49,7 +49,7 @@ class States:
 
 
 class TopStates(LeadingDirection):
-    """What is cheap to keep instead: their leading direction (width,), found better with each measurement, and sums."""
+    """Cheaper statistics: the leading direction (width,), which improves with each measurement, and sums."""
 
     def begin(self) -> None:
         super().begin()
@@ -68,12 +68,12 @@ class TopStates(LeadingDirection):
 
 
 def whole_states(model: nn.Module, world: World) -> list[States]:
-    """For one measurement: `rankme`, `rankme_centered`, `mnn`, `matent` of each block."""
+    """New `States` of each block for one measurement of `rankme`, `rankme_centered`, `mnn`, `matent`."""
     return [States(_width(model), world.device) for _ in blocks(model)]
 
 
 def top_states(model: nn.Module, world: World) -> list[TopStates]:
-    """For all measurements of a run: `top_share`, `mean_share` and `mnn` of each block."""
+    """New `TopStates` of each block for all measurements of `top_share`, `mean_share` and `mnn` in a run."""
     return [TopStates(_width(model), world.device) for _ in blocks(model)]
 
 
@@ -83,10 +83,10 @@ def hidden_metrics(
 ) -> list[Metric]:
     """`hidden/<metric>/L00`, … for the states after each block, of which `states` say what is kept and measured.
 
-    A collective. States are looked at as a block gives them out, and none is kept. Runs uncompiled and in eval mode.
+    A collective. Forward hooks process the states, which are not stored. Runs uncompiled and in eval mode.
 
     Args:
-        loss_of: the model as it is run: an engine's `loss`.
+        loss_of: an engine's `loss`.
         rows: token ids (sequences, seq_len + 1), the same on every process; each takes its share of them.
         batch_size: sequences per process and forward pass.
     """
@@ -102,7 +102,7 @@ def hidden_metrics(
         with torch.compiler.set_stance("force_eager"), watched(blocks(loss_of.model), look):
             for first in range(0, len(rows), batch_size * world.size):
                 mine = rows[first + world.dist_rank * batch_size :][:batch_size]
-                # Forward passes are collectives: a process that has no rows left runs one that does not count.
+                # Forward passes are collectives: a process without rows runs one that does not count.
                 loss_of((mine if len(mine) else rows[:1]).to(world.device))
     finally:
         loss_of.train()
@@ -120,7 +120,7 @@ def _width(model: nn.Module) -> int:
 
 @contextmanager
 def watched(layers: nn.ModuleList, look: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """`look(depth, hidden)` at what each block gives out, as it does."""
+    """Within the context, `look(depth, hidden)` is called with the output of each block."""
 
     def hook(depth: int) -> Callable[..., None]:
         return lambda module, inputs, output: look(depth, output[0] if isinstance(output, tuple) else output)

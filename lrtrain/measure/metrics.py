@@ -1,7 +1,7 @@
 """Scalar metrics of one spectrum: pure functions of its singular values.
 
 Notation: `sigma` is a 1-D float64 tensor σ_1 ≥ … ≥ σ_q ≥ 0; λ_i = σ_i². Logarithms are natural, 0·log 0 = 0.
-"Effective rank" is not standardised, some compute it from σ and some from σ²: the names here say which.
+"Effective rank" is computed from σ by some authors and from σ² by others: the names here say which.
 
 For every spectrum: stable rank ≤ participation ratio ≤ effective rank of σ² ≤ effective rank of σ ≤ rank
 (exponentials of the Rényi entropies of order ∞, 2, 1 of λ, then order 1 of σ).
@@ -14,7 +14,7 @@ from torch import Tensor
 
 ENERGY_PERCENTS = (90, 95, 99)
 WELORE_THRESHOLD = 0.135
-"""WeLore's own for removing 50 % of LLaMA-2-7B (Jaiswal et al., arXiv 2407.11239)."""
+"""WeLore's threshold for removing 50 % of LLaMA-2-7B (Jaiswal et al., arXiv 2407.11239)."""
 _WORST_CONDITION = 1 / torch.finfo(torch.float64).eps
 
 
@@ -22,7 +22,7 @@ def summarize(sigma: Tensor, rank_cap: int) -> dict[str, float]:
     """All metrics of one spectrum by leaf name.
 
     `rank_cap` is the largest rank the matrix can have: r for W = B·A, min(m, n) for a dense W.
-    A zero matrix (B = 0 at the start) has norms but no ratios; one with NaN or Inf has nothing.
+    A zero matrix (B = 0 at initialization) has norms but no ratios; one with NaN or Inf has no metrics.
     """
     if not is_finite(sigma):
         return {}
@@ -44,7 +44,7 @@ def summarize(sigma: Tensor, rank_cap: int) -> dict[str, float]:
         "nuclear_over_spectral": nuclear_norm(sigma) / spectral_norm(sigma),
         "rank_above_1pct": rank_above(sigma, 0.01),
         "welore_ratio": welore_ratio(sigma[:rank_cap], WELORE_THRESHOLD),
-        # The logarithm, since one nearly singular layer would hide all others in a mean over layers.
+        # The logarithm, because one nearly singular layer would dominate a mean over layers.
         "log10_condition": math.log10(min(condition_number(sigma[:rank_cap]), _WORST_CONDITION)),
     }
 
@@ -69,7 +69,7 @@ def effective_rank(sigma: Tensor) -> float:
 
 
 def effective_rank_energy(sigma: Tensor) -> float:
-    """exp H(σ²): as `effective_rank`, but of the energies, so it reads the tail less."""
+    """exp H(σ²): the effective rank of the energies, which depends less on the tail."""
     return math.exp(entropy(sigma**2))
 
 
@@ -85,7 +85,7 @@ def participation_ratio(sigma: Tensor) -> float:
 
 
 def condition_number(sigma: Tensor) -> float:
-    """σ_1 / σ_q; infinite where σ_q = 0."""
+    """σ_1 / σ_q; infinite if σ_q = 0."""
     return float(sigma[0] / sigma[-1])
 
 
@@ -108,19 +108,19 @@ def energy_rank(sigma: Tensor, tau: float) -> int:
     """The fewest leading values that hold the share `tau` of Σσ²; 0 for a zero matrix."""
     cumulative = torch.cumsum(sigma**2, 0)
     total = float(cumulative[-1])
-    # The slack lets an exact equality pass that rounding of the sum would miss.
+    # The slack accepts an exact equality in spite of rounding.
     short = cumulative < tau * total * (1 - 1e-12)
     return int(short.sum()) + (1 if total > 0 else 0)
 
 
 def rank_above(sigma: Tensor, share: float) -> int:
-    """#{σ_i > share·σ_1}: a rank that weight decay and the number format do not move."""
+    """#{σ_i > share·σ_1}: a rank that weight decay and the number format do not affect."""
     return int((sigma > share * sigma[0]).sum())
 
 
 def numerical_rank(sigma: Tensor, shape: tuple[int, int], stored_as: torch.dtype) -> int:
     """#{σ_i > σ_1·max(m, n)·eps}, NumPy's rule, with the eps of the dtype in which the matrix (m, n) is *stored*:
-    rounding to it is noise, whatever the spectrum was computed in."""
+    rounding to that dtype is noise even if the spectrum is computed in float64."""
     return int((sigma > sigma[0] * max(shape) * torch.finfo(stored_as).eps).sum())
 
 
@@ -135,7 +135,7 @@ def welore_ratio(sigma: Tensor, threshold: float) -> float:
 
 
 def nuclear_norm_bounds(leading: Tensor, squared_frobenius: float, count: int) -> tuple[float, float]:
-    """Between what Σσ lies if only the k leading of `count` values and ‖W‖_F² are known.
+    """Lower and upper bound of Σσ, from the k leading of `count` values and ‖W‖_F².
 
     The rest E = ‖W‖_F² − Σ_{i≤k} σ_i² holds at least E/σ_k and at most √((count − k) E).
     """

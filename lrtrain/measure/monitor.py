@@ -44,7 +44,7 @@ class Monitor:
 
     @property
     def matrices(self) -> Mapping[str, LinearLayer]:
-        """The layers that are measured, with the parameters that the optimizer steps."""
+        """The measured layers, with the parameters that the optimizer steps."""
         return measured(self.engine.shards, self.config.param["pattern"])
 
     def measure(self) -> tuple[list[Metric], dict[str, Tensor]]:
@@ -70,6 +70,6 @@ class Monitor:
         return hidden_metrics(self.engine.loss, states, self.config.train.micro_batch_size, self.world, kept)
 
     def measure_gradients(self) -> list[Metric]:
-        """Metrics of the gradients as they are now. A collective."""
+        """Metrics of the current gradients; a collective."""
         layers = matching(single(self.matrices), self.chosen.gradients)
         return self.gradients.measure(layers) if layers else []

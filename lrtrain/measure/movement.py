@@ -1,7 +1,7 @@
-"""What training did to each weight: W_t − W_0 and W_t − W_{t−k}, and how far its leading subspace turned.
+"""The change of each weight by training: W_t − W_0 and W_t − W_{t−k}, and the rotation of its leading subspace.
 
-W_0 is drawn again from the seed, so a resumed run knows it too; W_{t−k} is the weight at the last measurement, of which
-each process keeps its shard (after resuming, the first measurement has none).
+W_0 is regenerated from the seed, also in a resumed run; W_{t−k} is the weight at the last measurement, of which
+each process keeps its shard (so the first measurement after resuming has none).
 """
 
 import copy
@@ -24,12 +24,12 @@ class Movement:
     """Measures the updates of weights.
 
     Args:
-        initial: layer name → the layer with its initial values, whole, on the CPU; None: they are not known.
+        initial: layer name → the layer with its initial values, unsharded, on the CPU; None if they are unknown.
     """
 
     def __init__(self, initial: Callable[[str], nn.Module] | None):
         self.initial = initial
-        self.last: dict[str, nn.Module] = {}  # shards, as those of the trained layers
+        self.last: dict[str, nn.Module] = {}  # sharded like the trained layers
 
     @torch.no_grad()
     def measure(self, layers: Mapping[str, nn.Module]) -> list[Metric]:
@@ -58,8 +58,8 @@ class Movement:
 
 
 def compare(before: Tensor, now: Tensor, k: int, since: str) -> dict[str, float]:
-    """The update now − before (out, in): its effective rank and its size; overlap and largest angle (radians) of the
-    spaces of the k leading singular vectors. Nothing where nothing changed, no ratio to a matrix that is zero."""
+    """Effective rank and size of the update now − before (out, in); overlap and largest angle (radians) of the
+    spaces of the k leading singular vectors. No metrics without a change, no ratio to a zero matrix."""
     update = now - before
     sigma = dense_singular_values(update)
     if is_zero(sigma):
@@ -79,7 +79,7 @@ def compare(before: Tensor, now: Tensor, k: int, since: str) -> dict[str, float]
 
 
 def linear_map(layer: nn.Module) -> Tensor:
-    """W (out, in) in float64; of a nonlinear layer with its activation taken as the identity."""
+    """W (out, in) in float64; a nonlinear layer takes its activation as the identity."""
     layer = copy.deepcopy(layer).double()
     if not isinstance(layer, FactorizedLinear):
         weight = layer.get_parameter("weight")

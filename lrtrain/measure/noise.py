@@ -1,8 +1,8 @@
-"""What a random matrix of the same shape would show: the Marchenko–Pastur law, and which singular values exceed it.
+"""Comparing spectra with random matrices: the Marchenko–Pastur law, and singular values that exceed it.
 
-A matrix (m, n) of independent entries of standard deviation s has its singular values between s(√N ∓ √M), where
-N = max(m, n), M = min(m, n). Values above are spikes: structure that noise does not explain. A product B A of Gaussian
-factors exceeds this edge by itself; its null is drawn (`product_null_edge`), not computed.
+A matrix (m, n) of independent entries of standard deviation s has singular values between s(√N ∓ √M), where
+N = max(m, n), M = min(m, n). Larger values are spikes: structure that noise does not explain. A product B A of Gaussian
+factors exceeds this edge; its noise level is sampled (`product_null_edge`).
 """
 
 import math
@@ -23,7 +23,7 @@ def noise_edge(shape: tuple[int, int], std: float) -> float:
 
 
 def finite_noise_edge(shape: tuple[int, int], std: float) -> float:
-    """What the largest singular value of a Gaussian matrix of this shape stays under in 99 % of the cases.
+    """The 99 % quantile of the largest singular value of a Gaussian matrix of this shape.
 
     Johnstone, "On the distribution of the largest eigenvalue in principal components analysis", 2001: σ_1² is centred
     at s²μ and has the width s²ρ, μ = (√(N−1) + √M)², ρ = (√(N−1) + √M)(1/√(N−1) + 1/√M)^(1/3). For N ≥ 2.
@@ -34,12 +34,12 @@ def finite_noise_edge(shape: tuple[int, int], std: float) -> float:
 
 
 def noise_std(sigma: Tensor, shape: tuple[int, int]) -> float:
-    """The standard deviation of the entries of the noise under the spikes, from the median of all min(m, n) values.
+    """The standard deviation of the noise's entries, from the median of all min(m, n) singular values.
 
     s = median(σ)/√(N·μ), μ the median of the law at the ratio M/N: spikes move a median less than a mean.
 
     Raises:
-        ValueError: if `sigma` is not a whole spectrum.
+        ValueError: if `sigma` does not have all min(m, n) values.
     """
     if len(sigma) != min(shape):
         raise ValueError(f"{len(sigma)} singular values are not all {min(shape)} of a matrix of shape {shape}")
@@ -58,7 +58,7 @@ def noise_median(ratio: float) -> float:
 
 
 def spike_count(sigma: Tensor, shape: tuple[int, int]) -> int:
-    """How many of all min(m, n) singular values exceed what noise reaches in 99 % of the cases."""
+    """The number of singular values (of all min(m, n)) above the 99 % quantile of noise."""
     return int((sigma > finite_noise_edge(shape, noise_std(sigma, shape))).sum())
 
 

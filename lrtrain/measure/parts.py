@@ -1,8 +1,9 @@
-"""A sparse-plus-low-rank weight W = L + S taken apart: who makes the head of its spectrum, and who the tail.
+"""Contributions of L and S to the head and tail of the spectrum of a sparse-plus-low-rank weight W = L + S.
 
-With W = UΣVᵀ the contributions c^L_i = u_iᵀ L v_i and c^S_i = u_iᵀ S v_i add up to σ_i: the picture of SLTrain
-(Han et al., arXiv 2406.02214, figure 2). Untrained layers show the same picture, since S is the smaller of the two:
-|σ_i(W) − σ_i(L)| ≤ σ_1(S) and σ_{r+i}(W) ≤ σ_i(S) (Weyl). What training changed shows only beside an untrained layer.
+With W = UΣVᵀ the contributions c^L_i = u_iᵀ L v_i and c^S_i = u_iᵀ S v_i add up to σ_i (SLTrain,
+Han et al., arXiv 2406.02214, figure 2). Untrained layers look the same, because S is smaller than L:
+|σ_i(W) − σ_i(L)| ≤ σ_1(S) and σ_{r+i}(W) ≤ σ_i(S) (Weyl). Effects of training show only in comparison with an untrained
+layer.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from lrtrain.linalg.factors import dense_singular_values
 
 @dataclass(frozen=True)
 class Contributions:
-    """c^L and c^S of the min(out, in) singular values of W, and these; float64, (q,) each."""
+    """c^L and c^S for the q = min(out, in) singular values of W, and these values; float64, (q,) each."""
 
     sigma: Tensor
     low_rank: Tensor
@@ -23,10 +24,10 @@ class Contributions:
 
 
 def contributions(low_rank: Tensor, sparse: Tensor) -> Contributions:
-    """What L (out, in) and S (out, in) contribute to each singular value of L + S.
+    """The contributions of L (out, in) and S (out, in) to each singular value of L + S.
 
-    WWᵀ = UΣ²Uᵀ gives U, and c^L_i = u_iᵀ L Wᵀ u_i/σ_i: one eigenproblem of the smaller side in place of an SVD. Values
-    below 1e-7·σ_1 are noise in a squared matrix; their contributions are zero here.
+    WWᵀ = UΣ²Uᵀ gives U, and c^L_i = u_iᵀ L Wᵀ u_i/σ_i: one eigenproblem of the smaller side instead of an SVD. Values
+    below 1e-7·σ_1 are noise in WWᵀ; their contributions are set to zero.
     """
     if low_rank.shape[0] > low_rank.shape[1]:
         low_rank, sparse = low_rank.T, sparse.T
@@ -41,11 +42,11 @@ def contributions(low_rank: Tensor, sparse: Tensor) -> Contributions:
 def head_and_tail(
     low_rank: Tensor, sparse: Tensor, rank: int, generator: torch.Generator
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """The shares of head and tail by name, and beside them (`_null`) those with the entries of S put elsewhere at
-    random: what the sizes of L and S alone explain. `sparse_over_low_rank` is σ_1(S)/σ_r(L). And
-    the contributions themselves: `low_rank`, `sparse` and their `_null`, (q,) each.
+    """`head_share` and `tail_share`; their values (`_null`) with the entries of S moved to random places, which the
+    sizes of L and S alone explain; `sparse_over_low_rank`, σ_1(S)/σ_r(L); and the contributions `low_rank`, `sparse`
+    and their `_null`, (q,) each.
 
-    Nothing for a W that is zero or not finite, and no share or ratio that is not defined (rank = min(out, in), L = 0).
+    Empty if W is zero or not finite, and without undefined shares and ratios (rank = min(out, in), L = 0).
     """
     weight = low_rank + sparse
     if not torch.isfinite(weight).all() or not weight.any():
@@ -65,13 +66,13 @@ def head_and_tail(
 
 
 def head_share(found: Contributions, rank: int) -> float:
-    """Σ_{i≤r} σ_i c^L_i / Σ_{i≤r} σ_i²: what L makes of the r leading values; 1 is all."""
+    """Σ_{i≤r} σ_i c^L_i / Σ_{i≤r} σ_i²: the share of L in the r leading values."""
     head = found.sigma[:rank]
     return float((head * found.low_rank[:rank]).sum() / (head**2).sum())
 
 
 def tail_share(found: Contributions, rank: int) -> float | None:
-    """Σ_{i>r} σ_i c^S_i / Σ_{i>r} σ_i²: what S makes of the others; None where there are none."""
+    """Σ_{i>r} σ_i c^S_i / Σ_{i>r} σ_i²: the share of S in the other values; None if there are none."""
     tail = found.sigma[rank:]
     energy = float((tail**2).sum())
     return float((tail * found.sparse[rank:]).sum()) / energy if energy > 0 else None

@@ -1,8 +1,8 @@
 """The power law of a spectrum's tail: p(λ) ∝ λ^−α above λ_min.
 
 Martin & Mahoney, "Implicit self-regularization in deep neural networks", JMLR 2021, and their WeightWatcher; the fit is
-that of Clauset, Shalizi & Newman, SIAM Review 2009. A product of Gaussian factors is heavy-tailed without any training:
-read α of a low-rank part against that of an untrained one.
+that of Clauset, Shalizi & Newman, SIAM Review 2009. A product of Gaussian factors is heavy-tailed before training:
+compare α of a low-rank part with that of an untrained one.
 """
 
 import math
@@ -20,9 +20,9 @@ class PowerLaw:
     smallest: float
     """λ_min, where the tail begins."""
     distance: float
-    """Of Kolmogorov and Smirnov, between the tail and the law; small is a good fit."""
+    """Kolmogorov–Smirnov distance between the tail and the law; small is a good fit."""
     points: int
-    """How many values the tail has."""
+    """Number of values in the tail."""
 
     @property
     def error(self) -> float:
@@ -31,10 +31,10 @@ class PowerLaw:
 
 
 def fit_power_law(energy: Tensor, fewest_points: int = 2) -> PowerLaw | None:
-    """The law of λ = σ² (any order, zeros are left out) whose λ_min leaves the smallest distance.
+    """The power law of λ = σ² (in any order, without zeros) with the λ_min of the smallest distance.
 
     For each λ_min = λ_(i) with n points above: α = 1 + n/Σ ln(λ_j/λ_min) and the distance
-    max_j |1 − (λ_j/λ_min)^(1−α) − (j − i)/n|. None where no candidate has points enough that differ.
+    max_j |1 − (λ_j/λ_min)^(1−α) − (j − i)/n|. None if no candidate has enough distinct points.
     """
     values = energy[energy > 0].double().sort().values
     best: PowerLaw | None = None
@@ -54,7 +54,7 @@ def fit_power_law(energy: Tensor, fewest_points: int = 2) -> PowerLaw | None:
 
 def power_law_metrics(sigma: Tensor) -> dict[str, float]:
     """`alpha` with its error and distance, and `alpha_weighted` = α·log₁₀ λ_1, from a tail of at least ten values and
-    2 % of the spectrum; nothing for fewer than 50 values, where a fit says little."""
+    2 % of the spectrum; empty for fewer than 50 values."""
     energy = sigma[sigma > 0] ** 2
     if len(energy) < FEWEST_VALUES:
         return {}

@@ -1,6 +1,6 @@
-"""The rank of hidden states: RankMe, matrix nuclear norm and matrix entropy, and the streaming moments they need.
+"""The rank of hidden states: RankMe, matrix nuclear norm and matrix entropy, and streaming moments for them.
 
-Compare runs of one architecture on one fixed set of tokens: all of these move with the number of tokens.
+All depend on the number of tokens: compare runs of the same architecture on the same tokens.
 """
 
 import math
@@ -17,8 +17,8 @@ SMALLEST_NORM = 1e-12
 def rankme(sigma: Tensor, eps: float = 0.0) -> float:
     """exp(−Σ p ln p) with p = σ/Σσ + eps over all given singular values of the states (tokens, width).
 
-    Garrido et al., "RankMe", ICML 2023, arXiv 2210.02885. Their eps is 1e-7, and p is not normalized after it: then
-    every zero counts a little, and the width matters.
+    Garrido et al., "RankMe", ICML 2023, arXiv 2210.02885. Their eps is 1e-7, and p is not normalized after adding it,
+    so every zero contributes and the result depends on the width.
     """
     p = sigma.double() / sigma.double().sum() + eps
     return math.exp(-float(torch.xlogy(p, p).sum()))
@@ -33,8 +33,8 @@ def normalized_rows(hidden: Tensor) -> Tensor:
 def matrix_nuclear_norm(hidden: Tensor) -> float:
     """MNN of one sequence's states (L tokens, d): the L or d largest column norms of its normalized rows, over L.
 
-    Li et al., "Large language model evaluation via matrix nuclear-norm", arXiv 2410.10672, as their code computes it. A
-    cheap stand-in for ‖X‖_*/L that depends on the choice of axes. NaN for fewer than two tokens.
+    Li et al., "Large language model evaluation via matrix nuclear-norm", arXiv 2410.10672, as in their code. A cheap
+    approximation of ‖X‖_*/L that depends on the choice of axes. NaN for fewer than two tokens.
     """
     tokens, width = hidden.shape
     if tokens < 2:
@@ -43,7 +43,7 @@ def matrix_nuclear_norm(hidden: Tensor) -> float:
 
 
 def exact_nuclear_norm(hidden: Tensor) -> float:
-    """‖X‖_*/L of the normalized rows X (L, d), which `matrix_nuclear_norm` stands in for."""
+    """‖X‖_*/L of the normalized rows X (L, d), which `matrix_nuclear_norm` approximates."""
     return float(dense_singular_values(normalized_rows(hidden)).sum()) / len(hidden) if len(hidden) > 1 else math.nan
 
 
@@ -60,7 +60,7 @@ def matrix_entropy(hidden: Tensor) -> float:
 
 
 class SecondMoment:
-    """Σzzᵀ and Σz of rows z (width,) that pass by, in float64: their spectrum without keeping any of them."""
+    """Σzzᵀ and Σz over a stream of rows z (width,), in float64, for their spectrum without storing rows."""
 
     def __init__(self, width: int, device: torch.device | None = None):
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -68,21 +68,21 @@ class SecondMoment:
         self.count = torch.zeros((), dtype=torch.float64, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (…, width)."""
+        """Add rows (…, width)."""
         rows = rows.detach().reshape(-1, len(self.sum)).double()
         self.gram.addmm_(rows.T, rows)
         self.sum += rows.sum(0)
         self.count += len(rows)
 
     def reduce(self) -> None:
-        """Sum over all processes; a collective, once."""
+        """All-reduce the sums; call once."""
         if dist.is_initialized():
             for part in (self.gram, self.sum, self.count):
                 dist.all_reduce(part)
 
     def singular_values(self, centered: bool) -> Tensor:
-        """σ (width,) of all rows stacked, or of these minus their mean, descending; small ones down to 1e-8·σ_1.
-        NaN where a state was not finite."""
+        """σ (width,) of all rows, or of all rows minus their mean, descending, accurate down to 1e-8·σ_1. NaN if a row
+        was not finite."""
         gram = self.gram - torch.outer(self.sum, self.sum) / self.count if centered else self.gram
         if not torch.isfinite(gram).all():
             return torch.full_like(self.sum, torch.nan)

@@ -1,8 +1,8 @@
-"""The singular values of W = C·R whose factors lie on several processes in shards of rows, without making C whole.
+"""The singular values of W = C·R with row-sharded factors, without gathering C.
 
-CᵀC is the sum of the Grams of C's shards, so each process sends k×k numbers in place of its rows of C. R (k, in) is cut
-along k: RRᵀ holds the products of every shard with every other and is no such sum, so R itself has to travel, and the
-fewest bytes do so where one process alone receives it.
+CᵀC is the sum of the Grams of C's shards, so each process sends k×k numbers instead of its rows of C. R (k, in) is
+sharded along k: RRᵀ contains products between all shards and is not a sum over them, so R itself is gathered, on one
+process only.
 """
 
 from dataclasses import dataclass
@@ -19,23 +19,23 @@ from lrtrain.linalg.factors import gram, sigma_from_grams
 
 @dataclass(frozen=True)
 class Product:
-    """What the singular values of W = C·R follow from: CᵀC (k, k) in float64, and R (k, in)."""
+    """CᵀC (k, k) in float64 and R (k, in), which determine the singular values of W = C·R."""
 
     left_gram: Tensor
     right: Tensor
 
 
 def sends_gram(layer: FactorizedLinear) -> bool:
-    """Whether the Gram of a process's shard of C is fewer bytes than the shard: the same answer on all processes.
+    """Whether the Gram of a process's shard of C has fewer bytes than the shard; the same on all processes.
 
-    In float64 and without its lower half it has 4k(k + 1) bytes, a shard out/P·k·itemsize: at P = 2 and float32 up to a
-    rank of out/2, at more processes up to out/P.
+    The upper half of the Gram in float64 has 4k(k + 1) bytes, a shard out/P·k·itemsize: in float32 the Gram is smaller
+    up to a rank of about out/P on P processes.
     """
     parameters = [*layer.parameters()]
     if not all(isinstance(p, DTensor) and p.is_floating_point() for p in parameters):
         return False
     left = row_shard(layer)
-    if left is None or left.shape[1] > layer.in_features:  # the Gram of more rows than columns resolves nothing
+    if left is None or left.shape[1] > layer.in_features:  # the Gram would be singular
         return False
     processes = _group(layer).size()
     return processes > 1 and 4 * (left.shape[1] + 1) * processes < layer.out_features * left.itemsize
@@ -49,7 +49,7 @@ def product_at(layer: FactorizedLinear, owner: int) -> Product | None:
     if owner not in dist.get_process_group_ranks(group):
         return None
     left = row_shard(layer)
-    assert left is not None  # else it does not send Grams
+    assert left is not None  # see sends_gram
     square = gram(left)
     upper = torch.triu_indices(*square.shape, device=square.device).unbind()
     packed = square[upper]
@@ -61,8 +61,8 @@ def product_at(layer: FactorizedLinear, owner: int) -> Product | None:
 
 
 def singular_values_if_resolved(product: Product) -> Tensor | None:
-    """σ (k,), NaN where a factor is not finite; None where Grams do not resolve the smallest (C = 0, dependent
-    columns): these need the whole factors."""
+    """σ (k,), NaN if a factor is not finite; None if the Grams do not resolve the smallest values (C = 0, dependent
+    columns), which need the unsharded factors."""
     right_gram = gram(product.right.T)
     if not torch.isfinite(product.left_gram + right_gram).all():
         return torch.full_like(right_gram.diagonal(), torch.nan)
@@ -70,7 +70,7 @@ def singular_values_if_resolved(product: Product) -> Tensor | None:
 
 
 def row_shard(layer: FactorizedLinear) -> Tensor | None:
-    """This process's rows of C; None where there is no such factor."""
+    """This process's rows of C; None if the layer has no such factor."""
     return twin(layer, lambda p: local(p).detach()).left_factor()
 
 

@@ -1,19 +1,19 @@
-"""The leading direction of rows that pass by, without their (width, width) second moment."""
+"""The leading direction of a stream of rows, without their (width, width) second moment."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-VECTORS = 4  # that are followed: the first converges by λ_5/λ_1 per look then, not by λ_2/λ_1
+VECTORS = 4  # vectors to track, so that the first converges by λ_5/λ_1 per pass instead of λ_2/λ_1
 
 
 class LeadingDirection:
-    """The leading eigenvector of the mean of zzᵀ over rows z (width,), with memory for some vectors alone.
+    """The leading eigenvector of the mean of zzᵀ over rows z (width,), with memory for a few vectors only.
 
-    At the first look each block X of b rows improves what is known, Q (width, k) and Λ after t rows: they become
-    the left singular vectors and the values of (t QΛ + XᵀXQ)/(t + b) (Yang, Hsieh & Wang, "History PCA", arXiv
-    1802.05447, where it is a QR; no learning rate, unlike Oja's rule). Where the same rows come again (a fixed
-    evaluation set), each further look is a step of the power method: XᵀXQ of all rows, whatever the blocks.
+    In the first pass, each block X of b rows updates the estimate Q (width, k), Λ after t rows to the left singular
+    vectors and values of (t QΛ + XᵀXQ)/(t + b) (Yang, Hsieh & Wang, "History PCA", arXiv 1802.05447, who use a QR; no
+    learning rate, unlike Oja's rule). Each further pass over the same rows (a fixed evaluation set) is a step of the
+    power method, XᵀXQ over all rows.
     """
 
     def __init__(self, width: int, device: torch.device):
@@ -25,7 +25,7 @@ class LeadingDirection:
         self.begin()
 
     def begin(self) -> None:
-        """Start a look at the rows: the sums are of this look alone."""
+        """Start a pass over the rows, with new sums."""
         if self.product.any() and self.product.isfinite().all():
             self.basis, _ = _leading(self.product)
             self.first_look = False
@@ -34,7 +34,7 @@ class LeadingDirection:
         self.sum = torch.zeros_like(self.basis[:, 0])
 
     def add(self, rows: Tensor) -> None:
-        """Take in the rows (…, width) that all processes have; a collective."""
+        """Add the rows (…, width) of all processes; a collective."""
         rows = rows.detach().reshape(-1, len(self.basis)).float()
         product, total = _summed(rows.T @ (rows @ self.basis)), _summed(rows.sum(0))
         count, energy = _summed(torch.stack([rows.new_tensor(len(rows)), rows.square().sum()])).tolist()
@@ -47,9 +47,9 @@ class LeadingDirection:
         self.sum += total
 
     def metrics(self) -> dict[str, float]:
-        """`top_share`, λ_1 over the trace, from below: the share of Σ‖z‖² along the leading direction as known at each
-        row; `mean_share`, exactly, the share along the rows' mean. Nothing where all rows are zero; NaN where
-        one is not finite."""
+        """`top_share`, a lower bound on λ_1 ÷ trace: the share of Σ‖z‖² along the leading direction as estimated at
+        each row; `mean_share`, the exact share of the rows' mean. Empty if all rows are zero; NaN if one is not
+        finite."""
         if self.energy == 0:
             return {}
         mean = self.sum / self.rows

@@ -1,4 +1,4 @@
-"""A layer's spectrum beside a power law and beside what a random matrix of its shapes would show."""
+"""Comparing a layer's spectrum with a power law and with random matrices of its shapes."""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,11 @@ from lrtrain.measure.power_law import power_law_metrics
 
 
 def fits(layer: nn.Module, shape: tuple[int, int], sigma: Tensor, generator: torch.Generator) -> dict[str, float]:
-    """Of a whole layer and its singular values: those of `power_law_metrics`; `spikes`, how many values noise does not
-    explain; and `mp_soft_rank` (see `soft_rank`) where all min(out, in) values are known.
+    """For an unsharded layer and its singular values: `power_law_metrics`; `spikes`, the number of values above noise;
+    and `mp_soft_rank` (see `soft_rank`) if all min(out, in) values are given.
 
-    The noise of a whole spectrum is Marchenko and Pastur's, of a product of two factors a drawn one of Gaussian factors
-    with the same entries' deviations. Nothing of a spectrum that is zero or not finite."""
+    Noise is the Marchenko–Pastur edge for a full spectrum, and for a product of two factors a sampled product of
+    Gaussian factors with the same standard deviations. Empty if the spectrum is zero or not finite."""
     if not is_finite(sigma) or is_zero(sigma):
         return {}
     found = power_law_metrics(sigma)

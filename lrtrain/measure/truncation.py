@@ -1,4 +1,4 @@
-"""What a model is worth at smaller ranks: evaluated with its layers cut to one share of their rank after another."""
+"""Evaluating a model at smaller ranks, with its layers truncated to shares of their rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lrtrain.model.structure import factorized_layers
 
 @dataclass(frozen=True)
 class Truncation:
-    """A model whose layers have a share of their rank."""
+    """The evaluation of a model truncated to a share of its layers' ranks."""
 
     share: float
     ranks: tuple[int, int]
@@ -58,5 +58,5 @@ def evaluate_truncated(
 
 
 def dropped_parameters(layer: FactorizedLinear, rank: int) -> int:
-    """How many parameters of its factors a layer that is cut to `rank` does without."""
+    """The number of parameters that truncating a layer to `rank` removes from its factors."""
     return (layer.rank - rank) * (layer.in_features + layer.out_features)

@@ -1,4 +1,4 @@
-"""Spectra of what training did to a weight between two moments, from its factors."""
+"""Spectra of a weight's update between two steps, from its factors."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from lrtrain.linalg.factors import product_singular_values
 def update_factors(left: Tensor, right: Tensor, new_left: Tensor, new_right: Tensor) -> tuple[Tensor, Tensor]:
     """Factors (out, 2r) and (2r, in) in float64 of B'A' − BA = [ΔB, B]·[A'; ΔA].
 
-    The differences are formed first: [B', B]·[A'; −A] would cancel all digits of a small update.
+    Differences are computed first: [B', B]·[A'; −A] would cancel all digits of a small update.
     """
     left, right, new_left, new_right = (t.double() for t in (left, right, new_left, new_right))
     return torch.cat([new_left - left, left], dim=1), torch.cat([new_right, new_right - right])
@@ -26,7 +26,7 @@ def update_singular_values(left: Tensor, right: Tensor, new_left: Tensor, new_ri
 
 
 def first_order_update(left: Tensor, right: Tensor, left_gradient: Tensor, right_gradient: Tensor) -> Tensor:
-    """The 2r singular values of G_B A + B G_A: how W = BA moves under a unit step of gradient descent on its factors.
+    """The 2r singular values of G_B A + B G_A, the first-order change of W = BA by a unit gradient step on its factors.
 
     With the gradients G_B (out, r) and G_A (r, in).
     """

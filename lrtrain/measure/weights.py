@@ -1,4 +1,4 @@
-"""Singular values of all weights of a model that may be spread over processes."""
+"""Singular values of all weights of a model that may be sharded."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -95,7 +95,7 @@ def test_what_cannot_be_read_is_refused_where_that_is_asked_for_also_by_rows_pac
     corpus = tmp_path / "corpus.jsonl"
     config = local(f"data.path={corpus}")
     corpus.write_text(corpus.read_text() + "{broken\n")
-    refusal = f"data.on_error=refuse: {corpus}:301: no text in field 'text'; mend or remove it"
+    refusal = f"data.on_error=refuse: {corpus}:301: no text in field 'text'; repair or remove it"
     with pytest.raises(ConfigError, match=refusal):
         prepare_data(local("data.on_error=refuse"), seed=0)
     data = prepare_data(config, seed=0)
