@@ -1,1 +1,1 @@
-"""The typed configuration: composed by Hydra, checked before anything is built."""
+"""The typed configuration: composed by Hydra, validated before anything is built."""

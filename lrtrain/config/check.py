@@ -1,6 +1,6 @@
-"""Which values of the configuration go together: told before a process group, model or data exist.
+"""Consistency of values across keys, checked before a process group, model or data exist.
 
-Which values each key may have is said by the types of the schema and of signatures: see `lrtrain.config.values`.
+The allowed values of a single key follow from the types of the schema and of signatures: see `lrtrain.config.values`.
 """
 
 from pathlib import Path
@@ -10,14 +10,14 @@ import hydra
 from lrtrain.config.schema import Config
 from lrtrain.errors import ConfigError
 
-MOST_TOKENS = 1 << 24  # of a model: sixty times those of the largest in use
+MOST_TOKENS = 1 << 24  # largest vocabulary of a model: sixty times the largest in use
 
 
 def check(config: Config, world_size: int) -> None:
-    """Everything that can be told of values that have to go together.
+    """Check the configuration for inconsistent values.
 
     Raises:
-        ConfigError: naming the key, the value and what would be right.
+        ConfigError: if there are any, naming the key, the value and what would be right.
     """
     train = config.train
     if train.steps == 0 and config.init_from is None:
@@ -26,7 +26,7 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size} must be from 1 to {MOST_TOKENS}")
     if train.deterministic and config.param.get("execution") == "auto":
         raise ConfigError(
-            "param.execution=auto is chosen by a measurement, which may turn out otherwise the next time; with "
+            "param.execution=auto is chosen by a measurement, which may differ the next time; with "
             "train.deterministic=true set param.execution=materialize or factored"
         )
     if train.profile is not None and train.profile > train.steps:
@@ -52,10 +52,10 @@ def check(config: Config, world_size: int) -> None:
 
 
 def check_in_backward(config: Config, world_size: int) -> None:
-    """What steps within the backward pass do without: whole gradients, and those of several batches.
+    """Check that nothing needs all gradients at once, or accumulated gradients, with updates in the backward pass.
 
     Raises:
-        ConfigError: naming the key, the value and what would be right.
+        ConfigError: if something does, naming the key, the value and what would be right.
     """
     train = config.train
     if train.clip is not None and train.clip_by == "global":
@@ -82,10 +82,10 @@ def check_in_backward(config: Config, world_size: int) -> None:
 
 
 def check_directories(config: Config) -> None:
-    """What only a run that is about to start needs, not its plan: a directory of its own, and what it goes on from.
+    """Check run directory and `resume` of a run that is about to start (not needed for its plan).
 
     Raises:
-        ConfigError: naming the key, the value and what would be right.
+        ConfigError: if they do not fit, naming the key, the value and what would be right.
     """
     if config.resume == "never" and is_taken(Path(config.run.dir)):
         raise ConfigError(
@@ -96,15 +96,15 @@ def check_directories(config: Config) -> None:
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether a run directory holds anything but its lock, as a start leaves it that was killed early."""
+    """Whether a run directory holds anything but a lock, which a start leaves if it is killed early."""
     return folder.exists() and (not folder.is_dir() or any(path.name != "lock" for path in folder.iterdir()))
 
 
 def check_start(config: Config, world_size: int) -> None:
-    """What goes together in a start from trained weights.
+    """Check the keys of a start from trained weights.
 
     Raises:
-        ConfigError: naming the key, the value and what would be right.
+        ConfigError: if they are inconsistent, naming the key, the value and what would be right.
     """
     compress, param = config.compress, config.param
     if compress.affine and compress.by == "weights":

@@ -1,4 +1,4 @@
-"""Choices: configuration nodes that name a callable by `_target_` and are held against its signature."""
+"""Choices: configuration nodes that name a callable by `_target_` and are validated against its signature."""
 
 import inspect
 import pkgutil
@@ -14,30 +14,30 @@ from lrtrain.config.values import STRICT, UnknownKey, validated
 from lrtrain.errors import ConfigError
 
 OF_THE_CHOICE = {"name", "_target_", "_partial_"}
-OF_THE_MODEL = {"pattern", "rank", "zero_init"}  # of `param`: which layers, and what each is given
+OF_THE_MODEL = {"pattern", "rank", "zero_init"}  # keys of `param` that the model reads, not the layer
 CALLED_WITH = {
     "param": {"in_features", "out_features", "bias", "rank", "device"},
     "optim": {"model"},
     "schedule": {"step", "steps"},
     "engine": {"world", "dtype", "compile", "recompute_every", "recompute_keep"},
 }
-"""What the callables of a section are given by the code; all else has to be in the choice's yaml."""
+"""Arguments that the code passes to the callables of a section; all others must be in the choice's yaml."""
 
 
 def own_arguments(node: dict[str, Any]) -> dict[str, Any]:
-    """What a `_target_` node says to the callable that it names."""
+    """The arguments in a `_target_` node for its callable."""
     others = OF_THE_CHOICE | (OF_THE_MODEL if "pattern" in node else set())
     return {key: value for key, value in node.items() if key not in others}
 
 
 def checked_choice(section: str, node: dict[str, Any]) -> dict[str, Any]:
-    """A `_target_` node with its values converted to the types in the signature of what it names.
+    """A `_target_` node with its values converted to the types in its callable's signature.
 
     A parameter without annotation takes any value, and a callable with `**more` any key.
 
     Raises:
-        UnknownKey: for a key that is no parameter.
-        ConfigError: for a callable that cannot be imported, a value that is missing or not of the annotated type.
+        UnknownKey: if a key is not a parameter.
+        ConfigError: if the callable cannot be imported, or a value is missing or not of the annotated type.
     """
     if node.get("_target_") is None:
         return node
@@ -64,22 +64,22 @@ def checked_choice(section: str, node: dict[str, Any]) -> dict[str, Any]:
 
 
 def find(section: str, path: str) -> Any:
-    """What a dotted path names.
+    """The object at a dotted path.
 
     Raises:
         ConfigError: if it cannot be imported.
     """
     try:
         return pkgutil.resolve_name(path)
-    except Exception as error:  # whatever the module raises as it is imported
+    except Exception as error:  # importing a module may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{section}._target_={path} cannot be imported: {reason}") from error
 
 
 def arguments(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
-    """What can be passed to a callable by name, with its annotation, and whether any other key can be.
+    """The keyword arguments of a callable with their annotations, and whether it accepts any other key.
 
-    `**settings: Unpack[SomeTypedDict]` is seen through.
+    `**settings: Unpack[SomeTypedDict]` is expanded.
     """
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     found, any_key = {}, False

@@ -1,4 +1,4 @@
-"""From what Hydra composed, or a run stored, to the typed `Config`."""
+"""Making the typed `Config` from Hydra's composition or a stored configuration."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -20,10 +20,10 @@ from lrtrain.errors import ConfigError
 
 
 def typed(composed: DictConfig) -> Config:
-    """The composed configuration with every interpolation resolved and every value held against its type.
+    """The composed configuration with every interpolation resolved and every value validated.
 
     Raises:
-        ConfigError: for an unknown or missing key, or a value that is not right.
+        ConfigError: if a key is unknown or missing, or a value is wrong.
     """
     try:
         plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
@@ -42,15 +42,15 @@ def typed(composed: DictConfig) -> Config:
 
 
 def tokenizer_of(init_from: str, run_dir: Path) -> str:
-    """Where the tokenizer is that belongs to weights: the run's own copy, once it has one, or with the weights, which
-    may be a run's, a checkpoint's, or another model's."""
+    """The path of the tokenizer of source weights: the run's own copy if it exists, else that of the weights (a run, a
+    checkpoint or another model)."""
     weights = Path(init_from)
     copies = (run_dir / "tokenizer", weights / "tokenizer", weights.parent.parent / "tokenizer")
     return next((str(copy) for copy in copies if copy.is_dir()), init_from)
 
 
 def sentence(error: OmegaConfBaseException) -> str:
-    """What a user reads of an OmegaConf error: the key and what is wrong with it, on one line."""
+    """The message for an OmegaConf error: the key and what is wrong with it, on one line."""
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value; give one, as in {error.full_key}=…"
     reason = str(error.msg).splitlines()[0].strip()
@@ -58,7 +58,7 @@ def sentence(error: OmegaConfBaseException) -> str:
 
 
 def composition_sentence(error: Exception) -> str:
-    """What a user reads of an error that Hydra met while composing: one line."""
+    """The message for an error of Hydra's composition, on one line."""
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -69,7 +69,7 @@ def composition_sentence(error: Exception) -> str:
 
 
 def default_composition(*overrides: str) -> DictConfig:
-    """conf/pretrain.yaml with overrides, composed outside of a Hydra job."""
+    """conf/pretrain.yaml with overrides, composed outside a Hydra job."""
     instance = GlobalHydra.instance()
     job = instance.hydra  # of the Hydra job within which this may be called
     instance.clear()
@@ -81,10 +81,10 @@ def default_composition(*overrides: str) -> DictConfig:
 
 
 def compose(*overrides: str) -> Config:
-    """The configuration that `launch/pretrain.py` would make of these overrides: for scripts and tests.
+    """The configuration of `launch/pretrain.py` with these overrides, for scripts and tests.
 
     Raises:
-        ConfigError: as `typed`.
+        ConfigError: see `typed`.
     """
     composed = default_composition(*overrides)
     if composed.run.name is None:
@@ -93,14 +93,14 @@ def compose(*overrides: str) -> Config:
 
 
 def from_stored(plain: dict[str, Any], where: object, trusted: Collection[str] = ()) -> Config:
-    """The configuration of a run as its checkpoints have it; keys that came later have their defaults.
+    """The configuration stored in a run's checkpoints; keys that were added later get their defaults.
 
     Args:
-        where: it is stored, for the error.
-        trusted: what may run besides lrtrain's own classes: `_target_`s, and a model.path that brings code.
+        where: the path it was read from, for the error.
+        trusted: code that may run besides lrtrain's: `_target_`s, and a model.path with code.
 
     Raises:
-        ConfigError: as `typed`, and for code that is not trusted.
+        ConfigError: see `typed`; also if it names code that is not trusted.
     """
     check_stored_targets(plain, str(where), trusted)
     path = plain["model"]["path"]
@@ -110,7 +110,7 @@ def from_stored(plain: dict[str, Any], where: object, trusted: Collection[str] =
     ours = {group for group in CALLED_WITH if (CONF / group / f"{stored[group].name}.yaml").is_file()}
     for section, defaults in default_composition(*(f"{group}={stored[group].name}" for group in sorted(ours))).items():
         if section in CALLED_WITH.keys() - ours:
-            continue  # a choice of the user's own, which conf/ does not have: as it was stored
+            continue  # a user's own choice, which conf/ does not have: used as stored
         if section not in stored:
             stored[section] = defaults
         elif isinstance(defaults, DictConfig):

@@ -1,4 +1,4 @@
-"""What `train.dtype` means: the dtype of the arithmetic, and that in which parameters are kept."""
+"""The dtypes of `train.dtype`: of the arithmetic, and of stored parameters."""
 
 from typing import Literal
 
@@ -19,5 +19,5 @@ def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def parameter_dtype(config: Config) -> torch.dtype:
-    """What parameters and gradients are kept in: bfloat16 with `train.dtype=bf16_sr`, else float32."""
+    """The dtype of stored parameters and gradients: bfloat16 with `train.dtype=bf16_sr`, else float32."""
     return torch.bfloat16 if config.train.dtype == "bf16_sr" else torch.float32

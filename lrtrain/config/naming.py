@@ -1,4 +1,4 @@
-"""The name of a run, the hash of a configuration, and what differs between two."""
+"""The name of a run, the hash of a configuration, and the differences between two configurations."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from lrtrain.config.schema import Config, as_dict
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of the whole resolved configuration: all processes must agree on it."""
+    """A hash of the whole resolved configuration, to compare between processes."""
     text = json.dumps(as_dict(config), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -29,19 +29,19 @@ LENGTH_AND_CADENCE = (
     "rollback.",
     "callbacks",
 )
-"""Overrides that make no other run: the same one can be resumed with other values."""
+"""Overrides that do not change the run's name: a run can be resumed with other values of these."""
 
-DEFAULT = "pretrain"  # the configuration that is composed where --config-name names no other
+DEFAULT = "pretrain"  # the default of --config-name
 
 
 def run_name(
     composed: DictConfig, overrides: list[str], swept: Sequence[str] = (), config_name: str | None = DEFAULT
 ) -> str:
-    """The name of a run that was given none: the experiment's, or <model>-<param>, and a hash of the other overrides
-    if there are any; before it that of the configuration, if it is not conf/pretrain.yaml.
+    """The default name of a run: <experiment> or <model>-<param>, and a hash of the other overrides if there are any;
+    prefixed by the configuration's name if it is not conf/pretrain.yaml.
 
-    A function of the command line alone, so all processes and a requeued job find the same run. Of a sweep, whose
-    `swept` keys have no value of their own, these are left out.
+    A function of the command line only, so that all processes and a requeued job find the same run. The name of a sweep
+    leaves out its `swept` keys.
     """
     experiments = [o.removeprefix("experiment=") for o in overrides if o.startswith("experiment=")]
     subjects = [composed[group].name for group in ("model", "param") if group not in swept]
@@ -53,13 +53,13 @@ def run_name(
 
 
 def telling(overrides: list[str]) -> list[str]:
-    """The overrides that change what a run computes: not where it is kept, shown or taken up from."""
+    """The overrides that change what a run computes (not its directory, tracking or resuming)."""
     aside = ("resume=", "dry_run=", "run.", "tracking", "hydra")
     return [o for o in overrides if not o.lstrip("+~").startswith(aside)]
 
 
 def short_hash(overrides: list[str]) -> str:
-    """Eight digits that stand for overrides, in whatever order."""
+    """An eight-digit hash of overrides, independent of their order."""
     return hashlib.blake2b("\n".join(sorted(overrides)).encode(), digest_size=4).hexdigest()
 
 

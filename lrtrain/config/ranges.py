@@ -1,7 +1,7 @@
-"""Types that say which values a number or a string may have.
+"""Types with allowed ranges of numbers and strings.
 
-They annotate the schema and the signatures of layers, optimizers, schedules and engines, beside pydantic's own
-(`PositiveInt`, `NonNegativeFloat`) and `Literal`; `lrtrain.config.values` holds the configuration against them.
+They annotate the schema and the signatures of layers, optimizers, schedules and engines, like pydantic's types
+(`PositiveInt`, `NonNegativeFloat`) and `Literal`; `lrtrain.config.values` validates the configuration with them.
 """
 
 import re
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 
 
 def _held(test: Callable[[Any], bool], told: str) -> AfterValidator:
-    """A condition, and what is told where it does not hold: it follows `key=value`."""
+    """A condition, and the message if it does not hold, which follows `key=value`."""
 
     def validate(value: Any) -> Any:
         if not test(value):

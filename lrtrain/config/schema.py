@@ -1,4 +1,4 @@
-"""The schema of the configuration: a dataclass per section, whose types say what values are right. Every default is in
+"""The schema of the configuration: a dataclass per section, whose types define the allowed values. All defaults are in
 conf/.
 
 `param`, `optim`, `schedule` and `engine` are choices of a `_target_`: see `lrtrain.config.choice`.
@@ -21,7 +21,7 @@ class RunConfig:
 
 @dataclass
 class RecipeConfig:
-    """Sizes that suit the model: other sections refer to them."""
+    """Recommended settings for the model, which other sections refer to."""
 
     steps: PositiveInt
     batch_size: PositiveInt
@@ -64,7 +64,7 @@ class TrainConfig:
 
 @dataclass
 class CompressConfig:
-    """How `init_from` gives layers their values."""
+    """How `init_from` fits layers to source weights."""
 
     by: Literal["weights", "outputs"]
     affine: bool
@@ -107,30 +107,30 @@ class TokenizerConfig:
 
 @dataclass
 class DataConfig:
-    """What the model reads. `source` is instantiated by Hydra and may take keys of its own."""
+    """The training data. `source` is instantiated by Hydra and may have keys of its own."""
 
     name: str
     source: dict[str, Any]
     path: Any  # files, folders or globs: a string or a list of strings; null where the source has its own
     text_field: str  # of the .jsonl, .json and .parquet rows
-    streams: PositiveInt | None  # canonical streams of a streamed source
-    on_error: Literal["skip", "refuse"]  # what to do about a document that cannot be read
+    streams: PositiveInt | None  # number of streams of a streamed source
+    on_error: Literal["skip", "refuse"]  # for documents that cannot be read
     seq_len: PositiveInt  # tokens the model sees; a stored row has one more
-    validation_fraction: ShareBelowOne  # of the documents, chosen by a hash of their text; 0 holds none out
+    validation_fraction: ShareBelowOne  # share of held-out documents, chosen by a hash of their text; 0: none
     cache_dir: str | None  # null: lrtrain.core.cache.cache_folder
     tokenizer: TokenizerConfig
 
 
 @dataclass
 class SpectraConfig:
-    every: NonNegativeInt  # optimizer updates between two measurements; 0 switches them off
-    exact_up_to: PositiveInt | None  # larger eigenproblems are not solved but estimated; None: all are solved
+    every: NonNegativeInt  # steps between measurements; 0: none
+    exact_up_to: PositiveInt | None  # larger eigenproblems are estimated; None: all are exact
     hidden: NonNegativeInt  # validation sequences on which hidden states are measured; 0: none
     hidden_by: Literal["moments", "top"]  # moments: their whole second moment; top: its leading direction, cheap
-    parts: Regex | None  # regular expression: the layers of which head and tail are told apart; None: of none
-    tails: Regex | None  # regular expression: the layers held against noise and a power law; None: none
-    gradients: Regex | None  # regular expression: the layers whose gradients are measured; None: of none
-    updates: Regex | None  # regular expression: the layers whose updates are measured; None: of none
+    parts: Regex | None  # regular expression: layers whose head and tail are measured; None: none
+    tails: Regex | None  # regular expression: layers compared with noise and a power law; None: none
+    gradients: Regex | None  # regular expression: layers whose gradients are measured; None: none
+    updates: Regex | None  # regular expression: layers whose updates are measured; None: none
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a configuration that was read from a model folder or a checkpoint may run: lrtrain's own classes."""
+"""Restricting the code that a configuration from a model folder or checkpoint may run to lrtrain's classes."""
 
 import argparse
 import inspect
@@ -17,24 +17,24 @@ KINDS = {
     "data.source": ("lrtrain.data.sources", None),
     "callbacks": ("lrtrain.run.callbacks", None),
 }
-"""Section → the package, and the class, that a `_target_` there belongs to when it was read from a file."""
+"""Section → package and base class of the `_target_`s allowed there in a stored configuration."""
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Give a script the option `--trust`: what of the user's own it may run."""
+    """Add the option `--trust` to a script: the user's code that it may run."""
     told = "your own _target_s, or model.path, that may run"
     parser.add_argument("--trust", nargs="+", default=[], metavar="NAME", help=told)
 
 
 def check_stored_targets(stored: dict[str, Any], where: str, trusted: Collection[str]) -> None:
-    """Check what a configuration that came with a model or a checkpoint would run: nothing but classes of lrtrain.
+    """Check that a configuration from a model folder or checkpoint names only classes of lrtrain.
 
     Args:
-        where: the configuration is from, for the error.
-        trusted: other `_target_`s, which the user named.
+        where: the path it was read from, for the error.
+        trusted: other `_target_`s, named by the user.
 
     Raises:
-        ConfigError: for a `_target_` that is neither.
+        ConfigError: if a `_target_` is neither.
     """
     for section, target in stored_targets(stored):
         if target is not None and target not in trusted and not belongs(section, str(target)):
@@ -45,7 +45,7 @@ def check_stored_targets(stored: dict[str, Any], where: str, trusted: Collection
 
 
 def stored_targets(node: Any, section: str = "") -> Iterator[tuple[str, Any]]:
-    """(section, `_target_`) of every node below."""
+    """(section, `_target_`) of every node in a configuration."""
     if isinstance(node, dict) and "_target_" in node:
         yield section, node["_target_"]
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
@@ -54,13 +54,13 @@ def stored_targets(node: Any, section: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def belongs(section: str, target: str) -> bool:
-    """Whether a `_target_` is defined (not only imported) in the package of its section, and of its kind."""
+    """Whether a `_target_` is defined (not only imported) in the package of its section and has its base class."""
     room, kind = KINDS.get("callbacks" if section.startswith("callbacks.") else section, ("", None))
     if not room or not target.startswith(f"{room}."):
         return False
     try:
         found = hydra.utils.get_object(target)
-    except Exception:  # whatever importing a name that is not there raises
+    except Exception:  # importing an unknown name may raise anything
         return False
     defined = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}" == target
     return defined and (kind is None or (inspect.isclass(found) and issubclass(found, hydra.utils.get_class(kind))))

@@ -1,4 +1,4 @@
-"""What is told of a key or a choice that does not exist: where it belongs, or what was probably meant."""
+"""Messages for unknown keys and choices, with suggestions."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -30,13 +30,13 @@ def unknown_choice(group: str, name: str, options: Iterable[str]) -> str:
 
 
 def choices_with(group: str, key: str) -> list[str]:
-    """The choices of a group whose file has a key, as `engine=deepspeed`."""
+    """The choices of a group whose file has a key, such as `engine=deepspeed`."""
     files = sorted((CONF / group).glob("*.yaml")) if key else []
     return [f"{group}={file.stem}" for file in files if key in OmegaConf.load(file)]
 
 
 def nearest_key(key: str, known: list[str]) -> str | None:
-    """The key that is most like one that does not exist: in the same section, or else by its last part anywhere."""
+    """The key nearest to an unknown one: in the same section, or else by its last part in any section."""
     section, _, last = key.rpartition(".")
     siblings = [k for k in known if k.rpartition(".")[0] == section] if section else []
     by_last = {k.rpartition(".")[2]: k for k in reversed(siblings or known)}

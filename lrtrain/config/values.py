@@ -1,4 +1,4 @@
-"""Values against their types: the first that is wrong is told by its key, its value and what would be right."""
+"""Validation of values: the error names the first wrong key, its value and what would be right."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from lrtrain.errors import ConfigError
 T = TypeVar("T")
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, arbitrary_types_allowed=True)
-"""The `__pydantic_config__` of a schema: no keys but its own, and no number that is infinite or none."""
+"""The `__pydantic_config__` of a schema: no unknown keys, no infinite numbers or NaN."""
 
 
 class UnknownKey(ConfigError):
@@ -23,11 +23,11 @@ class UnknownKey(ConfigError):
 
 
 def validated(schema: type[T], values: dict[str, Any], section: str = "") -> T:
-    """The values as an instance of a dataclass, converted where that loses nothing (`1e3` is an integer).
+    """The values as an instance of a dataclass, with lossless conversions (`1e3` is an integer).
 
     Raises:
-        UnknownKey: for a key that the schema lacks.
-        ConfigError: for a value that is missing, or not of its type.
+        UnknownKey: if the schema does not have a key.
+        ConfigError: if a value is missing, or not of its type.
     """
     adapter = TypeAdapter(schema)
     try:
@@ -46,7 +46,7 @@ def validated(schema: type[T], values: dict[str, Any], section: str = "") -> T:
 
 
 def _place(values: Any, loc: Sequence[str | int]) -> list[str | int]:
-    """The keys that lead to a value: a location without pydantic's names for the members of a union."""
+    """The path of keys to a value: pydantic's location without its names for members of a union."""
     place = []
     for key in loc:
         if not (key in values if isinstance(values, dict) else isinstance(values, list) and isinstance(key, int)):
@@ -63,7 +63,7 @@ def _at(values: Any, place: Sequence[str | int]) -> Any:
 
 
 def _accepts_null(adapter: TypeAdapter[Any], values: dict[str, Any], place: Sequence[str | int]) -> bool:
-    """Whether null would be right at a place."""
+    """Whether null is allowed at a path of keys."""
 
     def with_null(node: Any, keys: Sequence[str | int]) -> Any:
         if not keys:

@@ -1,1 +1,1 @@
-"""What every other package may import: seeds, the cache on disk, the names of layers."""
+"""Basics that every other package may import: seeds, the cache on disk, names of layers."""

@@ -1,4 +1,4 @@
-"""Things computed once: folders that the first process builds, and digests of files that did not change."""
+"""The cache on disk: folders built once by the first process, and digests of unchanged files."""
 
 import hashlib
 import json
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Where lrtrain keeps what it computes once: $LRTRAIN_CACHE, or ~/.cache/lrtrain.
+    """The cache folder: $LRTRAIN_CACHE, or ~/.cache/lrtrain.
 
-    Without a home that can be written to, it is a folder of this user's among the system's temporary ones, said once.
+    If the home directory is not writable, it is a temporary folder of this user, which is logged once.
 
     Raises:
-        ConfigError: if $LRTRAIN_CACHE cannot be written to.
+        ConfigError: if $LRTRAIN_CACHE is not writable.
     """
     return _cache_folder(os.environ.get("LRTRAIN_CACHE"), os.path.expanduser("~"))
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Why `folder`, made where it is missing, cannot be written to; None if it can."""
+    """The reason why `folder` (created if missing) is not writable; None if it is."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -44,7 +44,7 @@ def why_not_writable(folder: Path) -> str | None:
 
 
 def make_shared(folder: Path) -> None:
-    """Make a folder inside the cache, open to all to whom the cache is."""
+    """Create a folder inside the cache, with the cache's permissions."""
     if not folder.exists():
         folder.mkdir(parents=True, exist_ok=True)
         share(folder)
@@ -52,10 +52,10 @@ def make_shared(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of `path`, which all who can write to its folder share.
+    """Hold the lock of `path`, shared by all users who can write to its folder.
 
-    Where the lock of another user does not open (a sticky folder, an older version's), it is the user's own: what is
-    written under it is renamed into place whole, so two users at once only do the work twice.
+    If another user's lock cannot be opened (a sticky folder, an older version's), this user takes a separate lock:
+    results are renamed into place, so two users at once only duplicate work.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = path.parent.stat().st_mode & 0o666
@@ -66,18 +66,18 @@ def locked(path: Path) -> Iterator[None]:
         lock = FileLock(f"{path}.{os.getuid()}.lock", mode=mode)
         lock.acquire()
     try:
-        share(Path(lock.lock_file))  # the umask took its share of the mode
+        share(Path(lock.lock_file))  # the umask has restricted the mode
         yield
     finally:
         lock.release()
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return `folder`, filled by `build(temporary folder)` unless it is there already and whole.
+    """Return `folder`, filled by `build(temporary folder)` unless it exists and is intact.
 
-    Every process may call this at once: the first builds, the others wait for its lock. The folder appears by a rename
-    when it is complete and on the disk; what an interrupted build left is removed by the next one. One that is damaged
-    is built anew, which is said.
+    Safe for concurrent processes: the first builds, the others wait for its lock. The folder is renamed into place when
+    it is complete and synced; the next build removes what an interrupted one left. A damaged folder is rebuilt, with a
+    message.
     """
     if folder.exists() and damage(folder) is None:
         return folder
@@ -91,17 +91,17 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def fingerprint(*parts: object) -> str:
-    """16 hex digits of JSON-able `parts`, the same in every process and version of Python."""
+    """A hash (16 hex digits) of JSON-serializable `parts`, the same in every process and version of Python."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 def content_digests(files: Sequence[Path], cache_dir: Path) -> list[str]:
-    """Digest of each file's bytes; a file whose path, size and mtime are known is not read again."""
+    """The digest of each file's bytes, cached by path, size and mtime."""
     memo = cache_dir / "file-digests.json"
     keys = [_key(file) for file in files]
     known = read_memo(memo)
     if not known.keys() >= set(keys):
-        with locked(memo):  # so that the first process reads a large corpus and the others do not
+        with locked(memo):  # so that only the first process reads a large corpus
             known = read_memo(memo)
             known |= {key: _digest(file) for key, file in zip(keys, files, strict=True) if key not in known}
             write_memo(memo, known)
@@ -126,7 +126,7 @@ def _cache_folder(named: str | None, home: str) -> Path:
 
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
     for leftover in folder.parent.glob(f"{folder.name}.building*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # another user's may have to stay
+        shutil.rmtree(leftover, ignore_errors=True)  # another user's cannot be removed
     unfinished = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     unfinished.mkdir()
     build(unfinished)
@@ -139,14 +139,14 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
     try:
         unfinished.rename(folder)
     except OSError:
-        if damage(folder) is not None:  # else a user with another lock has built it
+        if damage(folder) is not None:  # otherwise a user with another lock has built it
             raise
         shutil.rmtree(unfinished)
     sync_folder(folder.parent)
 
 
 def _remove(folder: Path) -> None:
-    """Take a damaged folder away, at once, as others may look for it."""
+    """Remove a damaged folder, renaming it first, since others may look for it."""
     away = folder.with_name(f"{folder.name}.building-{uuid.uuid4().hex[:8]}")
     try:
         folder.rename(away)

@@ -1,4 +1,4 @@
-"""Files that are on the disk, whole, under their names: a crash or a power cut leaves the old one or the new one."""
+"""Durable files: after a crash or power cut a file has its old or its new content."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it there; it is on the disk when this returns."""
+    """Write a file durably: to a temporary file that is synced and renamed."""
     beside = path.with_name(f".{path.name}.unfinished")
     try:
         with open(beside, "w", encoding="utf-8") as file:
@@ -19,13 +19,13 @@ def write_durably(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError:
-        beside.unlink(missing_ok=True)  # on a full disk half a file is only in the way
+        beside.unlink(missing_ok=True)  # remove a partial file, e.g. on a full disk
         raise
     sync_folder(path.parent)
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is no such file, or it is damaged, which is said."""
+    """The JSON object in a file; None if there is no file, or if it is damaged, with a message."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
@@ -39,8 +39,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def write_folder_durably(folder: Path, fill: Callable[[Path], object]) -> None:
-    """Put what `fill(folder beside)` writes, files alone, in the place of `folder`, unless it holds just that; on the
-    disk when this returns."""
+    """Replace `folder` durably by what `fill(temporary folder)` writes (files only), unless the content is the same."""
     beside, former = (folder.with_name(f".{folder.name}.{state}") for state in ("unfinished", "former"))
     for leftover in (beside, former):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -63,7 +62,7 @@ def _contents(folder: Path) -> dict[str, bytes] | None:
 
 
 def make_folder_durably(folder: Path) -> None:
-    """Make a folder, and those above it, unless it is there; on the disk when this returns."""
+    """Create a folder and its parents durably, unless it exists."""
     if not folder.is_dir():
         make_folder_durably(folder.parent)
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Small JSON files of things found out before, with a checksum: what is damaged is found out again."""
+"""Small JSON caches with a checksum; damaged ones are ignored."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 def read_memo(path: Path) -> dict[str, str]:
-    """What is remembered in `path`; nothing if it is not there, or damaged, which is said."""
+    """The content of a memo; empty if it does not exist, or if it is damaged, with a message."""
     try:
         stored = json.loads(path.read_text())
         if stored["crc32"] == _checksum(stored["known"]):
@@ -26,14 +26,14 @@ def read_memo(path: Path) -> dict[str, str]:
 
 
 def write_memo(path: Path, known: dict[str, str]) -> None:
-    """Remember `known`. Where the file cannot be written (another user's in a shared folder) it is found out again."""
+    """Write a memo, if possible (in a shared folder the file may be another user's)."""
     with suppress(PermissionError):
         write_durably(path, json.dumps({"crc32": _checksum(known), "known": known}, indent=1))
         share(path)
 
 
 def share(path: Path) -> None:
-    """Give a file or folder of ours the access that its folder gives, so that all who share that can read and write."""
+    """Give a file or folder the permissions of its parent folder, so that all users who share it can read and write."""
     mode = path.parent.stat().st_mode
     with suppress(PermissionError):
         path.chmod(mode & (0o2777 if path.is_dir() else 0o666))

@@ -1,20 +1,20 @@
-"""What a script that starts runs again, such as launch/slurm.sbatch, is told of a run: whether it is worth it."""
+"""Telling a script that restarts runs, such as launch/slurm.sbatch, whether another start makes sense."""
 
 import os
 from pathlib import Path
 
 UNFINISHED = "LRTRAIN_UNFINISHED"
-"""Names a file on a disk that all hosts share. It is there if this start saved a checkpoint, or was stopped by a
-signal, and the run has not finished: another start goes on from there. It is not there after a mistake."""
+"""Environment variable with the path of a file on a shared disk. The file exists if the run has not finished, and this
+start saved a checkpoint or was stopped by a signal; it does not exist after a wrong configuration."""
 
 
 def note_unfinished() -> None:
-    """For the main process: another start goes on from what is saved."""
+    """Create the file: another start can resume the run. Called by the main process."""
     if path := os.environ.get(UNFINISHED):
         Path(path).touch()
 
 
 def note_finished() -> None:
-    """For the main process: nothing is left to do."""
+    """Remove the file: the run has finished. Called by the main process."""
     if path := os.environ.get(UNFINISHED):
         Path(path).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Reading that outlives a passing fault of a disk or a network file system."""
+"""Reading with retries after temporary errors of a disk or network file system."""
 
 import logging
 import time
@@ -15,14 +15,14 @@ T = TypeVar("T")
 
 
 def retried(read_from: Callable[[int], Iterator[T]], file: object) -> Iterator[T]:
-    """The items of `read_from(0)`; after an I/O error it goes on with `read_from(number of items had)`.
+    """The items of `read_from(0)`; after an I/O error it continues with `read_from(number of items so far)`.
 
-    An error of the system's (it has an errno: EIO, ESTALE, …) says nothing about the content. One that a decoder
-    raises (it has none) does, and is raised at once.
+    Only errors of the system (with an errno: EIO, ESTALE, …) are retried; errors of a decoder (without errno) mean
+    damaged content and are raised immediately.
 
     Raises:
-        RunFailed: naming `file`, if the error does not pass.
-        FileNotFoundError: if it is not there.
+        RunFailed: if the error persists, naming `file`.
+        FileNotFoundError: if the file does not exist.
     """
     had, failures = 0, 0
     while True:

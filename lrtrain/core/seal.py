@@ -1,4 +1,4 @@
-"""Checksums that lie in a folder of files, so that what later became of it is noticed."""
+"""Checksums stored in a folder, to detect later damage to its files."""
 
 import json
 import random
@@ -11,20 +11,20 @@ from lrtrain.core.files import write_durably
 
 SEAL = "seal.json"
 BLOCK = 1 << 20  # bytes under one checksum
-WHOLE = 1 << 28  # bytes; of a larger file that has not been written to since, only a sample of blocks is read
+WHOLE = 1 << 28  # bytes; of a larger file that is unmodified since, only a sample of blocks is read
 SAMPLE = 128  # blocks
 
 
 def seal(folder: Path) -> None:
-    """Write the checksums of all files in `folder` beside them."""
+    """Write the checksums of all files in `folder` into it."""
     files = {str(file.relative_to(folder)): _entry(file) for file in sorted(folder.rglob("*")) if file.is_file()}
     write_durably(folder / SEAL, json.dumps(files))
 
 
 def damage(folder: Path) -> str | None:
-    """What is not as it was sealed; None if nothing is.
+    """A description of the damage to a folder since `seal`; None if it is intact.
 
-    Every byte of small files is read. Of a large one whose size and time are as sealed, 128 blocks drawn at random are.
+    Every byte of small files is read, but only 128 random blocks of a large file whose size and time are unchanged.
     """
     try:
         sealed: dict[str, Any] = json.loads((folder / SEAL).read_text())

@@ -1,4 +1,4 @@
-"""A program that goes on when nobody reads what it prints, or what it prints it on is full or knows no `→`."""
+"""Standard streams that never raise: if nobody reads them, a disk is full, or they cannot encode `→`."""
 
 import io
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class _Unfailing(io.RawIOBase):
-    """Passes on what it is given as far as that is taken; the rest is dropped."""
+    """A raw stream that writes what it can and drops the rest."""
 
     def __init__(self, raw: io.RawIOBase):
         self._raw = raw
@@ -18,7 +18,7 @@ class _Unfailing(io.RawIOBase):
     def write(self, data: Any) -> int:
         try:
             return self._raw.write(data) or len(data)
-        except (OSError, ValueError):  # full, a pipe that nobody reads, closed
+        except (OSError, ValueError):  # full disk, pipe without reader, closed stream
             return len(data)
 
     def fileno(self) -> int:
@@ -29,14 +29,14 @@ class _Unfailing(io.RawIOBase):
 
 
 def never_fail_to_print() -> None:
-    """From now on nothing that this process prints raises: a full device, `| head`, a closed stream, or a character
-    that an ASCII stream does not have, which is escaped. For the entry points; a library leaves streams alone."""
+    """Make printing never raise in this process: on a full device, with `| head`, on a closed stream, or for characters
+    that the stream cannot encode (they are escaped). For entry points only."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         setattr(sys, name, _unfailing(getattr(sys, name), descriptor))
 
 
 def _unfailing(stream: Any, descriptor: int) -> Any:
-    if stream is None:  # closed by who started this: nothing else may get its descriptor, and with it what is printed
+    if stream is None:  # closed by the parent process: reserve the descriptor, or another file would get the output
         try:
             os.fstat(descriptor)
         except OSError:
@@ -46,9 +46,9 @@ def _unfailing(stream: Any, descriptor: int) -> Any:
                 os.close(nowhere)
         return open(os.devnull, "w", encoding="utf-8", errors="backslashreplace")
     buffer = getattr(stream, "buffer", None)
-    raw = getattr(buffer, "raw", buffer)  # python -u has no buffer between
+    raw = getattr(buffer, "raw", buffer)  # python -u has no buffer
     if not isinstance(raw, io.RawIOBase) or isinstance(raw, _Unfailing):
-        return stream  # somebody captures it in memory
+        return stream  # captured in memory
     try:
         stream.flush()
     except (OSError, ValueError):
