@@ -49,7 +49,8 @@ from lrtrain.distributed.threads import usable_cores
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.model.autotune import autotune_layers
 from lrtrain.model.build import architecture, make_model
-from lrtrain.model.counts import parameter_count, training_flops
+from lrtrain.model.counts import parameter_count
+from lrtrain.model.flops import training_flops
 from lrtrain.model.init import materialize
 from lrtrain.model.structure import factorized_layers
 from lrtrain.run.throughput import matmul_peak, peak_memory_gib

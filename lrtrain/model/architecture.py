@@ -7,6 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from lrtrain.errors import ConfigError
 
+EXPERT_WIDTHS = 8
+"""What widths of experts are multiples of, if torch's grouped product is to take them: 16 bytes, in bf16."""
+
 
 def architecture(path: str | None, overrides: dict[str, Any], trust_remote_code: bool = False) -> PreTrainedConfig:
     """The transformers config: from `path` (a folder or hub name) or from `overrides` with its `model_type`.
@@ -49,6 +52,17 @@ def named(config: PreTrainedConfig) -> str:
 
 def new_model(config: PreTrainedConfig, attention: str) -> PreTrainedModel:
     """transformers' causal language model for a config, with float32 parameters on torch's default device."""
-    return AutoModelForCausalLM.from_config(
+    model = AutoModelForCausalLM.from_config(
         config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=brings_code(config)
     )
+    for module in model.modules():
+        if computes_experts(module) and any(
+            width % EXPERT_WIDTHS for p in module.parameters(recurse=False) if p.ndim == 3 for width in p.shape[1:]
+        ):
+            module.config._experts_implementation = "eager"
+    return model
+
+
+def computes_experts(module: Any) -> bool:
+    """Whether a module computes its experts through transformers' interface, which lets other code do it."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")

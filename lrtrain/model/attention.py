@@ -40,6 +40,9 @@ LENGTH = 48
 """Length of the trial sequence; more than `WINDOW`."""
 NARROWEST = 4
 """Smallest width in the small copy; all stay even."""
+HEADS = re.compile(r"head_dim$")
+HEADS_FACTOR = 16
+"""By which widths within heads are divided at the most, since some must still add up to others."""
 WINDOW = 16
 """Largest sliding window or attention chunk of the small copy, in tokens."""
 TOLERANCE = 1e-3
@@ -68,8 +71,11 @@ WINDOWS = re.compile(r"(window|window_size|attention_chunk_size)$")
 def attention_for(config: PreTrainedConfig, choices: Sequence[str] = CHOICES) -> str:
     """The first implementation in `choices` whose logits equal those of transformers' eager attention; cached on disk.
 
+    Not cached is that the model did not run, which another time it may.
+
     Raises:
-        ConfigError: if the model does not run on token ids alone, or logits depend on later tokens.
+        ConfigError: if the model does not run on token ids alone, or logits depend on later tokens, or memory does
+            not suffice to try it.
     """
     if type(config) in KNOWN:
         return choices[0]
@@ -95,7 +101,17 @@ def _kept(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
     key = fingerprint(kind, config.to_json_string(use_diff=False), list(choices), versions, TOLERANCE, DEPTHS, TRIED)
     path = cache_folder() / "attention" / f"{key}.json"
     if not (found := read_memo(path)):
-        found = _tried(config, choices)
+        try:
+            found = _tried(config, choices)
+        except Exception as error:  # whatever the model's code raises
+            reason = f"({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]})"
+            if _lacks_memory(error):
+                raise ConfigError(
+                    f"memory does not suffice to try which attention {named(config)} needs {reason}"
+                ) from error
+            raise ConfigError(
+                f"{named(config)} is no causal language model of token ids alone: it does not run {reason}"
+            ) from error
         with suppress(OSError):
             make_shared(path.parent)
             write_memo(path, found)
@@ -106,23 +122,26 @@ def _tried(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
     """Keys: `attention`, or `refused` with the reason; and `other_terms` if transformers' loss has some."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        try:
-            small, model, rows = _small_copy(config)
-            leaks = _sees_later_tokens(model, rows)
-            loss = {"other_terms": "yes"} if has_other_terms(model, rows) else {}
-        except Exception as error:  # whatever the model's code raises
-            reason = (str(error).strip().splitlines() or [""])[0]
-            return {"refused": f"it does not run ({type(error).__name__}: {reason})"}
-        if leaks:
+        small, model, rows = _small_copy(config)
+        loss = {"other_terms": "yes"} if has_other_terms(model, rows) else {}
+        if _sees_later_tokens(model, rows):
             return {"refused": "its predictions depend on later tokens"}
         logits = _logits(model, rows)
         for choice in choices:
-            with suppress(Exception):  # what a class says of a name that it does not know is not specified
+            try:
                 other = new_model(copy.deepcopy(small), choice).eval()
                 other.load_state_dict(model.state_dict())
                 if not _differ(_logits(other, rows), logits):
                     return {"attention": choice} | loss
+            except Exception as error:  # what a class says of a name that it does not know is not specified
+                if _lacks_memory(error):
+                    raise
     return {"attention": "eager"} | loss
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether memory ran out, for which torch has no class of its own on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _sees_later_tokens(model: PreTrainedModel, rows: Tensor) -> bool:
@@ -136,7 +155,7 @@ def _sees_later_tokens(model: PreTrainedModel, rows: Tensor) -> bool:
         logits = _logits(model, rows)[:, :half]
         hook.remove()
         (gradient,) = torch.autograd.grad((logits * torch.randn_like(logits)).sum(), embedded[:1])
-    by_token = gradient.reshape(LENGTH, -1).abs()  # some models have the sequence first
+    by_token = gradient.flatten(0, -2)[-LENGTH:].abs()  # some models have the sequence first, or a prompt before it
     if not by_token[half:].max() <= EXACT * by_token[:half].max():
         return True
     changed = (torch.cat([rows[:, :half], rows[:, half:].roll(i, 1)], 1) for i in (1, 2, 3))
@@ -158,8 +177,8 @@ def _small_copy(config: PreTrainedConfig) -> tuple[PreTrainedConfig, PreTrainedM
             rows = torch.randint(min(3, VOCABULARY), small.get_text_config().vocab_size, (1, LENGTH))
             _logits(model, rows)
             return small, model, rows
-        except Exception:
-            if factor == 1:
+        except Exception as error:
+            if factor == 1 or _lacks_memory(error):
                 raise
     raise AssertionError
 
@@ -226,7 +245,8 @@ def narrowed(config: dict[str, Any], factor: int) -> dict[str, Any]:
             return min(value, VOCABULARY - 1)
         if not WIDTHS.search(key) or NO_WIDTHS.search(key):
             return value
-        return min(value, max(NARROWEST, value // factor // 2 * 2)) if factor > 1 else value
+        divisor = min(factor, HEADS_FACTOR) if HEADS.search(key) else factor
+        return min(value, max(NARROWEST, value // divisor // 2 * 2)) if divisor > 1 else value
 
     return {key: narrow(key, value) for key, value in config.items()}
 

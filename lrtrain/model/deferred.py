@@ -8,12 +8,13 @@ with only this tensor and its inputs in memory.
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -37,6 +38,19 @@ class Operation:
     """Whether it overwrites the storages that it changes completely."""
 
 
+class _SaidToBeOnCPU(TorchFunctionMode):
+    """No code sees that a tensor is on meta: torch's `orthogonal_` would do nothing, and what is made of data for its
+    device would lose them."""
+
+    ANSWERS: Mapping[Any, Any] = {
+        Tensor.is_meta.__get__: False,  # pyright: ignore[reportAttributeAccessIssue]
+        Tensor.device.__get__: torch.device("cpu"),  # pyright: ignore[reportAttributeAccessIssue]
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.ANSWERS[func] if func in self.ANSWERS else func(*args, **(kwargs or {}))
+
+
 class Recording(TorchDispatchMode):
     """While active, creates every new tensor on meta and records the operations on such tensors.
 
@@ -47,6 +61,7 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.operations: list[Operation] = []
         self.writers: defaultdict[int, list[int]] = defaultdict(list)
+        self.disguise = _SaidToBeOnCPU()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -67,11 +82,13 @@ class Recording(TorchDispatchMode):
     def __enter__(self) -> "Recording":
         self._truncated = nn.init._no_grad_trunc_normal_
         nn.init._no_grad_trunc_normal_ = self._truncated_normal
+        self.disguise.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         nn.init._no_grad_trunc_normal_ = self._truncated
         super().__exit__(*error)
+        self.disguise.__exit__(*error)
 
     def _truncated_normal(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Recorded as one operation, because torch's implementation depends on values (it redraws outliers)."""
@@ -98,18 +115,19 @@ class Recording(TorchDispatchMode):
         """The value of a recorded tensor, on the CPU, with random numbers from torch's global generator.
 
         Raises:
-            ValueError: if nothing was ever written to it.
+            ValueError: if nothing was ever written to it, or to a part of it, or to what it is computed from.
         """
         if not tensor.is_meta:
             return tensor
-        if tensor.numel() and not self.writers[_storage(tensor)]:
-            raise ValueError("its memory is allocated and never written")
         needed: set[int] = set()
         self._collect(_storage(tensor), len(self.operations), needed)
         memory: dict[int, torch.UntypedStorage] = {}
         for i in sorted(needed):
             _replay(self.operations[i], memory)
-        return _real(tensor, memory)
+        found = _real(tensor, memory)
+        if found.numel() and (not needed or (found.is_floating_point() and found.isnan().any())):
+            raise ValueError("its memory is allocated and never written")
+        return found
 
     def _collect(self, key: int, before: int, needed: set[int]) -> None:
         """Add the indices of operations before `before` that the contents of a storage depend on."""
@@ -147,7 +165,8 @@ def _real(tensor: Tensor, memory: dict[int, torch.UntypedStorage]) -> Tensor:
         return tensor
     key = _storage(tensor)
     if key not in memory:
-        memory[key] = torch.empty(_bytes(tensor), dtype=torch.uint8, device="cpu").untyped_storage()
+        bytes_of_nan = torch.full((_bytes(tensor),), 255, dtype=torch.uint8, device="cpu")
+        memory[key] = bytes_of_nan.untyped_storage()
     view = (tensor.storage_offset(), tensor.size(), tensor.stride())
     return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(memory[key], *view)  # pyright: ignore
 

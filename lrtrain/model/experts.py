@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.experts import FactorizedExperts, even_split
+from lrtrain.model.architecture import computes_experts
 from lrtrain.model.structure import factorized_layers, linears
 
 FACTORIZED = "lrtrain_factorized"
@@ -48,7 +49,7 @@ def dense_experts(model: Any, pattern: str) -> dict[str, DenseExperts]:
     interface."""
     found: dict[str, DenseExperts] = {}
     for name, module in model.named_modules():
-        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        if computes_experts(module):
             per_token = experts_per_token(module.config)
             for key, p in module.named_parameters(recurse=False):
                 if p.ndim == 3 and re.search(pattern, f"{name}.{key}"):
@@ -81,15 +82,13 @@ def replace_experts(model: nn.Module, name: str, layer: FactorizedExperts) -> No
 
 
 def factorized_experts_forward(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """transformers' `grouped_mm_experts_forward` for experts with some or all weights factorized.
+    """transformers' `grouped_mm_experts_forward` for experts with all, some or no weights factorized.
 
     Args:
         hidden: (tokens, d).
         chosen: the experts of each token (tokens, k).
         weights: and their weights (tokens, k).
     """
-    if not any(isinstance(child, FactorizedExperts) for child in experts.children()):
-        return grouped_mm_experts_forward(experts, hidden, chosen, weights)
     tokens, k = chosen.shape
     expert, order = chosen.flatten().sort(stable=True)
     sizes = torch.zeros(experts.num_experts, dtype=torch.int64, device=expert.device)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from lrtrain.config.schema import Config
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
-from lrtrain.model.counts import training_flops
+from lrtrain.model.flops import training_flops
 
 
 def spend(config: Config) -> Config:

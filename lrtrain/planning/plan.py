@@ -24,7 +24,8 @@ from lrtrain.engine.blocks import prepare_blocks
 from lrtrain.engine.fsdp import sharded_units
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.build import make_model
-from lrtrain.model.counts import dense_parameter_count, parameter_count, trainable_count, training_flops
+from lrtrain.model.counts import dense_parameter_count, parameter_count, trainable_count
+from lrtrain.model.flops import training_flops
 from lrtrain.model.loss import CHUNK, TokenLoss, next_token_loss
 
 FP32 = 4  # bytes

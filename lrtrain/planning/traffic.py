@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from lrtrain.config.dtypes import DTYPES
 from lrtrain.config.schema import Config
 from lrtrain.errors import ConfigError
-from lrtrain.model.counts import training_flops
+from lrtrain.model.flops import training_flops
 from lrtrain.model.structure import blocks
 
 

@@ -22,7 +22,8 @@ from lrtrain.engine.base import Engine
 from lrtrain.engine.resize import wanted_ranks
 from lrtrain.measure.evaluate import Evaluation, evaluate, evenly_spaced
 from lrtrain.model.build import make_model
-from lrtrain.model.counts import dense_parameter_count, parameter_count, trainable_count, training_flops
+from lrtrain.model.counts import dense_parameter_count, parameter_count, trainable_count
+from lrtrain.model.flops import training_flops
 from lrtrain.model.rank import RankPlan, mean_rank
 from lrtrain.model.structure import factorized_layers
 from lrtrain.model.supports import support_hash

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from lrtrain.core.metrics import Metric, scalars
-from lrtrain.model.counts import Flops
+from lrtrain.model.flops import Flops
 
 BUSY = 0.1
 """Seconds that a stall is taken to last at most: of fifteen peaks taken within 20 ms two were a third too low."""

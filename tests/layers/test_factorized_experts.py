@@ -17,8 +17,9 @@ from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.experts import FactorizedExperts
 from lrtrain.linalg.nearest import Fit
 from lrtrain.model.build import make_model
-from lrtrain.model.counts import dense_parameter_count, factorization_table, parameter_count, training_flops
+from lrtrain.model.counts import dense_parameter_count, factorization_table, parameter_count
 from lrtrain.model.experts import dense_experts, factorized_experts_forward, replace_experts
+from lrtrain.model.flops import training_flops
 from lrtrain.model.init import materialize
 
 IN, OUT, RANK, EXPERTS = 24, 32, 5, 4

@@ -1,6 +1,7 @@
 """Any architecture of transformers: the same model as transformers' own, the same start, or a refusal."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -8,14 +9,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedConfig
 
+from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.errors import ConfigError
+from lrtrain.model import attention
 from lrtrain.model.architecture import new_model
-from lrtrain.model.attention import CAUSAL, PLAIN, _shallow, attention_for, narrowed
+from lrtrain.model.attention import CAUSAL, PLAIN, _on_meta, _shallow, attention_for, narrowed
 from lrtrain.model.build import build_model, make_model
-from lrtrain.model.counts import training_flops
+from lrtrain.model.counts import parameter_count
 from lrtrain.model.deferred import Recording, named_tensors
+from lrtrain.model.flops import formula, training_flops
 from lrtrain.model.init import materialize
+from lrtrain.model.rank import RankPlan
 from lrtrain.model.structure import blocks, factorized_layers, linears, weights_read
 
 CPU = torch.device("cpu")
@@ -45,6 +50,18 @@ SIZES = {
         "head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16,
         "linear_value_head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32,
+    },
+    "afmoe": LLAMA_LIKE | {  # experts of a width that torch's grouped product does not take
+        "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 30, "num_dense_layers": 1,
+        "sliding_window": 8, "global_attn_every_n_layers": 2,
+    },
+    "rwkv": {"hidden_size": 64, "attention_hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128},
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 128, "max_seq_len": 64},
+    "gpt_bigcode": GPT_LIKE,
+    "gemma2": LLAMA_LIKE | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+    "bamba": LLAMA_LIKE | {
+        "mamba_d_state": 16, "mamba_d_head": 16, "mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_chunk_size": 32,
+        "attn_layer_indices": [1],
     },
 }  # fmt: skip
 
@@ -80,13 +97,13 @@ def test_logits_are_those_of_transformers_and_heed_no_later_token(kind: str):
 
 
 @pytest.mark.parametrize(
-    "kind,attention",
+    "kind,found",
     [("llama", CAUSAL), ("gpt2", CAUSAL), ("bloom", "eager"), ("xglm", "eager"), ("gptj", "eager"),
      ("gpt_oss", "eager"), ("gemma3_text", "sdpa")],
 )  # fmt: skip
-def test_masks_are_made_only_where_they_are_needed(kind: str, attention: str):
-    assert attention_for(tiny(kind)) == attention
-    assert attention_for(tiny(kind), PLAIN) == ("eager" if attention == "eager" else "sdpa")
+def test_masks_are_made_only_where_they_are_needed(kind: str, found: str):
+    assert attention_for(tiny(kind)) == found
+    assert attention_for(tiny(kind), PLAIN) == ("eager" if found == "eager" else "sdpa")
 
 
 def test_a_model_of_a_published_size_is_judged_by_a_small_copy():
@@ -122,6 +139,39 @@ def test_a_loss_that_has_a_z_loss_in_transformers_is_refused(coefficient: float)
         assert attention_for(config, PLAIN) in PLAIN  # to be evaluated and generated with
     else:
         build_model(config, None, None, None)
+
+
+def test_a_model_with_a_prompt_of_its_own_is_refused_for_what_is_wrong_with_it():
+    config = AutoConfig.for_model(
+        "cpmant", hidden_size=64, dim_head=16, num_attention_heads=4, dim_ff=96, num_hidden_layers=2, vocab_size=128
+    )
+    with pytest.raises(ConfigError, match="model_type=cpmant .* depend on later tokens"):
+        attention_for(config)
+
+
+def test_a_large_model_of_many_small_experts_can_be_tried():
+    config = AutoConfig.for_model("dots3_note_text")  # whose widths within heads must add up
+    assert parameter_count(_on_meta(type(config).from_dict(narrowed(config.to_dict(), 128)))) < 5e7
+
+
+def test_a_lack_of_memory_is_no_property_of_an_architecture(monkeypatch: pytest.MonkeyPatch):
+    config = tiny("bloom", hidden_dropout=0.03)
+    with monkeypatch.context() as patch:
+        patch.setattr("lrtrain.model.attention._logits", Mock(side_effect=MemoryError("of this process")))
+        with pytest.raises(ConfigError, match="memory does not suffice .*model_type=bloom"):
+            attention_for(config)
+    made = attention.new_model
+    with monkeypatch.context() as patch:  # not enough for the second model
+
+        def two_do_not_fit(config: PreTrainedConfig, choice: str):
+            if choice != "eager":
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+            return made(config, choice)
+
+        patch.setattr(attention, "new_model", two_do_not_fit)
+        with pytest.raises(ConfigError, match="memory does not suffice"):
+            attention_for(config, PLAIN)
+    assert attention_for(config) == "eager"
 
 
 def test_what_was_found_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
@@ -185,6 +235,27 @@ def test_a_recorded_construction_is_replayed_exactly():
         recording.value(odd.never)
 
 
+def test_what_is_computed_from_memory_that_was_never_written_is_noticed():
+    with Recording() as recording:
+        never = torch.empty(4)
+        partly = torch.empty(4)
+        partly[1:].zero_()
+        computed = torch.ones(4) * never
+    for tensor in (partly, computed):
+        with pytest.raises(ValueError, match="never written"):
+            recording.value(tensor)
+
+
+def test_no_initialization_sees_that_it_is_recorded():
+    """torch's own does nothing to a tensor on meta, and what is made of data there is lost."""
+    with Recording() as recording:
+        weight = nn.init.orthogonal_(torch.empty(6, 4), gain=0.5)
+        table = torch.ones(2) * torch.tensor([1.0, 2.0], device=weight.device)
+    drawn = recording.value(weight)
+    assert torch.allclose(drawn.T @ drawn, 0.25 * torch.eye(4), atol=1e-6)
+    assert torch.equal(recording.value(table), torch.tensor([1.0, 2.0]))
+
+
 # --- which layers are replaced -----------------------------------------------------------------------------------
 
 
@@ -227,12 +298,38 @@ def test_blocks_are_not_the_experts():
 # --- counts ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SIZES if kind != "qwen3_next"])
+@pytest.mark.parametrize("kind", [kind for kind in SIZES if kind != "rwkv"])
 def test_flops_are_those_that_torch_counts(kind: str):
-    """Not for qwen3_next, whose linear attention multiplies chunk by chunk. Experts one by one, which torch can see."""
+    """Experts one by one, which torch can see; not rwkv's, which goes slowly from token to token."""
     config = tiny(kind)
     config._experts_implementation = "eager"
     model = new_model(copy.deepcopy(config), "eager").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(input_ids=torch.randint(128, (1, 32)), use_cache=False)
+    found = training_flops(model, 32).model
+    assert found == pytest.approx(3 * counter.get_total_flops() / 32, rel=0.02)
+    if kind not in ("qwen3_next", "bamba"):  # whose linear attention multiplies chunk by chunk
+        assert formula(model, 32) == pytest.approx(found, rel=0.02)
+
+
+def test_flops_of_long_sequences_follow_from_shorter_ones(monkeypatch: pytest.MonkeyPatch):
+    model = new_model(tiny("gemma2"), "eager")
+    found = training_flops(model, 1024).model
+    monkeypatch.setattr("lrtrain.model.flops.LONGEST", 1024)
+    assert found == pytest.approx(training_flops(model, 1024).model, rel=1e-9)
+    assert found == pytest.approx(formula(model, 1024), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [pytest.param("hrm_text", marks=pytest.mark.full), "gpt2"])
+def test_factorized_layers_are_counted_as_often_as_they_are_called(kind: str):
+    """HRM calls its layers again and again."""
+    config = tiny(kind) if kind in SIZES else AutoConfig.for_model(kind, **LLAMA_LIKE)
+    param = compose("param=lowrank").param
+    model = build_model(config, choice(param), param["pattern"], RankPlan(8))
+    own = new_model(config, "eager")
+    for name, layer in factorized_layers(model).items():
+        factors = nn.Linear(layer.in_features, 8, bias=False), nn.Linear(8, layer.out_features)
+        own.set_submodule(name, nn.Sequential(*factors))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        own.eval()(input_ids=torch.randint(128, (1, 32)), use_cache=False)
     assert training_flops(model, 32).model == pytest.approx(3 * counter.get_total_flops() / 32, rel=0.02)

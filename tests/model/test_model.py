@@ -16,13 +16,8 @@ from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.model.autotune import autotune_layers
 from lrtrain.model.build import architecture, make_model
-from lrtrain.model.counts import (
-    above_break_even,
-    dense_parameter_count,
-    factorization_table,
-    parameter_count,
-    training_flops,
-)
+from lrtrain.model.counts import above_break_even, dense_parameter_count, factorization_table, parameter_count
+from lrtrain.model.flops import training_flops
 from lrtrain.model.init import materialize
 from lrtrain.model.structure import factorized_layers
 from lrtrain.model.supports import support_hash

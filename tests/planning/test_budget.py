@@ -5,7 +5,8 @@ import pytest
 from lrtrain.config.compose import compose
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
-from lrtrain.model.counts import dense_parameter_count, trainable_count, training_flops
+from lrtrain.model.counts import dense_parameter_count, trainable_count
+from lrtrain.model.flops import training_flops
 from lrtrain.model.structure import factorized_layers
 from lrtrain.planning.budget import spend
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lrtrain.core.metrics import spelled
-from lrtrain.model.counts import Flops
+from lrtrain.model.flops import Flops
 from lrtrain.run import throughput
 from lrtrain.run.throughput import Meter, matmul_peak
 
