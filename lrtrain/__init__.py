@@ -17,8 +17,8 @@ def load(
     dtype: "torch.dtype | None" = None,
     trusted: "Collection[str]" = (),
 ) -> "PreTrainedModel":
-    """The model of a run, one of its checkpoints, or an export, in eval mode. Its `save_pretrained` writes what this
-    reads.
+    """The model of a run, a checkpoint, or an export, in eval mode. Its `save_pretrained` writes a folder that this
+    function reads.
 
     Args:
         dtype: of its parameters; None: as they were saved.

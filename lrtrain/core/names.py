@@ -1,4 +1,4 @@
-"""What a module's name says about its place in the network."""
+"""Projection and depth of a layer, from its name."""
 
 
 def projection_of(layer: str) -> str:

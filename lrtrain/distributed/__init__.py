@@ -1,4 +1,4 @@
-"""Processes and sharded tensors: the process group, small collectives, shards, work split over ranks by layer."""
+"""Processes and sharded tensors: the process group, small collectives, shards, work distributed by layer."""
 
 from lrtrain.distributed.world import start, stop
 

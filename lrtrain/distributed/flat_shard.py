@@ -1,8 +1,8 @@
-"""Tensors that are cut anywhere: what ZeRO's partitions hold of a parameter, as a DTensor is what FSDP2's shards hold.
+"""Tensors sharded by ranges of entries, for ZeRO's partitions, as DTensors are for FSDP2's shards.
 
-A process has a range of the tensor's entries in row-major order. Checkpoints know rectangles alone; such a range of a
-matrix is three at the most: the end of a row, whole rows, the beginning of a row. So it is saved and loaded in the form
-that all engines share, and no process ever holds more than its range.
+A process has a range of the tensor's entries in row-major order. Checkpoints store rectangles; a range of a
+matrix is at most three: the end of a row, whole rows, the beginning of a row. So a FlatShard is saved and loaded in the
+same form under all engines, and no process ever holds more than its range.
 """
 
 import math
@@ -19,15 +19,16 @@ aten = torch.ops.aten
 
 
 class FlatShard(Tensor):
-    """A tensor of which each process has a range of entries; all processes share it.
+    """A tensor of which each process has a range of entries.
 
-    It has the whole tensor's shape and no arithmetic of its own: see `local`, `whole` and `whole_at` of layers/base.py.
+    It has the unsharded tensor's shape but no arithmetic: see `local`, `whole` and `whole_at` of
+    distributed/sharding.py.
 
     Args:
-        part: the entries here, 1-D: a view of where they are kept.
-        shape: of the whole tensor.
+        part: this process's entries, 1-D: a view of their storage.
+        shape: shape of the unsharded tensor.
         bounds: process i has the entries bounds[i] … bounds[i+1] − 1.
-        home: where the model computes and whole tensors are made; the part may be offloaded to the host's memory.
+        home: the device of unsharded tensors; the part may be offloaded to host memory.
     """
 
     part: Tensor
@@ -50,44 +51,44 @@ class FlatShard(Tensor):
             return args[0].with_part(args[0].part)
         if func is aten.clone.default:
             return args[0].with_part(args[0].part.clone())
-        if func in (aten.empty_like.default, aten.new_empty.default):  # of the same shape: there are no others
+        if func in (aten.empty_like.default, aten.new_empty.default):  # always of the same shape
             options = {key: kwargs[key] for key in ("dtype", "device") if kwargs.get(key) is not None}
             return args[0].with_part(torch.empty_like(args[0].part, **options))
         raise NotImplementedError(f"{func} of a FlatShard: use its local part or the whole tensor")
 
     def with_part(self, part: Tensor) -> "FlatShard":
-        """Another tensor of this shape, cut alike."""
+        """Another tensor of this shape, sharded in the same way."""
         return FlatShard(part, self.shape, self.bounds, self.home)
 
     @property
     def first(self) -> int:
-        """Which entry of the whole is the first one here."""
+        """The index of this process's first entry in the unsharded tensor."""
         return self.bounds[dist.get_rank()]
 
     def to_local(self) -> Tensor:
-        """The entries here (1-D), not a copy."""
+        """This process's entries (1-D), not a copy."""
         return self.part
 
     def cut(self, whole: Tensor) -> Tensor:
-        """The entries of a whole tensor that lie here (1-D)."""
+        """This process's entries (1-D) of an unsharded tensor."""
         return whole.reshape(-1)[self.first : self.first + self.part.numel()].to(self.part.device)
 
     def full_tensor(self) -> Tensor:
-        """The whole tensor; a collective."""
+        """The unsharded tensor; a collective."""
         padded = self._padded()
         found = padded.new_empty(len(padded) * (len(self.bounds) - 1))
         dist.all_gather_single(found, padded)
         return self._joined([*found.split(len(padded))])
 
     def gathered_at(self, owner: int) -> Tensor | None:
-        """The whole tensor on process `owner`, None on the others; a collective."""
+        """The unsharded tensor on process `owner`, None on the others; a collective."""
         padded = self._padded()
         parts = [torch.empty_like(padded) for _ in self.bounds[1:]] if owner == dist.get_rank() else None
         dist.gather(padded, parts, dst=owner)
         return None if parts is None else self._joined(parts)
 
     def _padded(self) -> Tensor:
-        """The part, as long as the longest one."""
+        """The part, padded to the length of the longest one."""
         most = max(end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False))
         padded = self.part.new_zeros(most)
         padded[: self.part.numel()] = self.part
@@ -98,7 +99,8 @@ class FlatShard(Tensor):
         joined = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
         return joined.to(self.home).view(self.shape)
 
-    # --- as torch.distributed.checkpoint wants it --------------------------------------------------------------------
+    # --- the interface of torch.distributed.checkpoint
+    # --------------------------------------------------------------------
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.part)
@@ -137,7 +139,7 @@ def rectangles(shape: Sequence[int], first: int, last: int) -> Iterator[tuple[tu
         return
     size = math.prod(shape[1:])
     begin, end = -(-first // size), last // size  # whole rows
-    if begin > end:  # within a row
+    if begin > end:  # a range within one row
         yield from _in_row(shape, end, first - end * size, last - end * size)
         return
     yield from _in_row(shape, begin - 1, first - (begin - 1) * size, size)
@@ -152,5 +154,5 @@ def _in_row(shape: Sequence[int], row: int, first: int, last: int) -> Iterator[t
 
 
 def placed_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have one shape and a process has the same entries of both."""
+    """Whether two tensors have the same shape and sharding."""
     return one.shape == other.shape and getattr(one, "bounds", None) == getattr(other, "bounds", None)

@@ -1,9 +1,8 @@
-"""Every process leaves a sign of life and of where it is; one that falls silent ends the run, by name.
+"""Heartbeats: each process regularly reports its position; a silent process is named, and the run ended.
 
-A collective waits for the process that does not come, and cannot say which one that is: it may be stopped, its host
-may be gone. So a thread of each process writes a note into the store that they met at; the main process reads all
-notes, the others read the main process's. The thread goes on whatever the main thread does: it works with any
-backend, and a process that works for long is not taken for one that is gone.
+A collective waits for a missing process (suspended, or its host is gone) without naming it. So a thread of each process
+writes a note into the rendezvous store; the main process reads all notes, the others read the main process's. The
+thread runs independently of the main thread: it works with any backend, and a busy process is not taken for a lost one.
 """
 
 import itertools
@@ -22,21 +21,21 @@ from lrtrain.errors import RunFailed
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TORCH = Path(dist.__file__).parent
-COLLECTIVES = ("collectives.py", "world.py", "gloo.py", "shared_memory.py")  # ours: who called them is of interest
+COLLECTIVES = ("collectives.py", "world.py", "gloo.py", "shared_memory.py")  # report their caller instead
 OVER = "over"
 
 _runs = itertools.count()
 
 
 class Heartbeat:
-    """The notes of one run; a context, entered and left by all processes. A process alone has none.
+    """The heartbeat of one run; a context that all processes enter and leave. Without effect for a single process.
 
     Args:
-        minutes: without a new note before the run is ended, counted in beats of the reader: while it stood still itself
-            no time passes.
+        minutes: time without a new note after which the run is ended, counted in beats of the reader, so that time in
+            which the reader itself was suspended does not count.
 
     Raises:
-        RunFailed: on leaving it because a collective timed out, with where each process is.
+        RunFailed: if a collective timed out within the context, with the position of each process.
     """
 
     def __init__(self, world: World, minutes: float):
@@ -50,7 +49,7 @@ class Heartbeat:
 
     def __enter__(self) -> "Heartbeat":
         if self.world.size > 1:
-            # A connection of its own: this one can ask while the main thread waits for an answer.
+            # A separate connection, usable while the main thread waits for an answer on its own.
             self._store = dist.PrefixStore(self._prefix, rendezvous().clone())  # pyright: ignore[reportAttributeAccessIssue]
             self._store.set_timeout(timedelta(seconds=self.every))
             self._write(f"start {self._who()} at its start")
@@ -84,11 +83,11 @@ class Heartbeat:
     def _write(self, note: str) -> None:
         try:
             self._store.set(f"{self.world.dist_rank}", note)
-        except RuntimeError:  # the store is gone, or the process that keeps it
+        except RuntimeError:  # the store, or the process that hosts it, is gone
             pass
 
     def _read(self, processes: list[int]) -> dict[int, str]:
-        """The notes of processes; nothing if the store does not answer."""
+        """The notes of processes; empty if the store does not answer."""
         try:
             found = self._store.multi_get([f"{process}" for process in processes])
         except RuntimeError:
@@ -99,12 +98,12 @@ class Heartbeat:
         return f"(host {socket.gethostname()}, pid {os.getpid()})"
 
     def _note(self) -> str:
-        """Who this is and where it is."""
+        """The identity and position of this process."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         return f"{self._who()} at step {self.step + 1} in {place(frame)}"
 
     def _end(self, lost: dict[int, str]) -> None:
-        """Tell of the silent processes, once for all, and end this one; torchrun or the scheduler ends the others."""
+        """Print the silent processes, once, and end this process; torchrun or the scheduler ends the others."""
         self._tell(
             f"no sign of life for train.timeout_minutes={self.minutes:g} of {_listed(lost)}, while process "
             f"{self.world.dist_rank} is {self._note()}"
@@ -132,8 +131,8 @@ class Heartbeat:
 
 
 def place(frame: FrameType | None) -> str:
-    """Where a thread is: `all_reduce of train.py:_step` names the innermost function of torch.distributed, as it is
-    in a collective, and ours that called it."""
+    """The position of a thread, e.g. `all_reduce of train.py:_step`: the function of torch.distributed if it is in a
+    collective, and the lrtrain function that called it."""
     collective = None
     while frame is not None:
         path = Path(frame.f_code.co_filename)

@@ -71,7 +71,7 @@ def _broadcast_batch(batch: Sequence[str], mine: Values | None) -> Iterator[tupl
 def _broadcast(values: Values | None, owner: int) -> Values:
     """Rank `owner`'s named tensors, on every rank; the others pass None.
 
-    Scalars travel with the names: a broadcast for each would take longer than to compute most of them."""
+    Scalars are sent with the names: a broadcast for each would take longer than computing most of them."""
     box: list[Any] = [values and {name: _header(tensor) for name, tensor in values.items()}]
     dist.broadcast_object_list(box, src=owner)
     received = {}
@@ -87,6 +87,6 @@ def _broadcast(values: Values | None, owner: int) -> Values:
 
 
 def _header(tensor: Tensor) -> Tensor | tuple[torch.Size, torch.dtype, str]:
-    """A scalar on the CPU itself; of any other tensor what it takes to allocate one like it."""
+    """A CPU scalar itself; for other tensors shape, dtype and device, to allocate a receive buffer."""
     scalar = tensor.ndim == 0 and tensor.device.type == "cpu"
     return tensor if scalar else (tensor.shape, tensor.dtype, tensor.device.type)

@@ -1,4 +1,4 @@
-"""Tensors that are sharded over processes: their local part, the whole, and whole values put into shards."""
+"""Sharded tensors: local part, unsharded tensor, and copying unsharded values into shards."""
 
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -12,14 +12,14 @@ from lrtrain.distributed.flat_shard import FlatShard
 
 
 def take_over(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy whole values into the module's parameters, of which each process keeps its shards, and buffers, by name."""
+    """Copy unsharded values, by name, into the module's parameters (each process keeps its shards) and buffers."""
     state = dict(module.named_parameters()) | dict(module.named_buffers())
     for key, value in values.items():
         keep_shard(state[key], value)
 
 
 def keep_shard(parameter: Tensor, value: Tensor) -> None:
-    """Copy into the parameter (or moment, or buffer) its part of the whole `value`; no communication."""
+    """Copy this process's part of the unsharded `value` into the parameter (or moment, or buffer); no communication."""
     if isinstance(parameter, FlatShard):
         parameter.to_local().copy_(parameter.cut(value))
     elif isinstance(parameter, DTensor):
@@ -45,10 +45,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def twin(module: M, tensor_for: Callable[[Tensor], Tensor | None]) -> M:
-    """The module with other tensors in place of its parameters, not trained unless they are parameters themselves;
+    """A twin of the module with other tensors in place of its parameters (not trained unless they are parameters);
     buffers are shared with the original."""
     changed = {name: p if p is None else tensor_for(p) for name, p in module._parameters.items()}
-    found = object.__new__(type(module))  # not copy.copy, by which FSDP's classes would construct a module anew
+    found = object.__new__(type(module))  # not copy.copy, which calls the constructor of FSDP's classes
     found.__dict__ = dict(module.__dict__)
     found._parameters = {
         name: t if t is None or isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False)
@@ -59,19 +59,19 @@ def twin(module: M, tensor_for: Callable[[Tensor], Tensor | None]) -> M:
 
 
 def gathered(module: M, owner: int) -> M | None:
-    """A twin of the module whose parameters are whole plain tensors on the process `owner`; None on the others.
+    """A twin of the module with unsharded plain tensors as parameters on process `owner`; None on the others.
 
-    A collective: all processes of the mesh must call it. Buffers are shared with the original, nothing is trained.
+    A collective of all processes of the mesh. Buffers are shared with the original; the twin is not trained.
     """
     found = twin(module, lambda p: whole_at(p, owner))
     return found if owner == (dist.get_rank() if dist.is_initialized() else 0) else None
 
 
 def whole_at(tensor: Tensor, owner: int) -> Tensor | None:
-    """The unsharded tensor on the process `owner`, detached; None on the others, which never hold more than shards.
+    """The unsharded tensor on process `owner`, detached; None on the others, which never hold more than their shards.
 
-    Shards are of dimension 0, along the last dimension of the mesh, as FSDP2 makes them, or ranges of entries; a
-    collective of each group.
+    A collective of each group. Shards are along dimension 0 and the last dimension of the mesh (FSDP2), or ranges of
+    entries (ZeRO).
     """
     if isinstance(tensor, FlatShard):
         return tensor.gathered_at(owner)
@@ -81,7 +81,7 @@ def whole_at(tensor: Tensor, owner: int) -> Tensor | None:
     members = dist.get_process_group_ranks(group)
     if owner not in members:
         return None
-    rows = -(-tensor.shape[0] // len(members))  # of all shards but the last ones
+    rows = -(-tensor.shape[0] // len(members))  # per shard, except for the last ones
     mine = tensor.to_local().detach()
     padded = mine.new_zeros(rows, *tensor.shape[1:])
     padded[: len(mine)] = mine

@@ -1,4 +1,4 @@
-"""How many threads a process computes with: what the user says, or its share of the cores that it may use."""
+"""The number of threads of a process: the user's setting, or its share of the available cores."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def thread_count(local_size: int) -> tuple[int, str]:
-    """Threads of each of `local_size` processes on this host, and why so many."""
+    """Threads per process for `local_size` processes on this host, and the reason for the number."""
     if (asked := threads_asked_for(local_size)) is not None:
         return asked, f"OMP_NUM_THREADS={asked}"
     cores, quota = usable_cores(), cpu_quota()
@@ -17,11 +17,11 @@ def thread_count(local_size: int) -> tuple[int, str]:
 
 
 def threads_asked_for(local_size: int) -> int | None:
-    """OMP_NUM_THREADS as the user set it; None if there is none, or it is torchrun's own.
+    """OMP_NUM_THREADS as set by the user; None if it is not set, or was set by torchrun.
 
-    torchrun sets it to 1 for several processes where it is not set. Where that cannot be told, a 1 is taken for its.
+    torchrun sets it to 1 for several processes if it is unset. If that cannot be determined, 1 counts as torchrun's.
     """
-    value = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # a list is for nested regions
+    value = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # may be a list, for nested regions
     if not value.isdigit() or int(value) < 1:
         return None
     if "TORCHELASTIC_RUN_ID" in os.environ and local_size > 1 and value == "1" and not _torchrun_was_given_it():
@@ -30,7 +30,7 @@ def threads_asked_for(local_size: int) -> int | None:
 
 
 def _torchrun_was_given_it() -> bool:
-    """Whether the environment that torchrun, our parent, was started with has OMP_NUM_THREADS."""
+    """Whether torchrun (the parent process) was started with OMP_NUM_THREADS in its environment."""
     try:
         given = Path(f"/proc/{os.getppid()}/environ").read_bytes()
     except OSError:
@@ -39,14 +39,14 @@ def _torchrun_was_given_it() -> bool:
 
 
 def usable_cores() -> int:
-    """Cores that the scheduler may give this process."""
+    """The number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> float | None:
-    """How many cores' time the control groups of this process grant it (Linux, versions 1 and 2); None: no limit."""
+    """The CPU quota of this process's control groups in cores (Linux, versions 1 and 2); None: no limit."""
     try:
         lines = groups.read_text().splitlines()
     except OSError:
@@ -56,7 +56,8 @@ def cpu_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) ->
 
 
 def _folders(line: str, root: Path) -> list[Path]:
-    """Where a line `id:controllers:path` of /proc/self/cgroup has its limits: a limit of a parent holds as well."""
+    """The control group folders for a line `id:controllers:path` of /proc/self/cgroup, with parents, whose limits
+    apply too."""
     _, controllers, path = line.split(":", 2)
     if controllers and "cpu" not in controllers.split(","):
         return []

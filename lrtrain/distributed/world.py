@@ -18,7 +18,7 @@ from lrtrain.distributed.threads import thread_count
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands among the others."""
+    """This process among the others."""
 
     dist_rank: int
     local_rank: int
@@ -27,7 +27,7 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this is the one process that prints and writes files."""
+        """Whether this is the main process, which prints and writes files."""
         return self.dist_rank == 0
 
 
@@ -46,25 +46,24 @@ _runs = itertools.count()
 
 @functools.cache
 def rendezvous() -> dist.Store:
-    """The store that torchrun's processes meet at, or one for a process alone."""
+    """torchrun's rendezvous store, or a new store for a single process."""
     return next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
 
 
 def first_to_say(sentence: str) -> bool:
-    """Whether no other process has asked this of the same sentence before: so that it is said once."""
+    """Whether this is the first process to call it with this sentence, so that it is printed once."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
         return rendezvous().add(f"said in attempt {attempt}: {sentence}", 1) == 1
-    except RuntimeError:  # the store is gone, and with it whoever might have said it
+    except RuntimeError:  # the store is gone, and with it the other processes
         return True
 
 
 def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
     """Join the process group (of one, without torchrun) and set device and threads (`thread_count`).
 
-    A collective fails after twice `timeout_minutes`: before that a process without a sign of life is found, and named
-    (`lrtrain.distributed.heartbeat`). On a CPU freed memory is kept for the next step (see `keep_freed_memory`) unless
-    `save_memory`.
+    A collective fails after twice `timeout_minutes`; before that, the heartbeat names a silent process. On a CPU freed
+    memory is kept for the next step (see `keep_freed_memory`) unless `save_memory`.
     """
     size, local_size = environment_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -76,7 +75,7 @@ def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
     else:
         device, backend = torch.device("cpu"), "gloo"
         give_back_freed_memory() if save_memory else keep_freed_memory()
-    # A prefix of its own for each group: a second run in the same processes must not find the first one's keys.
+    # A separate prefix for each group: a second run in the same processes must not find the first one's keys.
     store = dist.PrefixStore(f"run {next(_runs)}", rendezvous())
     timeout = timedelta(minutes=2 * timeout_minutes)
     dist.init_process_group(backend, store=store, rank=environment_rank(), world_size=size, timeout=timeout)
@@ -87,7 +86,7 @@ def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
 
 @functools.cache
 def say_once(sentence: str) -> None:
-    """Print a sentence that the jobs of a sweep have in common."""
+    """Print a sentence once, even if several jobs of a sweep print it."""
     print(sentence, flush=True)
 
 

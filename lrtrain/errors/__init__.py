@@ -1,4 +1,4 @@
-"""The errors that are told in one sentence, without a traceback."""
+"""Errors that are printed as one sentence, without a traceback."""
 
 
 class ConfigError(ValueError):
@@ -9,7 +9,7 @@ class ConfigError(ValueError):
 
 
 class RunFailed(RuntimeError):
-    """One sentence that says why a run came to no good end, and how to go on.
+    """One sentence that says why a run failed, and how to continue.
 
     `launch/pretrain.py` prints it from one process, without a traceback, and exits with code 1.
     """

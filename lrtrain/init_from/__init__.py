@@ -1,1 +1,1 @@
-"""A start from trained weights: reading them, allocating ranks, fitting each layer."""
+"""Starting from trained weights: reading them, allocating ranks, fitting each layer."""

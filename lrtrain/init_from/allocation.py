@@ -1,8 +1,8 @@
-"""Ranks for each matrix from its measured spectrum, so that all factors together meet a budget of parameters.
+"""Allocating a budget of parameters as ranks of matrices, from their spectra.
 
-One threshold for all matrices decides: a matrix gets a large rank where its spectrum is flat, a small one where few
-values hold most of it. By `energy` a value counts by the share of Σσ² that is left when the larger ones are taken; by
-`tail` by WeLore's normalized value (Jaiswal et al., arXiv 2407.11239).
+All matrices share one threshold: a matrix with a flat spectrum gets a large rank, one with a few dominant values a
+small rank. The score of a value is the share of Σσ² that it and smaller values hold (`energy`), or WeLore's normalized
+value (`tail`; Jaiswal et al., arXiv 2407.11239).
 """
 
 import math
@@ -33,17 +33,17 @@ SCORES: Mapping[str, Callable[[Tensor], Tensor]] = {"energy": energy_scores, "ta
 def allocate(spectra: Mapping[str, Tensor], shapes: Mapping[str, Shape], budget: float, by: str) -> dict[str, int]:
     """A rank r ≥ 1 for each matrix, with Σ r(out + in) ≤ budget·Σ out·in.
 
-    Every matrix has rank 1 at first. Then the values of all matrices are taken in the order of their scores; a matrix
-    whose next value does not fit any more takes no further ones, the others go on, so the budget is met to within the
-    largest out + in, or every matrix has as many as its spectrum has values.
+    Every matrix starts with rank 1. The values of all matrices are then added in the order of their scores; a matrix
+    whose next value does not fit gets no more. So the budget is met to within the largest out + in, unless every matrix
+    has full rank.
 
     Args:
-        spectra: singular values, descending, by name; as many as a rank may have at the most.
+        spectra: singular values, descending, by name; their number is the largest rank.
         shapes: (out, in) by name.
         by: `energy` or `tail`.
 
     Raises:
-        ValueError: for a budget that rank 1 everywhere exceeds, and a spectrum that is zero or not finite.
+        ValueError: if rank 1 everywhere exceeds the budget, or a spectrum is zero or not finite.
     """
     for name, sigma in spectra.items():
         if not torch.isfinite(sigma).all() or not sigma[0] > 0:
@@ -53,7 +53,7 @@ def allocate(spectra: Mapping[str, Tensor], shapes: Mapping[str, Shape], budget:
         raise ValueError(f"a budget of {budget:g} is too small: rank 1 in every matrix needs more")
     values = [
         (-float(score), name) for name, sigma in spectra.items() for score in SCORES[by](sigma)[1:]
-    ]  # the first value of each is taken
+    ]  # without the first value of each, which is included already
     ranks, closed = dict.fromkeys(spectra, 1), set()
     for _, name in sorted(values):
         cost = sum(shapes[name])

@@ -1,6 +1,6 @@
-"""What the linears of a dense model read in a text: the second moment of each one's inputs, streamed.
+"""Calibration: second moments of the inputs of a dense model's linear layers on a text, streamed.
 
-No inputs are kept. Linears with the same input (q, k and v; gate and up) share one moment, which one process holds.
+Inputs are not stored. Layers with the same input (q, k and v; gate and up) share one moment, which one process holds.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from lrtrain.distributed.world import World
 
 @dataclass
 class Moment:
-    """Of the inputs x (in,) of a linear, over `count` tokens."""
+    """Moments of the inputs x (in,) of a linear layer, over `count` tokens."""
 
     products: Tensor
     """Σ x xᵀ (in, in), float64."""
@@ -37,7 +37,7 @@ class Moment:
 
 @contextmanager
 def watching(linears: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Within it each forward pass calls `see(name, x)` with the input x (…, in) of each linear."""
+    """Within the context, each forward pass calls `see(name, x)` with the input x (…, in) of each linear layer."""
     hooks = [linear.register_forward_pre_hook(partial(_tell, see, name)) for name, linear in linears.items()]
     try:
         yield
@@ -52,7 +52,7 @@ def _tell(see: Callable[[str, Tensor], None], name: str, linear: nn.Module, argu
 
 @torch.no_grad()
 def input_groups(model: nn.Module, linears: Mapping[str, nn.Module], row: Tensor) -> dict[str, list[str]]:
-    """The linears that read the same tensor, under the name of the first: told by one pass over `row` (1, tokens)."""
+    """Groups of linear layers with the same input, by the name of the first, from one pass over `row` (1, tokens)."""
     groups: dict[str, list[str]] = {}
     seen: dict[int, tuple[str, Tensor]] = {}  # the tensors stay alive, so that no two have the same id
 
@@ -69,18 +69,19 @@ def input_groups(model: nn.Module, linears: Mapping[str, nn.Module], row: Tensor
 def second_moments(
     model: nn.Module, linears: Mapping[str, nn.Module], rows: Tensor, batch_size: int, world: World
 ) -> dict[str, Moment]:
-    """The moments of the inputs of `linears`, of those that are this process's: the i-th one is process i mod size's.
+    """The input moments of the `linears` that this process owns (process i mod size owns the i-th).
 
-    A collective. Every batch's products are summed over the processes at once, so none holds more than its own and one.
+    A collective. The products of each batch are reduced immediately, so a process holds only its own moments and one
+    more.
 
     Args:
-        rows: this process's token ids (sequences, tokens), as many on each.
+        rows: this process's token ids (sequences, tokens), the same number on each process.
     """
     owners = {name: i % world.size for i, name in enumerate(linears)}
     found: dict[str, Moment] = {}
 
     def see(name: str, x: Tensor) -> None:
-        x = x.flatten(0, -2).double()  # in float32 the sum has negative eigenvalues where inputs are dependent
+        x = x.flatten(0, -2).double()  # in float32 the sum of dependent inputs would have negative eigenvalues
         tokens = len(x) * world.size
         products, total = x.T @ x, x.sum(0)
         for part in (products, total):

@@ -1,4 +1,4 @@
-"""A run's start from trained weights: their ranks within a budget, and the values of each layer.
+"""Starting a run from source weights: the ranks within a budget, and the values of each layer.
 
 One rank computes the values of a layer and broadcasts them; each rank keeps its shards.
 """
@@ -36,7 +36,7 @@ Compute = Callable[[str, Fit, Moment | None], Values]
 
 
 def named_code(config: Config) -> set[str]:
-    """What the command itself lets run, for the origin too: its `_target_`s, and a model.path that brings code."""
+    """Code that the command trusts, also for source weights: its `_target_`s, and a model.path with code."""
     own = {str(target) for _, target in stored_targets(as_dict(config))}
     return own | ({str(config.model.path)} if config.model.trust_remote_code else set())
 
@@ -87,9 +87,9 @@ class Start:
             )
 
     def _calibrate(self, dense: PreTrainedModel) -> None:
-        """Run the dense model over the first sequences of the training text."""
+        """Compute the layers' input moments on the first sequences of the training text."""
         world = self.world
-        text = prepare_data(self.config.data, self.config.train.seed).train  # not the run's, which may be a stream
+        text = prepare_data(self.config.data, self.config.train.seed).train  # the run's may be a stream
         rows = text.batch(0, self.settings.sequences, world.dist_rank, world.size)[:, :-1]
         model = dense_model(dense, self.origin.tensor, self.config.train.seed, world)
         watched = {name: model.get_submodule(name) for name in self.groups}
@@ -114,7 +114,7 @@ class Start:
             ) from error
 
     def fill(self, state: Mapping[str, Tensor]) -> None:
-        """Give the tensors of the model's state, whole or shards, their values in place."""
+        """Fill the (maybe sharded) tensors of the model's state in place."""
         model = make_model(self.config, self.rank_plan)
         layers, firsts = factorized_layers(model), first_names(model)
         inside = tuple(f"{name}." for name in layers)
@@ -136,7 +136,7 @@ class Start:
             values[key] = self.origin.tensor(f"{name}.bias").to(weight)
             if moment is not None and self.settings.affine:
                 take_over(layer, values)
-                values[key] += (weight - layer.dense_weight()) @ moment.mean  # the outputs keep their mean
+                values[key] += (weight - layer.dense_weight()) @ moment.mean  # keeps the mean of the outputs
         return values
 
     def _spectrum(self, name: str, fit: Fit, moment: Moment | None) -> Values:
@@ -155,7 +155,7 @@ class Start:
 
         def of_group(leader: str) -> Values:
             moment = self.moments.get(leader)
-            with one_thread():  # so that values are the same on any number of processes
+            with one_thread():  # so that values do not depend on the number of processes
                 fit = Fit() if moment is None else Fit(moment.centred() if self.settings.affine else moment.products)
                 found = {name: compute(name, fit, moment) for name in self.groups[leader]}
             return {f"{name}/{key}": value for name, values in found.items() for key, value in values.items()}
@@ -166,7 +166,7 @@ class Start:
 
 
 def check_layers(layers: Mapping[str, FactorizedLinear], affine: bool) -> None:
-    """Raises ConfigError where a layer (on meta) has no start from a weight, or no bias for an affine fit."""
+    """Raises ConfigError if a layer (on meta) cannot start from a weight, or has no bias for an affine fit."""
     for name, layer in layers.items():
         try:
             if type(layer).start_from is FactorizedLinear.start_from:
@@ -184,7 +184,7 @@ def bias_of(layer: FactorizedLinear) -> str | None:
 
 
 def beside_factors(layer: FactorizedLinear) -> int:
-    """Numbers that a layer holds whatever its rank: all but those of r(out + in) and the bias."""
+    """The number of values in a layer besides its factors' r(out + in) and the bias, for any rank."""
     own = sum(p.numel() for name, p in layer.named_parameters() if name != bias_of(layer))
     return own - layer.rank * (layer.out_features + layer.in_features)
 

@@ -1,1 +1,1 @@
-"""Linear algebra of matrices and factors: singular values, nearest factors, random draws, the cosine transform."""
+"""Linear algebra of matrices and factors: singular values, nearest factors, random values, the cosine transform."""

@@ -1,4 +1,4 @@
-"""The discrete cosine transform of rows: the dictionary from which DCT-AdamW and Trion take their columns.
+"""The discrete cosine transform of rows, the basis of DCT-AdamW and Trion.
 
 D (n, n) has the columns D[j, k] = cₖ √(2/n) cos(π(2j + 1)k / 2n), c₀ = 1/√2, else cₖ = 1: column k is the cosine of
 frequency k, the first one constant, and D is orthonormal. (What Modoranu et al., arXiv 2505.17967, call Dᵀ.) D itself
@@ -22,7 +22,7 @@ def dct(x: Tensor) -> Tensor:
 
 
 def inverse_dct(spectrum: Tensor) -> Tensor:
-    """`spectrum` Dᵀ (rows, n): the rows that have this transform."""
+    """`spectrum` Dᵀ (rows, n), the inverse of `dct`."""
     if not len(spectrum):
         return spectrum.clone()
     n = spectrum.shape[1]

@@ -1,4 +1,4 @@
-"""Singular values of one matrix, given as two factors or as itself, in float64 whatever the storage."""
+"""Singular values of a matrix, given as two factors or directly, computed in float64."""
 
 import torch
 from torch import Tensor

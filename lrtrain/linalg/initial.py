@@ -1,4 +1,4 @@
-"""Initial values that several parameterizations share."""
+"""Initial values shared by several parameterizations."""
 
 import math
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread: the rounding of BLAS and LAPACK depends on their number; initial values must not."""
+    """Compute with one thread, because rounding in BLAS and LAPACK depends on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -36,7 +36,7 @@ def orthonormal(rows: int, cols: int, generator: torch.Generator) -> Tensor:
 
 
 def gaussian_spectrum(m: int, n: int, std: float) -> Tensor:
-    """Singular values that an (m, n) matrix of N(0, std²) entries has in the limit of large shapes, descending.
+    """The singular values (descending) of an (m, n) matrix of N(0, std²) entries, in the limit of large shapes.
 
     With N = max(m, n) and M = min(m, n) the density of s = σ / (std √N) on [1 - √β, 1 + √β], β = M/N, is
     √((b - s²)(s² - a)) / (π β s) with a, b = (1 ∓ √β)² (Marchenko and Pastur, 1967); the i-th of M values is taken
@@ -56,10 +56,10 @@ def gaussian_spectrum(m: int, n: int, std: float) -> Tensor:
 
 
 def gaussian_svd(m: int, n: int, rank: int, std: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading part U (m, rank), S (rank,) float64, V (n, rank) of the SVD of a dense N(0, std²) draw.
+    """The leading part U (m, rank), S (rank,) float64, V (n, rank) of the SVD of a random N(0, std²) matrix.
 
-    The singular vectors of a Gaussian matrix are Haar-distributed and independent of its singular values, so they
-    are drawn directly and the values taken from their limit law: no SVD of an m×n matrix.
+    The singular vectors of a Gaussian matrix are Haar-distributed and independent of its singular values. So vectors
+    are drawn directly and values taken from their limit law, without an SVD of an m×n matrix.
     """
     with one_thread():
         left, right = orthonormal(m, rank, generator), orthonormal(n, rank, generator)
@@ -67,8 +67,8 @@ def gaussian_svd(m: int, n: int, rank: int, std: float, generator: torch.Generat
 
 
 def spectral_factors(m: int, n: int, rank: int, std: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """B (m, rank) = U √S and A (rank, n) = √S Vᵀ with BA distributed as the best rank-`rank` part of a dense
-    N(0, std²) draw; see `gaussian_svd`."""
+    """B (m, rank) = U √S and A (rank, n) = √S Vᵀ with BA distributed like the best rank-`rank` approximation of a
+    random N(0, std²) matrix; see `gaussian_svd`."""
     left, sigma, right = gaussian_svd(m, n, rank, std, generator)
     root = sigma.sqrt().float()
     return left * root, (right * root).T.contiguous()

@@ -1,4 +1,4 @@
-"""The nearest factors to a matrix that is known: where a layer starts that takes the place of a trained W.
+"""The nearest factors to a given matrix, to initialize a layer from a trained W.
 
 Near in the weights, min ‖W − W'‖_F, or in the outputs over a text, min Σ ‖W x − W' x‖² = ‖(W − W')L‖_F² for the second
 moment C = Σ x xᵀ = LLᵀ of its inputs. The best W' of rank r is U_r U_rᵀ W with the leading left singular vectors U_r of
@@ -14,11 +14,11 @@ from lrtrain.linalg.factors import dense_singular_values
 from lrtrain.linalg.initial import best_factors
 
 RIDGE = 1e-8
-"""Of C's mean eigenvalue, added to C: inputs that the text never had count a little, and L exists."""
+"""Share of C's mean eigenvalue added to C, so that unseen inputs have a small weight and L exists."""
 ROUNDS = 4
-"""Of the alternation between a low-rank and a sparse part, which has converged to a few parts in a thousand by then."""
+"""Rounds of alternation between low-rank and sparse part; converged to a few parts in a thousand."""
 PIECE = 2**24
-"""Numbers at a time in which small systems are solved."""
+"""Numbers held at a time when solving small systems."""
 
 
 class Fit:
@@ -41,11 +41,11 @@ class Fit:
         return float(self._seen(difference.double()).norm())
 
     def spectrum(self, weight: Tensor) -> Tensor:
-        """The min(out, in) singular values of W L, descending, float64: what the best W' of rank r drops."""
+        """The min(out, in) singular values of W L, descending, float64; the best W' of rank r drops those after r."""
         return dense_singular_values(self._seen(weight.double()))
 
     def low_rank(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """B (out, r) and A (r, in), float64, with the nearest BA of rank r; what matters most comes first, and columns
+        """B (out, r) and A (r, in), float64, with the nearest BA of rank r; leading directions come first, and columns
         of B and rows of A have equal norms."""
         weight = weight.double()
         if self.root is None:
@@ -72,7 +72,7 @@ class Fit:
         return torch.cat(pieces)[padded >= 0] if most else residual.new_empty(0)
 
     def _solve(self, residual: Tensor, columns: Tensor) -> Tensor:
-        """For each row the s on its columns (rows, k) with C[Ω, Ω] s = C[Ω, :] R_rowᵀ; zero where there is none."""
+        """For each row the s on its columns (rows, k) with C[Ω, Ω] s = C[Ω, :] R_rowᵀ; zero for padding."""
         assert self.moment is not None
         there, columns = columns >= 0, columns.clamp_min(0)
         both = there[:, :, None] & there[:, None, :]
@@ -82,7 +82,7 @@ class Fit:
         return torch.linalg.solve(gram, wanted[:, :, None])[:, :, 0]
 
     def weighted(self, residual: Tensor) -> Tensor:
-        """|R_ij|√C_jj (out, in): what each entry of the residual does to the outputs by itself."""
+        """|R_ij|√C_jj (out, in): the effect of each entry of the residual on the outputs."""
         return residual.abs() if self.moment is None else residual.abs() * self.moment.diagonal().sqrt()
 
     def _seen(self, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""How far two subspaces agree: principal angles and overlap.
+"""Comparing subspaces: principal angles and overlap.
 
 Björck & Golub, "Numerical methods for computing angles between linear subspaces", 1973. Two random subspaces of
-dimension k in d dimensions overlap by k/d: a measured overlap says something only beyond that.
+dimension k in d dimensions have an overlap of k/d, the baseline for a measured overlap.
 """
 
 import math
@@ -20,7 +20,8 @@ def leading_basis(matrix: Tensor, k: int) -> Tensor:
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """The k angles (radians, ascending) between the spaces of two orthonormal bases (d, k).
 
-    Large ones from their cosines, small ones from their sines: the arccosine knows no angle below √eps.
+    Large angles from their cosines, small ones from their sines, because the arccosine cannot resolve angles below
+    √eps.
     """
     first, second = first.double(), second.double()
     shared = first.T @ second
@@ -35,6 +36,6 @@ def overlap(first: Tensor, second: Tensor) -> float:
 
 
 def relative_gap(sigma: Tensor, k: int) -> float:
-    """(σ_k − σ_{k+1})/σ_k: below some 5 % the space of the k leading vectors is hardly defined."""
+    """(σ_k − σ_{k+1})/σ_k: below about 5 % the space of the k leading vectors is ill-defined."""
     following = float(sigma[k]) if k < len(sigma) else 0.0
     return 1 - following / float(sigma[k - 1])

@@ -1,1 +1,1 @@
-"""What a run will take before it runs: memory, traffic, steps of a budget."""
+"""Planning a run: memory, traffic, and the steps of a FLOPs budget."""

@@ -1,4 +1,4 @@
-"""Runs at equal FLOPs: as many steps as a budget pays for. (For equal parameters there is a rule of `param.rank`.)"""
+"""Runs at equal FLOPs: the number of steps for a budget. (For equal parameters see `param.rank`.)"""
 
 from dataclasses import replace
 
@@ -9,10 +9,10 @@ from lrtrain.model.flops import training_flops
 
 
 def spend(config: Config) -> Config:
-    """The configuration with as many steps as `train.flops` pays for, if it is set.
+    """The configuration with the number of steps that `train.flops` allows, if it is set.
 
     Raises:
-        ConfigError: if it does not pay for one.
+        ConfigError: if it is below one step.
     """
     budget, train = config.train.flops, config.train
     if budget is None:

@@ -1,4 +1,4 @@
-"""What a run would need, told without allocating anything: parameters, memory per process, FLOPs, tokens."""
+"""The plan of a run, without allocating anything: parameters, memory per process, FLOPs, tokens."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -33,7 +33,7 @@ FLASH = "lrtrain_plan"
 
 
 def flash_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention that keeps what a fused kernel keeps; on the meta device torch would plan with the unfused one."""
+    """Attention that saves the activations of a fused kernel; on meta torch would use the unfused one."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -59,19 +59,19 @@ class Memory:
     recomputed: int
     """One block's activations when it is run again, as far as they are more than the logits, which are gone by then."""
     not_at_once: int
-    """≤ 0: with one micro-batch in a step, activations go as gradients come."""
+    """≤ 0: with one micro-batch per step, activations are freed while gradients are allocated."""
 
     @property
     def total(self) -> int:
         return sum(vars(self).values())
 
     def parts(self) -> dict[str, int]:
-        """What there is of it, in words."""
+        """The parts of the memory by description."""
         return {name.replace("_", " "): size for name, size in vars(self).items() if size}
 
 
 def print_plan(config: Config, world_size: int) -> None:
-    """Print what `dry_run=true` promises."""
+    """Print the plan of `dry_run=true`."""
     check(config, world_size)
     model = make_model(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +108,7 @@ def print_plan(config: Config, world_size: int) -> None:
 
 
 def parameters_by_kind(model: nn.Module) -> dict[str, int]:
-    """Parameters by what they are: the roles of factorized layers, and linears, embeddings and the rest."""
+    """Number of parameters by kind: the roles of factorized layers, linear layers, embeddings and the rest."""
     counts: defaultdict[str, int] = defaultdict(int)
     seen: set[int] = set()
     for module in model.modules():
@@ -132,8 +132,7 @@ def parameters_by_kind(model: nn.Module) -> dict[str, int]:
 
 
 def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Memory:
-    """Weights, gradients and optimizer state as the engine spreads them; supports and what is gathered whole;
-    activations."""
+    """Weights, gradients and optimizer state as sharded by the engine; supports; gathered parameters; activations."""
     own = next(model.parameters()).dtype.itemsize
     parameters, trainable = parameter_count(model), trainable_count(model)
     units = sharded_units(model)
@@ -150,7 +149,7 @@ def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtyp
     )
     head = cast(nn.Module, model.get_output_embeddings())
     single = config.train.batch_size == config.train.micro_batch_size * world_size
-    # The embeddings' gradient of the micro-batch before is still on its way.
+    # The embeddings' gradient of the previous micro-batch is still being reduced.
     late = 0 if single else trainable_count(model.get_input_embeddings())
     gathered = int(dtype.itemsize * (copies + 2 * rest + late)) if wrapped else own * trainable_count(head)
     gradients, optimizer = own * held // spread.gradients, choice(config.optim)(model).state_bytes(spread.states)
@@ -170,10 +169,10 @@ def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtyp
 
 
 def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes that one micro-batch's forward pass keeps for its backward pass, bytes of a block that is run again there,
-    and bytes of the logits that are held at a time.
+    """Bytes that one micro-batch's forward pass saves for its backward pass, bytes of a recomputed block, and bytes of
+    the logits held at a time.
 
-    The forward pass really runs, on the meta device.
+    Runs the forward pass on the meta device.
     """
     nn.Module.to(model, dtype)
     if model.config._attn_implementation != "eager":  # which keeps its matrices
@@ -193,8 +192,8 @@ def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype)
 
 
 def kept_bytes(forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes of the storages that `forward` makes and that live as long as its result: what waits for the backward pass,
-    whoever holds it (autograd, checkpointing)."""
+    """Bytes of the storages created by `forward` that live as long as its result: saved for the backward pass by
+    autograd or checkpointing."""
     with _Storages() as storages:
         result = forward()
     own = result.untyped_storage().nbytes()
@@ -202,7 +201,7 @@ def kept_bytes(forward: Callable[[], torch.Tensor]) -> int:
 
 
 class _Storages(TorchDispatchMode):
-    """Notes the storages that operators make, without keeping them alive."""
+    """Records the storages that operators create, without keeping them alive."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the processes of a run send to each other, and how long a step then takes: told from the model alone."""
+"""Traffic between the processes of a run, and a forecast of the step time, from the model only."""
 
 import math
 from dataclasses import dataclass
@@ -30,15 +30,15 @@ class Traffic:
 
 
 def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Traffic:
-    """Of FSDP2 with `engine.replicas` copies of the model; with one per process that is DDP. Optimizers' own (a few
-    numbers, see docs/optimizers.md) and losses are left out.
+    """The traffic of FSDP2 with `engine.replicas` copies of the model (DDP: one copy per process), without that of
+    optimizers (small, see docs/optimizers.md) and losses.
 
-    All is gathered for the forward pass and again for the backward pass, but for what is no block: a head and the last
-    norm stay, and an embedding is not needed again. Each process has 1/shards of it. A ring that sums s bytes over r
+    Blocks are gathered for the forward and again for the backward pass; head and last norm stay gathered, and the
+    embedding is not needed again. Each process already has 1/shards of everything. A ring all-reduce of s bytes over r
     processes passes 2(r − 1)/r · s through each.
 
     Raises:
-        ConfigError: for DeepSpeed, whose bytes depend on its own choices.
+        ConfigError: for DeepSpeed, whose traffic depends on its own choices.
     """
     if "zero_stage" in config.engine:
         raise ConfigError("engine=deepspeed is not foretold; scripts/wire_bytes.py counts what a step of it sends")
@@ -57,12 +57,12 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
 
 
 def rows_padded(module: torch.nn.Module, shards: int) -> int:
-    """Numbers of a module's parameters as they are sent."""
+    """The number of values sent for a module's parameters, padding included."""
     return sum(padded(p, shards) for p in module.parameters())
 
 
 def padded(p: torch.Tensor, shards: int) -> int:
-    """Numbers of a parameter whose rows are filled up so that all shards have as many."""
+    """The number of values of a parameter with rows padded so that all shards are equal."""
     return math.ceil(p.shape[0] / shards) * shards * math.prod(p.shape[1:])
 
 
@@ -76,7 +76,7 @@ def tensor_parallel_bytes(config: Config, model: PreTrainedModel, dtype: torch.d
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the forecast assumes of each GPU."""
+    """Assumptions of the forecast about each GPU."""
 
     flops: float
     """Per second, of large matrix products in the dtype of the arithmetic."""
@@ -93,9 +93,9 @@ class Forecast:
     compute_seconds: float
     wire_seconds: float
     best_mfu: float
-    """If communication hides behind the arithmetic as far as it can."""
+    """If communication and computation overlap fully."""
     worst_mfu: float
-    """If nothing of it does."""
+    """If they do not overlap."""
 
 
 def forecast(config: Config, model: PreTrainedModel, sent: Traffic, hardware: Hardware, world_size: int) -> Forecast:
