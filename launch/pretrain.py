@@ -14,10 +14,10 @@ from pathlib import Path
 
 gc.set_threshold(
     20_000, 20, 20
-)  # imports make millions of objects that stay: 8.6 for 9.5 s of CPU time until a run starts
+)  # imports create millions of long-lived objects: 8.6 instead of 9.5 s of CPU time until a run starts
 
 SHOW_TRACEBACKS = os.environ.get("HYDRA_FULL_ERROR") == "1"
-os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors here instead of printing them
+os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -47,7 +47,7 @@ from lrtrain.sweeps.report import SweepFailed
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="pretrain")
 def main(composed: DictConfig) -> None:
-    """One job; what is wrong with its configuration is said in one sentence."""
+    """Run one job; errors in its configuration are printed as one sentence."""
     try:
         job(composed)
     except ConfigError as error:
@@ -57,7 +57,7 @@ def main(composed: DictConfig) -> None:
 
 
 def job(composed: DictConfig) -> None:
-    """Check the configuration, then plan it (`dry_run=true`) or train it."""
+    """Validate the configuration, then plan (`dry_run=true`) or train."""
     if composed.run.name is None:
         hydra_config = HydraConfig.get()
         name = hydra_config.job.config_name
@@ -70,7 +70,7 @@ def job(composed: DictConfig) -> None:
         if environment_rank() == 0:
             print_plan(config, world_size)
         return
-    if environment_rank() == 0:  # if this fails, the others still wait at the rendezvous and torchrun ends them
+    if environment_rank() == 0:  # if this fails, the others wait at the rendezvous until torchrun ends them
         check(config, world_size)
         check_directories(config)
         check_data(config.data)
@@ -80,19 +80,19 @@ def job(composed: DictConfig) -> None:
 
 
 def fail(error: BaseException, message: str, code: int) -> None:
-    """Say a sentence once, by whichever process has it first, and end this one."""
+    """Print a message, by the first process that has it, and end this process."""
     if SHOW_TRACEBACKS:
         raise error
     if first_to_say(message):
         print(message, file=sys.stderr, flush=True)
         note_failure(message)
     sys.stdout.flush()
-    os._exit(code)  # threads of a process group that others still wait in must not hold it up
+    os._exit(code)  # without waiting for threads of the process group
 
 
 def note_failure(message: str) -> None:
-    """Leave the sentence where the process that started this one looks for it: a sweep's, or torchrun's, whose report
-    then ends with it."""
+    """Write the message to the file in which the parent (a sweep or torchrun, which prints it in its report) looks for
+    it."""
     if note := os.environ.get(FAILURE):
         Path(note).write_text(message)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -101,7 +101,7 @@ def note_failure(message: str) -> None:
 
 
 if __name__ == "__main__":
-    # DeepSpeed's launcher says it here, and in the environment as all others do.
+    # DeepSpeed's launcher passes it here, besides the environment.
     sys.argv = [argument for argument in sys.argv if not argument.startswith(("--local_rank=", "--local-rank="))]
     try:
         main()

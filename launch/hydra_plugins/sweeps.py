@@ -1,5 +1,5 @@
-"""Sweepers and launchers for `launch/pretrain.py -m`. Hydra finds them here by the name of this folder, whenever it
-starts, so what takes long to import is imported where it is used. What they do is in lrtrain/sweeps."""
+"""Sweepers and launchers for `launch/pretrain.py -m`. Hydra imports this folder by its name at every start, so slow
+imports are inside functions. The implementation is in lrtrain/sweeps."""
 
 import copy
 import os
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class PretrainLauncher(Launcher):
-    """Makes jobs of overrides; how they are run is each launcher's own."""
+    """Base class of launchers: makes jobs from overrides; subclasses run them."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.loader = config, hydra_context.config_loader
@@ -46,7 +46,7 @@ class PretrainLauncher(Launcher):
         self.tell = Tell(self.sweep, speaks=environment_rank() == 0)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """The outcome of each job, as what it returned."""
+        """Run jobs; returns their outcomes as Hydra's return values."""
         jobs = [self.sweep.job(job, self.loader.load_sweep_config(self.config, [*job])) for job in job_overrides]
         outcomes = print_plans(jobs) if self.config.dry_run else self.run(jobs)
         return [
@@ -56,14 +56,14 @@ class PretrainLauncher(Launcher):
 
     @abstractmethod
     def run(self, jobs: list[Job]) -> list[Outcome]:
-        """Run what needs to be run."""
+        """Run the jobs that have no outcome yet."""
 
     def gather(self) -> None:  # noqa: B027
-        """Until all processes are here: torchrun ends the others as soon as one of them exits with an error."""
+        """Wait for all processes: torchrun ends the others as soon as one of them exits with an error."""
 
 
 def composed_from(hydra: DictConfig) -> list[str]:
-    """The options by which another process composes from the same files."""
+    """The command-line options with which another process composes from the same files."""
     folders = {source.provider: source.path.removeprefix("file://") for source in hydra.runtime.config_sources}
     named = {"main": "--config-path", "command-line": "--config-dir"}
     searched = [one for one in hydra.overrides.hydra if one.startswith("hydra.searchpath")]
@@ -72,7 +72,7 @@ def composed_from(hydra: DictConfig) -> list[str]:
 
 
 class InTurnLauncher(PretrainLauncher):
-    """One job after another in the processes that torchrun started."""
+    """Runs jobs one after another in the processes that torchrun started."""
 
     def run(self, jobs: list[Job]) -> list[Outcome]:
         return self.in_turn.run(jobs, self.tell)
@@ -82,14 +82,14 @@ class InTurnLauncher(PretrainLauncher):
 
     @cached_property
     def in_turn(self) -> "InTurn":
-        """One for all batches of a sweep."""
+        """The runner, shared by all batches of a sweep."""
         from lrtrain.sweeps.in_turn import InTurn
 
         return InTurn()
 
 
 class TorchrunLauncher(PretrainLauncher):
-    """Each job as its own torchrun on this machine."""
+    """Runs each job with its own torchrun on this machine."""
 
     def __init__(self, nproc: int, parallel: int):
         self.nproc, self.parallel = nproc, parallel
@@ -104,7 +104,7 @@ class TorchrunLauncher(PretrainLauncher):
 
 
 class SlurmLauncher(PretrainLauncher):
-    """Each job as a Slurm job."""
+    """Runs each job as a Slurm job."""
 
     def __init__(self, cluster: str, nproc: int, wait: bool, settings: Mapping[str, Any]):
         self.cluster, self.nproc, self.wait, self.settings = cluster, nproc, wait, settings
@@ -124,7 +124,7 @@ def refuse_torchrun(launcher: str) -> None:
 
 
 def print_plans(jobs: list[Job]) -> list[Outcome]:
-    """What `dry_run=true` prints, for each job."""
+    """Print the plan of each job, for `dry_run=true`."""
     from lrtrain.config.compose import typed
     from lrtrain.planning.budget import spend
     from lrtrain.planning.plan import print_plan
@@ -140,7 +140,7 @@ def print_plans(jobs: list[Job]) -> list[Outcome]:
 
 
 class PretrainSweeper(Sweeper):
-    """Has jobs run, and reports on all of them at the end."""
+    """Base class of sweepers: runs jobs and reports on all of them at the end."""
 
     def __init__(self, params: Mapping[str, Any] | None = None):
         self.params = params or {}
@@ -155,10 +155,10 @@ class PretrainSweeper(Sweeper):
         self.dry_run = config.dry_run
 
     def sweep(self, arguments: list[str]) -> list[Outcome]:
-        """The outcomes of all jobs.
+        """Run all jobs and return their outcomes.
 
         Raises:
-            SweepFailed: when all have been tried, if one failed.
+            SweepFailed: after all jobs, if one failed.
         """
         params = [f"{key}={value}" for key, value in self.params.items()]
         outcomes = self.search(self.parser.parse_overrides([*params, *arguments]))
@@ -172,11 +172,11 @@ class PretrainSweeper(Sweeper):
 
     @abstractmethod
     def search(self, overrides: list[Override]) -> list[Outcome]:
-        """Choose jobs and have them run."""
+        """Choose jobs and run them."""
 
     def run(self, jobs: list[list[str]], done: int) -> list[Outcome]:
-        """The outcomes of these jobs, after so many others."""
-        self.validate_batch_is_legal(jobs)  # a typing error is told before anything is run
+        """Run these jobs, after `done` others, and return their outcomes."""
+        self.validate_batch_is_legal(jobs)  # finds typing errors before anything is run
         return [job.return_value for job in self.jobs.launch(jobs, initial_job_idx=done)]
 
 
@@ -189,7 +189,7 @@ class GridSweeper(PretrainSweeper):
 
 
 class OptunaSweeper(PretrainSweeper):
-    """Trials that Optuna proposes. Every process of a torchrun has a study of its own, and gets the same proposals."""
+    """Runs trials proposed by Optuna. Every process has its own study, and gets the same proposals."""
 
     def __init__(
         self,
@@ -210,7 +210,7 @@ class OptunaSweeper(PretrainSweeper):
         assert self.config is not None  # Hydra has set it up
         refuse_nothing_held_out(self.objectives, self.config)
         search = Search(space, self.objectives, self.sampler)
-        outcomes: dict[str, Outcome] = {}  # of the jobs; the same one may be proposed again
+        outcomes: dict[str, Outcome] = {}  # by job, since the same job may be proposed again
         trials = 0
         while trials < self.n_trials and (self.dry_run or all(one.ended for one in outcomes.values())):
             proposals = search.ask(min(self.n_jobs, self.n_trials - trials))

@@ -1,1 +1,1 @@
-"""Tables and pictures of runs, from their files alone."""
+"""Tables and pictures of runs, from their files only."""

@@ -1,4 +1,4 @@
-"""One table of runs, and pictures of what each costs and gives, from their files alone."""
+"""A table of runs, and pictures of perplexity against cost, from the runs' files only."""
 
 import csv
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from lrtrain.plotting.style import HEADLINE, INK, RUN_COLORS, STYLE, compact_cou
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of a run. What it has not measured is None."""
+    """The row of a run; values that it has not measured are None."""
 
     run: str
     method: str
@@ -36,7 +36,7 @@ class Row:
     effective_rank: float | None
     tokens: int
     state: str
-    """`finished`, or how far it is."""
+    """`finished`, or its progress."""
 
     @property
     def finished(self) -> bool:
@@ -44,12 +44,12 @@ class Row:
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """The run directories that the paths are, or, as a sweep does, hold."""
+    """The run directories among the paths, and those inside them (for sweeps)."""
     return [metrics.parent for path in paths for metrics in sorted(path.rglob("metrics.jsonl"))]
 
 
 def read_row(run_dir: Path) -> Row:
-    """A run's row: of its summary, or while it has none of its last metrics."""
+    """The row of a run, from its summary, or from its last metrics if it has none yet."""
     config: Any = OmegaConf.load(run_dir / "config.yaml")
     run, summary = load_run(run_dir), read_object(run_dir / "summary.json") or {}
     step, tokens = (run.rows[-1][key] if run.rows else 0 for key in ("step", "tokens"))
@@ -85,7 +85,7 @@ COLUMNS = {
 
 
 def cells(row: Row) -> list[str]:
-    """The row as people read it."""
+    """The formatted cells of a row."""
     return ["-" if (value := getattr(row, key)) is None else form.format(value) for key, form in COLUMNS.items()]
 
 
@@ -94,7 +94,7 @@ def headings() -> list[str]:
 
 
 def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """`comparison.md` as people read it, `comparison.csv` with all digits."""
+    """Write `comparison.md` (formatted) and `comparison.csv` (all digits)."""
     lines = [headings(), ["---"] * len(COLUMNS), *map(cells, rows)]
     markdown, table = folder / "comparison.md", folder / "comparison.csv"
     markdown.write_text("".join("| " + " | ".join(line) + " |\n" for line in lines))
@@ -109,7 +109,7 @@ def write_tables(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The points than which no other is at most as large in both coordinates and smaller in one; by the first one."""
+    """Indices of the Pareto-optimal points (both coordinates minimized), sorted by the first coordinate."""
     front: list[int] = []
     for place in sorted(range(len(points)), key=lambda place: points[place]):
         if not front or points[place][1] < points[front[-1]][1]:
@@ -131,7 +131,7 @@ def plot_tradeoffs(rows: Sequence[Row], title: str, out: Path) -> Path:
         memory.set(title="… against peak memory", xlabel="GiB per process")
         ranks.set(title="… against rank", xlabel="rank, mean over the layers")
         if judged := [row.eval_perplexity for row in rows if row.eval_perplexity and comparable(row, rows)]:
-            parameters.set_ylim(0.93 * min(judged), 1.12 * max(judged))  # a run that has just begun would stretch it
+            parameters.set_ylim(0.93 * min(judged), 1.12 * max(judged))  # a run that has just started would stretch it
         if any(row.eval_perplexity for row in rows):
             parameters.set_yscale("log")
             parameters.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
@@ -148,12 +148,12 @@ def plot_tradeoffs(rows: Sequence[Row], title: str, out: Path) -> Path:
 
 
 def comparable(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether a run has finished, with as many tokens as the longest that has."""
+    """Whether a run has finished with as many tokens as the longest finished run."""
     return row.finished and row.tokens == max(other.tokens for other in rows if other.finished)
 
 
 def _draw_front(axes: Axes, rows: Sequence[Row], key: str, colors: dict[str, str]) -> None:
-    """Perplexity over what `key` says; the best of comparable runs are joined and named."""
+    """Perplexity over the value of `key`, with the labelled Pareto front of comparable runs."""
     shown = [row for row in rows if row.eval_perplexity is not None and getattr(row, key) is not None]
     for row in shown:
         _draw_point(axes, getattr(row, key), row, rows, colors[row.method])
@@ -167,7 +167,8 @@ def _draw_front(axes: Axes, rows: Sequence[Row], key: str, colors: dict[str, str
 
 
 def _draw_ranks(axes: Axes, rows: Sequence[Row], colors: dict[str, str]) -> None:
-    """Perplexity over rank, the best of each rank of a method joined; methods without a rank as levels."""
+    """Perplexity over rank, with a line through the best run at each rank of a method; methods without a rank as
+    horizontal lines."""
     for method, color in colors.items():
         ours = [row for row in rows if row.method == method and row.eval_perplexity is not None]
         best: dict[float, float] = {}

@@ -1,8 +1,8 @@
-"""Comparing methods fairly: every arm tunes its learning rate by the same sweep, then runs it with several seeds.
+"""Comparing methods: every arm tunes its learning rate with the same sweep, then runs several seeds.
 
-An arm is a list of overrides. Its sweep runs a grid of learning rates with the first seed; where the best one lies at
-an end of the grid, the grid grows by a factor of two there. The best is then run with the other seeds. What is left to
-do and what to report are functions of the files of finished runs alone, so a study can stop and go on at any time.
+An arm is a list of overrides. Its sweep runs a grid of learning rates with the first seed; while the best one is at
+an end of the grid, the grid grows by a factor of two there. The best is then run with the other seeds. Remaining runs
+and reports are functions of the files of finished runs only, so a study can be stopped and resumed at any time.
 """
 
 import json
@@ -30,7 +30,7 @@ Results = Mapping[tuple[float, int], float]
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared, how it is tuned, and where its runs are."""
+    """The arms of a study, its sweep, and the folder of its runs."""
 
     name: str
     common: list[str]  # overrides of all arms
@@ -58,12 +58,12 @@ class Trial:
 
 
 def sweep_grid(results: Results, study: Study) -> list[float]:
-    """The learning rates of an arm's sweep, ascending: the study's, and those that the results so far call for."""
+    """The learning rates of an arm's sweep, ascending: the study's grid, extended according to the results so far."""
     grid, seed = sorted(study.lrs), study.seeds[0]
     for _ in range(study.extensions):
         if any((lr, seed) not in results for lr in grid):
             break
-        best = min(grid, key=lambda lr: results[lr, seed])  # of equal ones, and if all diverged, the lowest
+        best = min(grid, key=lambda lr: results[lr, seed])  # the lowest of equal ones, and if all diverged
         if best == grid[0]:
             grid.insert(0, float(f"{best / 2:g}"))
         elif best == grid[-1]:
@@ -74,13 +74,13 @@ def sweep_grid(results: Results, study: Study) -> list[float]:
 
 
 def best_lr(results: Results, study: Study) -> float | None:
-    """The best learning rate among the sweep's finished runs; None if there is none that did not diverge."""
+    """The best learning rate among the sweep's finished runs; None if all diverged, or none has finished."""
     finished = {lr: found for (lr, seed), found in results.items() if seed == study.seeds[0] and math.isfinite(found)}
     return min(finished, key=lambda lr: finished[lr]) if finished else None
 
 
 def left_to_run(arm: str, results: Results, study: Study) -> list[Trial]:
-    """The runs of an arm that can start now: what its sweep lacks, and after the sweep the best one's other seeds."""
+    """The runs of an arm that can start now: missing runs of its sweep, or after it the best rate's other seeds."""
     wanted = [(lr, study.seeds[0]) for lr in sweep_grid(results, study)]
     best = best_lr(results, study)
     if best is not None and all(run in results for run in wanted):
@@ -89,7 +89,7 @@ def left_to_run(arm: str, results: Results, study: Study) -> list[Trial]:
 
 
 def runs_ahead(results: Results, study: Study) -> int:
-    """How many runs an arm still needs if its grid does not grow further."""
+    """The number of runs that an arm still needs if its grid does not grow further."""
     lacking = sum((lr, study.seeds[0]) not in results for lr in sweep_grid(results, study))
     return lacking + len(study.seeds) - 1 if lacking else len(left_to_run("", results, study))
 
@@ -106,19 +106,19 @@ def read_results(study: Study, arm: str) -> dict[tuple[float, int], float]:
             results[float(lr), int(seed)] = math.inf
         elif summary := read_object(folder / "summary.json"):
             found = summary["eval_perplexity"]
-            if found is not None:  # a signal may have cut its evaluation short
+            if found is not None:  # a signal may have interrupted its evaluation
                 results[float(lr), int(seed)] = found if math.isfinite(found) else math.inf
     return results
 
 
 def diverged_file(run_dir: Path) -> Path:
-    """Says that a run diverged, and how."""
+    """The file that records that a run diverged."""
     return run_dir / "diverged"
 
 
 @dataclass
 class Outcome:
-    """What is known of an arm: its sweep, and its runs at the best learning rate."""
+    """The results of an arm: its sweep, and its runs at the best learning rate."""
 
     arm: str
     sweep: dict[float, float]  # learning rate → perplexity with the first seed
@@ -133,13 +133,13 @@ class Outcome:
         return [summary["eval_perplexity"] for summary in self.summaries]
 
     def mean(self, key: str) -> float | None:
-        """The mean over the seeds of what the summaries call `key`; None where they do not have it."""
+        """The mean of `key` over the summaries of all seeds; None if they do not have it."""
         values = [value for summary in self.summaries if (value := summary.get(key)) is not None]
         return fmean(values) if values else None
 
     @property
     def at_edge(self) -> bool:
-        """Whether a learning rate outside of the sweep may be better still."""
+        """Whether the best learning rate is at an end of the sweep."""
         return self.complete and len(self.sweep) > 1 and self.lr in (min(self.sweep), max(self.sweep))
 
 
@@ -193,7 +193,7 @@ def mean_and_range(values: list[float]) -> str:
 
 
 def caption(study: Study, outcomes: list[Outcome]) -> str:
-    """What the table's figures are."""
+    """The caption of the table."""
     tokens = {summary["tokens"] for outcome in outcomes for summary in outcome.summaries}
     return (
         f"{study.name}: {' and '.join(f'{count:,}' for count in sorted(tokens))} tokens a run. Eval perplexity: mean "
@@ -262,7 +262,7 @@ def plot_outcomes(outcomes: list[Outcome], title: str, out: Path) -> Path:
 
 
 def arm_styles(arms: list[str]) -> dict[str, dict[str, Any]]:
-    """A color for each method; variants, named `method+variant`, have their method's color and broken lines."""
+    """A color for each method; variants, named `method+variant`, have their method's color and dashed lines."""
     methods = {arm: arm.split("+")[0] for arm in arms}
     colors = dict(zip(dict.fromkeys(methods.values()), cycle(RUN_COLORS), strict=False))
     broken = {method: cycle(("--", ":", "-.")) for method in colors}

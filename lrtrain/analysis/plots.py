@@ -1,6 +1,6 @@
-"""Pictures of runs from their files alone: losses, singular values, effective ranks.
+"""Pictures of runs from their files only: losses, singular values, effective ranks.
 
-Drawn without pyplot, so that a training process can do it without touching matplotlib's global state."""
+Drawn without pyplot, so that a training process does not change matplotlib's global state."""
 
 from dataclasses import dataclass
 from itertools import cycle
@@ -34,7 +34,7 @@ LOSS_NAMES = {"eval/loss": "Evaluation loss", "train/loss": "Training loss"}
 
 @dataclass
 class Run:
-    """What the pictures need of one run."""
+    """The data of one run for the pictures."""
 
     name: str
     rows: list[Row]
@@ -53,7 +53,7 @@ class Run:
 
     @property
     def projections(self) -> list[str]:
-        """In the order of the model."""
+        """The projections, in the order of the model."""
         layers = self.spectra[max(self.spectra)] if self.spectra else {}
         return list(dict.fromkeys(map(projection_of, layers)))
 
@@ -61,9 +61,9 @@ class Run:
 def load_run(run_dir: Path) -> Run:
     rows = read_metrics(run_dir / "metrics.jsonl")
     last = max((row["step"] for row in rows), default=0)
-    steps = [step for step in spectra_steps(run_dir) if step <= last]  # later ones were taken back by a resume
+    steps = [step for step in spectra_steps(run_dir) if step <= last]  # later ones were undone by a resume
     shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]}) if steps else []
-    spectra = {step: found for step in shown if (found := load_spectra(run_dir, step))}  # none where all are estimated
+    spectra = {step: found for step in shown if (found := load_spectra(run_dir, step))}  # empty if all are estimated
     return Run(run_dir.resolve().name, rows, spectra)
 
 
@@ -200,9 +200,9 @@ def _projection_colors(run: Run) -> dict[str, str]:
 
 
 def _compare_losses(axes: Axes, runs: list[Run], colors: dict[str, str]) -> None:
-    """The final losses beside it say which color is which run."""
+    """Draw loss curves; the final losses next to them are the legend."""
     loss = _common_loss(runs)
-    if all(len(run.curve(loss)[2]) < 2 for run in runs):  # one evaluation each, at the end, makes no curve
+    if all(len(run.curve(loss)[2]) < 2 for run in runs):  # a single evaluation at the end is not a curve
         loss = "train/loss"
     for run in runs:
         _, tokens, losses = run.curve(loss)
@@ -254,7 +254,7 @@ def _compare_spectra(figure: SubFigure, runs: list[Run], colors: dict[str, str])
 
 
 def _common_loss(runs: list[Run]) -> str:
-    """What all runs can be judged by: the evaluation, or where one of them has none the training loss."""
+    """The loss that all runs have: evaluation loss, or else training loss."""
     return "eval/loss" if all(run.last("eval/loss") is not None for run in runs) else "train/loss"
 
 
@@ -295,7 +295,7 @@ def _draw_range(axes: Axes, sigma: np.ndarray, color: str) -> None:
 
 
 def _same_log_axis(panels: list[Axes]) -> None:
-    if any(axes.lines for axes in panels):  # a logarithmic axis without a point above zero is an error
+    if any(axes.lines for axes in panels):  # a logarithmic axis needs a point above zero
         panels[0].set_yscale("log")
     panels[0].set_ylabel("singular value σ")
     for axes in panels:

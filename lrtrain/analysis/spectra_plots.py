@@ -1,4 +1,4 @@
-"""Pictures of spectra from the files of one or several runs, a row for each run, and a report that holds them all."""
+"""Pictures of spectra from the files of runs, with a row for each run, and an HTML report with all of them."""
 
 import base64
 import html
@@ -26,7 +26,7 @@ STEPS = colormaps["viridis"]
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure, and what it shows in words."""
+    """A figure and its caption."""
 
     name: str
     caption: str
@@ -34,7 +34,7 @@ class Picture:
 
 
 def spectral_pictures(run_dirs: list[Path]) -> list[Picture]:
-    """All pictures for which the runs have what they need."""
+    """All pictures for which the runs have data."""
     runs = [Measured(run_dir) for run_dir in run_dirs]
     drawn = [
         (
@@ -54,8 +54,8 @@ def spectral_pictures(run_dirs: list[Path]) -> list[Picture]:
         ),
         (
             "head-and-tail",
-            "What L makes of the leading r singular values and S of the others, mean over the layers; dotted: the same "
-            "with the entries of S put elsewhere at random. Only the distance from its null says something.",
+            "Share of L in the leading r singular values and of S in the others, mean over the layers; dotted: null, "
+            "with the entries of S at random positions. Only the distance from the null is meaningful.",
             grid([run for run in runs if run.has("head_share")], lambda run: run.projections, draw_shares, "share"),
         ),
         (
@@ -103,11 +103,11 @@ class Measured:
 
     @property
     def split_projections(self) -> list[str]:
-        """Those with layers whose parts were measured."""
+        """The projections whose parts were measured."""
         return list(dict.fromkeys(map(projection_of, self.parts)))
 
     def of(self, start: str) -> dict[int, dict[str, float]]:
-        """Step → name without `start` → value, of all metrics that begin so."""
+        """Step → name without prefix → value, for all metrics with the prefix `start`."""
         found = {
             row["step"]: {
                 name.removeprefix(start): value
@@ -143,7 +143,7 @@ def grid(
     sharey: bool | str = False,
     wide: bool = False,
 ) -> bytes | None:
-    """A PNG with a row for each run and a column for each of what `columns` names; None without any."""
+    """A PNG with a row for each run and a column for each name in `columns`; None if there are none."""
     names = list(dict.fromkeys(name for run in runs for name in columns(run)))
     if not names:
         return None
@@ -188,7 +188,7 @@ def draw_spectra(axes: Axes, run: Measured, projection: str) -> None:
 
 
 def cut_to_shortest(arrays: list[np.ndarray]) -> np.ndarray:
-    """As rows, of the length that all have."""
+    """The arrays as rows, truncated to the shortest one."""
     return np.stack([array[: min(map(len, arrays))] for array in arrays])
 
 
@@ -233,7 +233,7 @@ def draw_shares(axes: Axes, run: Measured, projection: str) -> None:
 
 
 def draw_parts(axes: Axes, run: Measured, projection: str) -> None:
-    """Stacked bars of the mean over so many neighbouring singular values."""
+    """Stacked bars of means over neighbouring singular values."""
     layers = [parts for layer, parts in run.parts.items() if projection_of(layer) == projection]
     means = {}
     for name in ("low_rank", "sparse", "low_rank_null"):
@@ -282,7 +282,7 @@ FIGURE = '<figure><figcaption>{caption}</figcaption><img alt="{name}" src="data:
 
 
 def report(run_dirs: list[Path], pictures: list[Picture]) -> str:
-    """One HTML page that needs no other file: how each run ended, and the pictures."""
+    """A self-contained HTML page: final values of each run, and the pictures."""
     figures = [
         FIGURE.format(caption=html.escape(p.caption), name=p.name, data=base64.b64encode(p.png).decode())
         for p in pictures

@@ -1,1 +1,1 @@
-"""Drawing: the style of all pictures and pictures made of single arrays."""
+"""Drawing: the style of all pictures, and a heatmap."""

@@ -1,4 +1,4 @@
-"""A picture of one number per matrix: depth over projections."""
+"""A heatmap of one number per matrix: depth over projections."""
 
 import math
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from lrtrain.core.names import depth_of, projection_of
 from lrtrain.plotting.style import STYLE
 
-MOST_NUMBERS = 250  # cells in which their values can still be read
+MOST_NUMBERS = 250  # number of cells up to which values are written in them
 
 
 def layer_heatmap(values: Mapping[str, float], title: str) -> Figure:
-    """Layer name → value; layers outside of the stack of blocks are left out, and cells without a value stay white."""
+    """A heatmap of `values` by layer name, without layers outside the blocks; cells without a value stay white."""
     cells = {(depth, projection_of(name)): v for name, v in values.items() if (depth := depth_of(name)) is not None}
     depths = sorted({depth for depth, _ in cells})
     projections = list(dict.fromkeys(projection for _, projection in cells))

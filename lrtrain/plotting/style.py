@@ -1,4 +1,4 @@
-"""The one style of all pictures: fonts, colors, and how counts are written."""
+"""The style of all pictures: fonts, colors, and formatting of counts."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ HEADLINE = {"x": 0.012, "ha": "left", "fontsize": 14, "weight": "bold"}
 CAPTION = {"x": 0.012, "ha": "left", "fontsize": 10.5}
 
 
-# Neighbours are alike, since q, k, v, o and gate, up, down belong together; runs want contrast instead.
+# Neighbours are similar, since q, k, v, o and gate, up, down belong together; runs need contrast.
 PROJECTION_COLORS = ("#1f4e79", "#4a90c2", "#2a9d8f", "#84b59f", "#c8553d", "#e9a03b", "#8a5a83", "#6b7280")
 
 
@@ -43,11 +43,11 @@ RUN_COLORS = (
 INK, MUTED, ACCENT = "#20262d", "#aab4bf", "#c8553d"
 
 
-FAINT = 1e-5  # of the largest singular value: what is smaller would only stretch the axis
+FAINT = 1e-5  # share of the largest singular value below which values are not drawn
 
 
 def run_colors(count: int) -> list[str]:
-    """One for each run, no two alike."""
+    """Distinct colors for runs."""
     if count <= len(RUN_COLORS):
         return [*RUN_COLORS[:count]]
     return [to_hex(color) for color in matplotlib.colormaps["turbo"](np.linspace(0.04, 0.96, count))]
@@ -62,5 +62,5 @@ def compact_count(value: float) -> str:
 
 
 def _tint(color: str, strength: float) -> tuple[float, ...]:
-    """The color mixed with white: 1 is the color itself."""
+    """The color mixed with white; strength 1 is the color itself."""
     return tuple(1 - strength * (1 - channel) for channel in to_rgb(color))

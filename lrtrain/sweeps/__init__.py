@@ -1,1 +1,1 @@
-"""Many runs from one command line: their identity, how they are started, and how they ended."""
+"""Sweeps: many runs from one command line, their names, launchers and outcomes."""

@@ -1,4 +1,4 @@
-"""The network connections of this process. Gloo cannot give up a collective, but it fails with its connections."""
+"""Closing network connections of this process: gloo cannot abort a collective, but it fails without connections."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def open_connections() -> dict[str, int]:
-    """The sockets of this process: what Linux calls each, and its file descriptor."""
+    """The sockets of this process: Linux's name → file descriptor."""
     found: dict[str, int] = {}
     for link in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
@@ -17,7 +17,7 @@ def open_connections() -> dict[str, int]:
 
 
 def cut_connections_but(spared: dict[str, int]) -> None:
-    """End the TCP connections that are not among those spared; whoever waits on one gets an error."""
+    """Shut down all TCP connections except those in `spared`; threads waiting on them get an error."""
     for name, descriptor in open_connections().items():
         if name in spared:
             continue

@@ -1,4 +1,4 @@
-"""What the processes of a sweep tell each other beside any job's process group, which a failure breaks."""
+"""Communication between the processes of a sweep, independent of the jobs' process groups, which failures break."""
 
 import itertools
 import json
@@ -17,24 +17,24 @@ from lrtrain.distributed.world import environment_rank, environment_world_size, 
 from lrtrain.sweeps.connections import cut_connections_but, open_connections
 
 T = TypeVar("T")
-LOOK_EVERY = 0.5  # seconds between two looks at whether another process failed
-LET_GO = 120.0  # seconds after which a process that still waits for one that failed is ended
+LOOK_EVERY = 0.5  # seconds between checks whether another process failed
+LET_GO = 120.0  # seconds after which a process that still waits for a failed one is ended
 
 
 class Control:
-    """Agreements over the store that torchrun's processes meet at."""
+    """Communication through torchrun's rendezvous store."""
 
     def __init__(self) -> None:
         self.dist_rank, self.size = environment_rank(), environment_world_size()
         self.store = dist.PrefixStore("sweep", rendezvous())
-        self.store.set_timeout(timedelta(days=365))  # jobs end when they end; of a dead process torchrun tells
-        # A connection of its own, since a store that waits for one thread makes the others wait.
+        self.store.set_timeout(timedelta(days=365))  # jobs may take any time; torchrun detects dead processes
+        # A separate connection, because a store that waits for one thread blocks the others.
         own = rendezvous().clone() if self.size > 1 else None  # pyright: ignore[reportAttributeAccessIssue]
         self.watching = dist.PrefixStore("sweep", own) if own else None
         self._rounds = itertools.count()
 
     def agree(self, value: T, combine: Callable[[list[T]], Any]) -> Any:
-        """What `combine` makes on the main process of the values of all, in their order; on every process."""
+        """`combine` of all processes' values, in their order, computed on the main process and returned on all."""
         key = f"round {next(self._rounds)}"
         self.store.set(f"{key} {self.dist_rank}", json.dumps(value))
         if self.dist_rank == 0:
@@ -43,24 +43,24 @@ class Control:
         return json.loads(self.store.get(key))
 
     def from_main(self, value: Callable[[], Any]) -> Any:
-        """What `value` gives on the main process, on every process."""
+        """The main process's `value()`, on every process."""
         return self.agree(value() if self.dist_rank == 0 else None, lambda values: values[0])
 
     def report(self, job: int, failure: str) -> bool:
-        """Tell the others that this process failed in a job; whether it was the first, and not drawn along."""
+        """Report that this process failed in a job; returns whether it was the first to fail."""
         first = self.store.add(f"failures of job {job}", 1) == 1
         if first:
             self.store.set(f"failure of job {job}", json.dumps([self.dist_rank, failure]))
         return first
 
     def failure(self, job: int) -> tuple[int, str]:
-        """The process that failed first in a job, and why it did."""
+        """The process that failed first in a job, and the reason."""
         dist_rank, failure = json.loads(self.store.get(f"failure of job {job}"))
         return dist_rank, failure
 
     @contextmanager
     def watched(self, job: int) -> Iterator[None]:
-        """While a job runs: let this process not wait for one that failed."""
+        """A context for running a job, which aborts this process's waits after another process has failed."""
         if self.watching is None:
             yield
             return

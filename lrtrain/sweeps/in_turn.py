@@ -1,4 +1,4 @@
-"""Jobs one after another in the same processes: what lies between two of them, and what one may do to the others."""
+"""Running jobs one after another in the same processes, with cleanup between jobs."""
 
 import ctypes
 import gc
@@ -30,7 +30,7 @@ class InTurn:
         self.started = 0
 
     def run(self, jobs: list[Job], tell: Tell) -> list[Outcome]:
-        """Every job; the same outcomes on every process. A signal ends the sweep."""
+        """Run all jobs; returns the same outcomes on every process. A signal ends the sweep."""
         found = self.control.from_main(lambda: [asdict(one) if one else None for one in map(self._known, jobs)])
         stop = StopRequest()
         try:
@@ -51,7 +51,7 @@ class InTurn:
         return outcome
 
     def _run(self, job: Job, stop: StopRequest) -> Outcome:
-        """One job on all processes. What one of them meets ends it on all, and only it."""
+        """Run one job on all processes. An error on one process ends this job on all of them, and no other job."""
         self.started += 1
         number, mine = self.started, {}
         with self.control.watched(number):
@@ -66,14 +66,14 @@ class InTurn:
         return Outcome(job.name, **ended)
 
     def _report(self, number: int, error: Exception) -> None:
-        """Tell the other processes, and the user what a sentence would not tell."""
+        """Report an error to the other processes, and print the traceback of unexpected ones."""
         told = isinstance(error, ConfigError | RunFailed)
         sentence = str(error) if told else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         if self.control.report(number, sentence) and not told:
             traceback.print_exception(error, file=sys.stderr)
 
     def _combine(self, number: int, ended: list[dict[str, Any]]) -> dict[str, Any]:
-        """One outcome of all processes' summaries or failures."""
+        """The outcome from all processes' summaries or failures."""
         failed = [one["failed"] for one in ended if "failed" in one]
         if failed:
             dist_rank, sentence = self.control.failure(number)
@@ -85,7 +85,7 @@ class InTurn:
 
 
 def leave() -> None:
-    """Leave the process group, and as little as possible of a job for the next one."""
+    """Leave the process group, and free a job's memory and global state before the next one."""
     gc.collect()
     distributed.stop()
     if "torch._dynamo" in sys.modules:
@@ -96,5 +96,5 @@ def leave() -> None:
         torch.cuda.reset_peak_memory_stats()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-    with suppress(OSError):  # Linux: the peak of resident memory begins anew
+    with suppress(OSError):  # Linux: resets the peak of resident memory
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,5 +1,5 @@
-"""The jobs of a sweep. Each is known by a hash of its overrides, not by a number or a time: so a sweep that is started
-again, or with more values, finds what it has."""
+"""The jobs of a sweep, named by a hash of their overrides, so that a sweep that is restarted, or started with more
+values, finds its finished jobs."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from lrtrain.config.naming import DEFAULT, run_name, short_hash, telling
 from lrtrain.core.files import make_folder_durably, read_object, write_durably
 from lrtrain.errors import ConfigError
 
-FAILURE = "LRTRAIN_FAILURE"  # names the file in which the process of a job leaves the sentence that it fails with
+FAILURE = "LRTRAIN_FAILURE"  # environment variable: the file to which a failing job writes its error message
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What the jobs of a sweep have in common."""
+    """The common properties of a sweep's jobs."""
 
     name: str
     folder: Path
@@ -74,7 +74,7 @@ class Sweep:
     """Of launch/pretrain.py, for the same configuration to be composed in another process."""
 
     def job(self, overrides: Sequence[str], composed: DictConfig) -> Job:
-        """The job of these overrides. A run directory that exists is its own: it is resumed."""
+        """The job of these overrides; if its run directory exists, it is resumed."""
         name = job_name(overrides, self.swept, self.config_name)
         folder = self.folder / name
         known = composed.resume == "never" or (folder / "run.json").is_file()
@@ -122,7 +122,7 @@ def key_of(override: Override) -> str:
 
 
 def job_name(overrides: Sequence[str], swept: Sequence[str], config_name: str = DEFAULT) -> str:
-    """`rank16-lr0.002-1a2b3c4d`: what is swept, for the reader, and a hash of all that tells."""
+    """`rank16-lr0.002-1a2b3c4d`: the swept values, and a hash of all overrides that change the run."""
     composed_from = [] if config_name == DEFAULT else [f"--config-name={config_name}"]
     values = {key: value for key, _, value in (override.lstrip("+~").partition("=") for override in overrides)}
     readable = "-".join(label(key, values[key]) for key in swept if key in values)
@@ -130,7 +130,7 @@ def job_name(overrides: Sequence[str], swept: Sequence[str], config_name: str = 
 
 
 def label(key: str, value: str) -> str:
-    """`rank16` of param.rank=16, `sltrain` of param=sltrain; only what file names may hold."""
+    """`rank16` for param.rank=16, `sltrain` for param=sltrain; only characters allowed in file names."""
     try:
         value = f"{float(value):.4g}" if "." in value or "e" in value else value
     except ValueError:
@@ -139,14 +139,14 @@ def label(key: str, value: str) -> str:
 
 
 def quoted(value: str | Sequence[str]) -> str:
-    """A string, or a list of some, as Hydra's grammar reads it back."""
+    """A string, or a list of strings, quoted for Hydra's grammar."""
     if not isinstance(value, str):
         return f"[{','.join(map(quoted, value))}]"
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def outcome_without_start(job: Job, world_size: int) -> Outcome | None:
-    """The outcome of a job that needs no start: it has finished, or its configuration is wrong."""
+    """The outcome of a job that has finished or has a wrong configuration; None if it has to be started."""
     if (summary := job.summary) is not None:
         return Outcome(job.name, "finished", "before", summary)
     if (sentence := problem(job, world_size)) is not None:
@@ -155,7 +155,7 @@ def outcome_without_start(job: Job, world_size: int) -> Outcome | None:
 
 
 def problem(job: Job, world_size: int) -> str | None:
-    """What is wrong with a job's configuration, as far as it can be told without a process group; None if nothing."""
+    """The error in a job's configuration, as far as it can be found without a process group; None if there is none."""
     from lrtrain.data.prepare import check_data
     from lrtrain.model.build import make_model
     from lrtrain.planning.budget import spend

@@ -1,4 +1,4 @@
-"""Jobs as processes of their own, several at a time, each with its share of the machine's cores or GPUs."""
+"""Running jobs in separate processes, several at a time, each with its share of the machine's cores or GPUs."""
 
 import os
 import re
@@ -24,7 +24,7 @@ K = TypeVar("K")
 
 @dataclass
 class Running:
-    """A process, what it has of the machine, and since when."""
+    """A running process, its slot, and its start time."""
 
     process: subprocess.Popen
     slot: int
@@ -32,7 +32,7 @@ class Running:
 
 
 def start(command: Sequence[str], log: Path, slot: int, cores: Sequence[int], **environment: str) -> Running:
-    """Begin a command on some of the cores, with its output in `log`, and what it fails with beside it."""
+    """Start a command on some of the cores, with its output in `log` and its error message next to it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     failure_file(log).unlink(missing_ok=True)
     with log.open("w") as file:
@@ -54,14 +54,14 @@ def run_parallel(
     begin: Callable[[K, int], Running],
     ended: Callable[[K, Running], None],
 ) -> bool:
-    """Keep `parallel` processes running until nothing is left; whether it came to that.
+    """Keep `parallel` processes running until none is left to start; returns False if a signal stopped them.
 
-    SIGTERM or Ctrl-C lets those that run save a checkpoint, and ends it.
+    On SIGTERM or Ctrl-C, running processes save a checkpoint and exit.
 
     Args:
-        waiting: what can be run now; asked anew whenever a process has ended.
-        begin: starts one in a slot (0 … parallel − 1) that no other has.
-        ended: told of each that has ended by itself.
+        waiting: returns what can be run now; called whenever a process has ended.
+        begin: starts one in a free slot (0 … parallel − 1).
+        ended: called for each process that has ended by itself.
     """
     free, running = [*range(parallel)], {}
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -82,7 +82,7 @@ def run_parallel(
 
 
 def next_to_end(running: dict[K, Running]) -> tuple[K, Running]:
-    """Wait until one ends, and take it out of those that are running."""
+    """Wait until a process ends, and remove it from `running`."""
     while True:
         for key, one in running.items():
             if one.process.poll() is not None:
@@ -91,7 +91,7 @@ def next_to_end(running: dict[K, Running]) -> tuple[K, Running]:
 
 
 def end_all(running: Iterable[Running]) -> None:
-    """Let each save a checkpoint and end."""
+    """Signal each process to save a checkpoint and exit, and wait."""
     for one in running:
         one.process.terminate()
     for one in running:
@@ -106,17 +106,17 @@ def torchrun(job: Job, nproc: int, *options: str) -> list[str]:
 
 
 def own_environment(failure: Path) -> dict[str, str]:
-    """What a job's processes are told beside their overrides: where to leave the sentence that they fail with."""
+    """Environment variables for a job's processes, with the file for their error message."""
     return {FAILURE: str(failure), "HYDRA_FULL_ERROR": ""}  # which this process has set for itself
 
 
 def failure_file(log: Path) -> Path:
-    """Where a process with this log leaves the sentence that it fails with."""
+    """The file for the error message of a process with this log."""
     return log.with_suffix(".failure")
 
 
 class Torchruns:
-    """Runs each job as its own torchrun of `nproc` processes, `parallel` of them at a time."""
+    """Runs each job with its own torchrun of `nproc` processes, `parallel` jobs at a time."""
 
     def __init__(self, folder: Path, nproc: int, parallel: int):
         self.logs = folder / "logs"
@@ -124,7 +124,7 @@ class Torchruns:
         self.parallel = parallel
 
     def run(self, jobs: list[Job], tell: Tell) -> list[Outcome]:
-        """Every job; SIGTERM or Ctrl-C lets those that run save, and ends the sweep."""
+        """Run all jobs; on SIGTERM or Ctrl-C running jobs save, and the sweep ends."""
         named, started = {job.name: job for job in jobs}, []
         outcomes: dict[str, Outcome] = {}
 
@@ -164,7 +164,7 @@ class Torchruns:
 
 
 def reason(failure: Path, log: Path) -> str:
-    """Why a process failed: the sentence that it left, or else the last exception in its log."""
+    """The reason why a process failed: its error message, or else the last exception in its log."""
     if failure.is_file():
         return failure.read_text()
     lines = log.read_text(errors="replace").splitlines()

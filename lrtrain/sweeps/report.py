@@ -1,4 +1,4 @@
-"""How the jobs of a sweep go and ended, for whoever started it."""
+"""Printing the progress and outcomes of a sweep's jobs."""
 
 import sys
 from collections import Counter
@@ -13,11 +13,11 @@ from lrtrain.sweeps.jobs import Job, Outcome, Sweep, write_outcomes
 
 
 class SweepFailed(RuntimeError):
-    """Some jobs of a sweep failed; all has been said."""
+    """Some jobs of a sweep failed; their errors have been printed."""
 
 
 class Tell:
-    """Says at once what happens to each job; one process speaks for all."""
+    """Prints the start and end of each job, on one process."""
 
     def __init__(self, sweep: Sweep, speaks: bool):
         self.sweep = sweep
@@ -37,9 +37,9 @@ class Tell:
 def run_needed(
     jobs: list[Job], found: Sequence[Outcome | None], run: Callable[[list[Job]], list[Outcome]], tell: Tell
 ) -> list[Outcome]:
-    """All outcomes: those that were found, which are told of first, and of the other jobs what `run` makes of them.
+    """The outcomes of all jobs: known ones, printed first, and those of `run` for the other jobs.
 
-    A search may propose a job twice at a time; it is run once.
+    A job that a search proposes twice at a time is run once.
     """
     outcomes = {job.name: outcome for job, outcome in zip(jobs, found, strict=True)}
     for outcome in filter(None, outcomes.values()):
@@ -50,7 +50,7 @@ def run_needed(
 
 
 def print_outcomes(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
-    """One table of all jobs."""
+    """Print a table of all jobs."""
     table = Table(title=f"{sweep.name} ({sweep.folder})", box=box.SIMPLE_HEAD, title_justify="left")
     for column in ("job", "ended", "parameters", "eval perplexity", "tokens/s"):
         table.add_column(column, justify="left" if column in ("job", "ended") else "right", overflow="fold")

@@ -1,4 +1,4 @@
-"""A search by Optuna: its space as Hydra's grammar says it, what it proposes, and what it found."""
+"""A search by Optuna: the search space in Hydra's grammar, proposals, and results."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,14 +35,14 @@ class Search:
         return [[f"{key}={value}" for key, value in trial.params.items()] for trial in self.asked]
 
     def tell(self, outcomes: Sequence[Outcome]) -> None:
-        """How the trials that were asked for ended."""
+        """Report the outcomes of the trials from `ask`."""
         for trial, outcome in zip(self.asked, outcomes, strict=True):
             self.jobs[trial.number] = outcome.job
             values = values_of(outcome.summary, self.objectives)
             self.study.tell(trial, values, state=None if values else TrialState.FAIL)
 
     def best(self) -> list[FrozenTrial]:
-        """The trials than which no other is better in all objectives, by the first one."""
+        """The Pareto-optimal trials, sorted by the first objective."""
         return sorted(self.study.best_trials, key=lambda trial: trial.values)
 
     def report(self, folder: Path) -> None:
@@ -70,7 +70,7 @@ def distribution(override: Override) -> BaseDistribution:
 
 
 def refuse_nothing_held_out(objectives: Iterable[str], composed: DictConfig) -> None:
-    """Raise ConfigError where an objective is measured on held-out text, and the configuration holds none out."""
+    """Raise ConfigError if an objective needs held-out text, and the configuration has none."""
     asked = [key for key in objectives if key.startswith("eval_")]
     if asked and not composed.data.validation_fraction and not composed.data.source.get("validation"):
         raise ConfigError(
@@ -80,7 +80,7 @@ def refuse_nothing_held_out(objectives: Iterable[str], composed: DictConfig) -> 
 
 
 def refuse_unmeasured(objectives: Iterable[str], outcomes: Sequence[Outcome]) -> None:
-    """Raise ConfigError where a run has finished and not measured an objective: no other would."""
+    """Raise ConfigError if a finished run has not measured an objective, since no other run would."""
     for one in outcomes:
         missing = [key for key in objectives if one.status == "finished" and one.summary.get(key) is None]
         if missing:

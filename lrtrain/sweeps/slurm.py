@@ -1,4 +1,4 @@
-"""Jobs on a Slurm cluster, each its own torchrun on the nodes that it is given."""
+"""Running jobs on a Slurm cluster, each with its own torchrun on its nodes."""
 
 import os
 import signal
@@ -16,12 +16,12 @@ from lrtrain.sweeps.jobs import Job, Outcome
 from lrtrain.sweeps.processes import SAVING, own_environment, reason, torchrun
 from lrtrain.sweeps.report import Tell
 
-PORTS = range(20_000, 30_000)  # of rendezvous, on the first node: one for each of the jobs that share it
-SAVE = signal.SIGUSR2  # submitit's, which Slurm sends to every process of a job
+PORTS = range(20_000, 30_000)  # rendezvous ports on the first node, one for each job that shares it
+SAVE = signal.SIGUSR2  # submitit's signal, sent by Slurm to every process of a job
 
 
 class Torchrun:
-    """What Slurm runs on each node of a job: a torchrun that meets those of the other nodes."""
+    """The command on each node of a job: a torchrun that joins those of the other nodes."""
 
     def __init__(self, job: Job, nproc: int, failure: Path):
         self.job = job
@@ -30,7 +30,7 @@ class Torchrun:
         self.process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
-        """The exit code. SIGTERM is passed on, so that the run saves in time."""
+        """Run torchrun and return its exit code; SIGTERM is forwarded, so that the run saves in time."""
         options = ["--standalone"]
         if (nodes := int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))) > 1:
             first = submitit.JobEnvironment().hostnames[0]
@@ -44,16 +44,16 @@ class Torchrun:
         self.process = process = subprocess.Popen(
             torchrun(self.job, self.nproc, *options),
             env=os.environ | own_environment(self.failure),
-            preexec_fn=partial(signal.pthread_sigmask, signal.SIG_BLOCK, [SAVE]),  # its processes heed it
+            preexec_fn=partial(signal.pthread_sigmask, signal.SIG_BLOCK, [SAVE]),  # only torchrun's processes handle it
         )
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         return process.wait()
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues when Slurm preempts the job or its time is over: the same, which resumes.
+        """The job that submitit requeues after preemption or the time limit: the same one, which resumes.
 
-        submitit calls it in a signal handler, and ends this process then: the run has to be saved before it returns.
-        Slurm has signalled the run's processes too, but not those that torchrun had not started yet.
+        submitit calls this in a signal handler and then ends the process, so it waits until the run is saved. Slurm has
+        signalled the run's processes too, except those that torchrun had not started yet.
         """
         latest = time.monotonic() + SAVING
         while self.process is not None and runs(self.process.pid) and time.monotonic() < latest:
@@ -65,18 +65,18 @@ class Torchrun:
 
 
 def runs(child: int) -> bool:
-    """Whether a child process has not ended.
+    """Whether a child process is running.
 
-    Not by `Popen.wait`: a signal handler that interrupts one would wait for its lock.
+    Without `Popen.wait`, because a signal handler that interrupts it would deadlock on its lock.
     """
     try:
         return os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
-    except ChildProcessError:  # its end has been seen already
+    except ChildProcessError:  # it has been reaped already
         return False
 
 
 def children(process: int) -> list[int]:
-    """The processes that a process has started."""
+    """The child processes of a process."""
     try:
         return [*map(int, Path(f"/proc/{process}/task/{process}/children").read_text().split())]
     except (FileNotFoundError, ProcessLookupError):  # it has just ended
@@ -84,13 +84,13 @@ def children(process: int) -> list[int]:
 
 
 class Slurm:
-    """Submits every job, waits for all, and reads how they ended.
+    """Submits all jobs, waits for them, and reads their outcomes.
 
     Args:
-        folder: the sweep's, on a file system that all nodes see.
-        cluster: slurm; `local` and `debug` are submitit's ways to try it out.
+        folder: the sweep's folder, on a shared file system.
+        cluster: slurm, or submitit's `local` and `debug` to try it out.
         nproc: processes on each node.
-        wait: false: submit and leave; the same command reads the results later.
+        wait: if false, submit and exit; the same command reads the results later.
         settings: of `submitit.AutoExecutor.update_parameters`.
     """
 
@@ -102,7 +102,7 @@ class Slurm:
         self.executor.update_parameters(**settings)
 
     def run(self, jobs: list[Job], tell: Tell) -> list[Outcome]:
-        """Every job; Ctrl-C leaves those that were submitted where they are."""
+        """Run all jobs; Ctrl-C leaves submitted jobs running."""
         submitted = {}
         for job in jobs:
             tell.starts(job)

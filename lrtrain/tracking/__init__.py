@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl (the source of truth), the console, Weights & Biases."""
+"""Sinks of a run's metrics: metrics.jsonl (which has everything), the console, Weights & Biases."""
 
 import sys
 from pathlib import Path
@@ -14,10 +14,10 @@ __all__ = ["Tracker", "TrackingConfig", "open_tracker"]
 
 
 def open_tracker(cfg: TrackingConfig, run_dir: Path, run_id: str, config: dict, total_steps: int) -> Tracker:
-    """All sinks, for the main process; the others take a plain `Tracker()`, which records nothing.
+    """A tracker with all sinks, for the main process; the others use a plain `Tracker()`, which records nothing.
 
     Args:
-        run_id: the same one when a run is resumed, so that its curves go on; at most 64 characters.
+        run_id: stays the same when a run is resumed, so that its curves continue; at most 64 characters.
         config: the whole configuration, as plain containers.
     """
     sinks: dict[str, Tracker] = {

@@ -1,4 +1,4 @@
-"""The one interface through which a run tells the outside what it measured."""
+"""The interface of sinks for a run's metrics."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,20 +11,20 @@ Value = float | int | str
 
 
 class Tracker:
-    """Records nothing: what every process but the main one has. Sinks override what they can show."""
+    """Records nothing; used by all processes except the main one. Sinks override the methods they support."""
 
     def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
-        """Scalars at `step` completed optimizer updates and `tokens` tokens seen by all processes together."""
+        """Log scalars after `step` optimizer steps and `tokens` tokens on all processes."""
 
     def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
-        """Singular values by layer name, each 1-D and descending; by `<layer>/<name>` other arrays of that length, as
-        what the parts of a layer contribute to them."""
+        """Log singular values by layer name, each 1-D and descending; `<layer>/<name>` are other arrays of the same
+        length, such as contributions of a layer's parts."""
 
     def log_image(self, step: int, name: str, path: Path) -> None:
-        """A picture that was written to `path`."""
+        """Log the picture at `path`."""
 
     def sync(self) -> None:
-        """Put what was logged on the disk, where a power cut leaves it: called with each checkpoint."""
+        """Sync what was logged to disk, so that it survives a power cut; called before each checkpoint."""
 
     def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
-        """The run is over; `exit_code` is 0 if it went well."""
+        """Finish the run; `exit_code` is 0 if it succeeded."""

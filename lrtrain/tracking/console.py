@@ -1,4 +1,4 @@
-"""Progress for the person who watches: one live line on a terminal, plain lines in a log file."""
+"""Progress on the console: one live line on a terminal, plain lines in a log file."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,8 @@ class ConsoleTracker(Tracker):
         return "  ".join(parts if eta is None else [*parts, f"eta {_duration(eta)}"])
 
     def _seconds_left(self, step: int) -> float | None:
-        """From the mean pace since the first line: evaluations and checkpoints count, the slow first steps do not."""
+        """Remaining seconds by the mean speed since the first line, which includes evaluations and checkpoints but not
+        the slow first steps."""
         now = time.monotonic()
         if self._first is None:
             self._first = step, now
@@ -82,7 +83,7 @@ def _live_line(total_steps: int, stream: TextIO) -> tqdm:
 
 
 def _effective_rank(metrics: Mapping[str, float]) -> str | None:
-    """Of the layers whose spectra are exact, or if there is none of those that are estimated."""
+    """The mean effective rank of layers with exact spectra, or of estimated ones if there are none."""
     summary = "spectra/summary/all"
     if f"{summary}/erank_mean" in metrics:
         rank, share = metrics[f"{summary}/erank_mean"], metrics[f"{summary}/erank_rel_mean"]

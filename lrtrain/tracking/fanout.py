@@ -1,4 +1,4 @@
-"""Several sinks behind one tracker: a sink that fails never stops the training nor the other sinks."""
+"""Several sinks behind one tracker: a failing sink stops neither training nor other sinks."""
 
 import sys
 from collections import Counter
@@ -14,7 +14,7 @@ FAILURES_ALLOWED = 3
 
 
 class FanOut(Tracker):
-    """Passes every call on to each sink; one that failed three times gets no more but `finish`."""
+    """Forwards every call to each sink; a sink that failed three times only gets `finish`."""
 
     def __init__(self, sinks: Mapping[str, Tracker]):
         self._sinks = sinks

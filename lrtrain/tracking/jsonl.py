@@ -1,8 +1,8 @@
-"""`<run.dir>/metrics.jsonl`: the source of truth of a run, one strict JSON object per line.
+"""`<run.dir>/metrics.jsonl`: all metrics of a run, one strict JSON object per line.
 
 A row: schema (1), run_id, segment (0, then one more for each time the run was resumed), step (optimizer updates
 completed), tokens (seen by all processes), time (Unix seconds), wall_s (seconds since the segment began),
-metrics (name → number, null where it was not finite) and nonfinite (the names of these).
+metrics (name → number, null if not finite) and nonfinite (the names of these).
 """
 
 import functools
@@ -38,7 +38,7 @@ class Row(TypedDict):
 
 
 class JsonlTracker(Tracker):
-    """Appends to metrics.jsonl and writes spectra/*.npz beside it."""
+    """Appends to metrics.jsonl and writes spectra/*.npz."""
 
     def __init__(self, run_dir: Path, run_id: str):
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ class JsonlTracker(Tracker):
         self._run_dir = run_dir
         self._run_id = run_id
         self._began = time.time()
-        self._file = path.open("ab", buffering=0)  # a killed process then loses no row: the system has it
+        self._file = path.open("ab", buffering=0)  # unbuffered, so that a killed process loses no row
         sync_folder(run_dir)
         self._waiting = b""
         self._failed: set[str] = set()
@@ -94,12 +94,12 @@ class JsonlTracker(Tracker):
     def _write(self) -> None:
         try:
             while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]  # it takes what there is room for
+                self._waiting = self._waiting[self._file.write(self._waiting) :]  # a full disk may accept a part
         except OSError as error:
             self._tell("metrics.jsonl", f"{error}; its rows wait in memory until there is room")
 
     def _tell(self, what: str, reason: str) -> None:
-        """Once for each thing: a full disk is no reason to stop, and no news at every step."""
+        """Print an error once per file, since a full disk should not fill the console."""
         if what not in self._failed:
             print(f"tracking: {what} cannot be written: {reason}", file=sys.stderr, flush=True)
         self._failed.add(what)
@@ -108,9 +108,9 @@ class JsonlTracker(Tracker):
 def read_metrics(path: Path) -> list[Row]:
     """One row per step, ascending, with all metrics logged at that step.
 
-    Of a run that was resumed, the newest segment counts: for a name logged twice at a step, and for steps that
-    an older segment reached but the newer one took back by starting from an earlier checkpoint.
-    A line that a killed process left half-written at the end is ignored; others that are damaged are, and are named.
+    For a resumed run the newest segment wins: for a name logged twice at a step, and for steps of an older segment
+    beyond the checkpoint from which the newer one started. A partial last line is ignored; other damaged lines are
+    ignored and reported.
     """
     rows = list(_rows(path))
     resumed_at = {row["segment"]: row["step"] for row in reversed(rows)}  # its first step
@@ -132,7 +132,7 @@ def series(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    *lines, _torn = path.read_bytes().split(b"\n")  # what follows the last newline is not whole
+    *lines, _torn = path.read_bytes().split(b"\n")  # text after the last newline is incomplete
     rows = [_row(line) for line in lines]
     damaged = [number for number, row in enumerate(rows, start=1) if row is None]
     if damaged:
@@ -142,7 +142,7 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _row(line: bytes) -> Row | None:
-    """A row; None if the line is none, as after a crash of the system."""
+    """The row of a line; None if the line is damaged, e.g. by a system crash."""
     try:
         row: Any = json.loads(line)
         numbers = [row[key] for key in ("segment", "step", "tokens", "time", "wall_s")]
@@ -158,7 +158,7 @@ def _tell_once(sentence: str) -> None:
 
 
 def _cut_torn_tail(path: Path) -> None:
-    """Let the next row begin on a line of its own, after a kill in the middle of a write."""
+    """Remove a partial last line, left by a kill during a write."""
     with path.open("r+b") as file:
         file.truncate(file.read().rfind(b"\n") + 1)
 

@@ -1,7 +1,7 @@
 """Full spectra on disk: `<run.dir>/spectra/step-00000100.npz`, one float32 array per layer name.
 
-Sparse-plus-low-rank layers whose parts were measured also have `<layer>/<part>` for each of `PARTS`: what it
-contributes to each singular value (`lrtrain.measure.parts`)."""
+Sparse-plus-low-rank layers whose parts were measured also have `<layer>/<part>` for each of `PARTS`: its contribution
+to each singular value (`lrtrain.measure.parts`)."""
 
 import os
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def save_spectra(run_dir: Path, step: int, spectra: Mapping[str, np.ndarray]) ->
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        unfinished.unlink(missing_ok=True)  # on a full disk half a file is only in the way
+        unfinished.unlink(missing_ok=True)  # remove a partial file, e.g. on a full disk
         raise
     os.replace(unfinished, path)
     sync_folder(path.parent)

@@ -1,7 +1,7 @@
-"""Weights & Biases, a mirror of metrics.jsonl: offline unless the config says otherwise.
+"""Weights & Biases, a mirror of metrics.jsonl, offline by default.
 
-The step travels as data (`train/step`, the x-axis of every chart), never as wandb's own step: after a restart from
-an older checkpoint wandb would drop the repeated steps, since its own step may not go back.
+The step is logged as a metric (`train/step`, the x-axis of every chart), not as wandb's step: wandb's step cannot go
+back, so wandb would drop the repeated steps after a restart from an older checkpoint.
 """
 
 import logging
@@ -20,17 +20,17 @@ from lrtrain.tracking.base import Tracker, Value
 from lrtrain.tracking.spectra_files import PARTS
 
 STEP = "train/step"
-LAYERED = ("spectra", "gradients", "updates")  # the sections of metrics that each layer has
-DEPTHS_SHOWN = 8  # wandb slows down with some 10,000 distinct keys
-FLUSH_SECONDS = 1.0  # wandb's own 15 s of buffer would be lost with a killed process
+LAYERED = ("spectra", "gradients", "updates")  # sections with metrics per layer
+DEPTHS_SHOWN = 8  # wandb slows down at about 10,000 distinct keys
+FLUSH_SECONDS = 1.0  # a killed process would lose wandb's default buffer of 15 s
 
 
 class WandbTracker(Tracker):
     def __init__(self, cfg: TrackingConfig, run_dir: Path, run_id: str, config: dict):
-        import wandb  # half a second, only for those who use it
+        import wandb  # takes half a second
 
         run_dir = run_dir.resolve()
-        os.environ["WANDB_DATA_DIR"] = str(run_dir / "wandb")  # else tables wait for upload in the home directory
+        os.environ["WANDB_DATA_DIR"] = str(run_dir / "wandb")  # else tables are stored in the home directory
         kinds = [name for key in ("model", "param", "optim") if (name := (config.get(key) or {}).get("name"))]
         self._wandb = wandb
         self._run = wandb.init(
@@ -48,13 +48,13 @@ class WandbTracker(Tracker):
             settings=wandb.Settings(console="off", silent=True, x_transaction_log_flush_interval=FLUSH_SECONDS),
         )
         for handler in logging.getLogger("wandb").handlers:
-            handler.handleError = lambda record: None  # else each line that a full disk has no room for is a traceback
+            handler.handleError = lambda record: None  # else each line gives a traceback on a full disk
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
 
     def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
-        """Scalars, those of layers at no more than 8 depths; all layers in a table for each section, and a heatmap of
-        their effective rank."""
+        """Log scalars (of layers at most at 8 depths), a table of all layers for each section, and a heatmap of their
+        effective ranks."""
         by_layer = layer_metrics(metrics)
         shown = {depth_of(layer) for layers in by_layer.values() for layer in layers}
         depths = {None, *evenly(sorted(depth for depth in shown if depth is not None), DEPTHS_SHOWN)}
@@ -69,8 +69,8 @@ class WandbTracker(Tracker):
         self._run.log({STEP: step, "train/tokens": tokens, **row})
 
     def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
-        """For each projection a table of σ and a chart of it over the index, one line per layer; and a table of what
-        the parts of its layers contribute to σ."""
+        """Log for each projection a table of σ, a chart of σ over the index with one line per layer, and a table of the
+        contributions of the layers' parts."""
         projections: defaultdict[str, dict[str, np.ndarray]] = defaultdict(dict)
         for layer, sigma in spectra.items():
             if "/" not in layer:
@@ -90,7 +90,7 @@ class WandbTracker(Tracker):
         self._run.finish(exit_code=exit_code)
 
     def _table(self, step: int, layers: Mapping[str, Mapping[str, float]]):
-        """A row for each layer; what it has no value of stays empty."""
+        """A table with a row for each layer; missing values stay empty."""
         metrics = sorted({metric for found in layers.values() for metric in found})
         rows: list[Any] = [
             [step, layer, projection_of(layer), depth_of(layer), *(found.get(metric) for metric in metrics)]
@@ -114,7 +114,7 @@ class WandbTracker(Tracker):
             for index in shown_indices(len(sigma))
         ]
         columns = {"step": int, "layer": str, "index": int, "sigma": float}
-        # With the types given wandb need not infer them row by row, which takes three times as long.
+        # Explicit types are three times as fast as wandb's inference row by row.
         types = list(columns.values())
         table = self._wandb.Table(columns=list(columns), data=rows, dtype=types, optional=False)
         return self._wandb.plot_table(
@@ -137,7 +137,7 @@ class WandbTracker(Tracker):
 
 
 def layer_metrics(metrics: Sequence[Metric]) -> dict[str, dict[str, dict[str, float]]]:
-    """Section → layer → metric → value of what the sections of `LAYERED` have of layers."""
+    """Section → layer → metric → value, for the metrics of layers in the sections `LAYERED`."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for section, layer, metric, value in metrics:
         if section in LAYERED and layer is not None:
@@ -146,14 +146,14 @@ def layer_metrics(metrics: Sequence[Metric]) -> dict[str, dict[str, dict[str, fl
 
 
 def evenly(values: list[int], most: int) -> list[int]:
-    """At most so many of the values, the first and the last among them, the others evenly between."""
+    """At most `most` of the values, evenly spaced, with the first and the last."""
     if len(values) <= most:
         return values
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def shown_indices(length: int) -> np.ndarray:
-    """At most 64 of 0 … length − 1: the first 16, then evenly on a logarithmic axis to the last."""
+    """At most 64 indices below `length`: the first 16, then evenly spaced on a logarithmic axis."""
     if length <= 64:
         return np.arange(length)
     return np.unique(np.concatenate([np.arange(16), np.geomspace(16, length - 1, 48).round().astype(int)]))
