@@ -1,5 +1,5 @@
-"""How long a run stands still for a checkpoint, how long until it is on the disk, and how long resuming takes, beside
-plain writing and reading of as many bytes on the same disk; and a step while one is written, beside a step at rest.
+"""Time of checkpoints: how long training is blocked, how long until the checkpoint is on disk, and how long resuming
+takes, compared with plain writing and reading of as many bytes; and the time of a step with and without a save.
 
     python scripts/bench_checkpoint.py model=llama_1b param=sltrain train.micro_batch_size=1
     torchrun --nproc_per_node=2 scripts/bench_checkpoint.py --folder /scratch model=llama_350m
@@ -38,12 +38,14 @@ STEPS = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("bench_checkpoint"), help="is made, and removed again")
-    parser.add_argument("overrides", nargs="*", help="of the configuration")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("bench_checkpoint"), help="temporary folder; must not exist"
+    )
+    parser.add_argument("overrides", nargs="*", help="overrides of the configuration")
     args = parser.parse_args()
     world = distributed.start()
     if args.folder.exists():
-        sys.exit(f"--folder {args.folder} exists; give one to be made")
+        sys.exit(f"--folder {args.folder} exists; choose another folder")
     try:
         measure(args.overrides, args.folder, world)
     finally:
@@ -57,7 +59,7 @@ def measure(overrides: list[str], folder: Path, world: World) -> None:
     engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=0, recompute_keep="inputs")
     engine.prepare(make_model(config), 0, choice(config.optim))
     step = a_step(engine, config)
-    step()  # the states of the optimizer are made in it
+    step()  # creates the optimizer state
     state = engine.state_dict()
     size = sum(local(t).nbytes for part in state.values() for t in part.values()) * world.size
     data = DataState(fingerprint="", state=None)
@@ -128,9 +130,9 @@ def read(path: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Have the system drop what it holds of the files in memory, so that they are read from the disk."""
+    """Drop the files from the page cache, so that they are read from the disk."""
     if not hasattr(os, "posix_fadvise"):  # macOS
-        print("reading is timed from memory: this system drops no files from it", file=sys.stderr)
+        print("reading is timed from the page cache, which this system cannot drop", file=sys.stderr)
         return
     for path in folder.rglob("*"):
         if path.is_file():

@@ -1,9 +1,9 @@
-"""Step time and state of each optimizer at one block's matrices, and what refreshing a projection costs.
+"""Step time and state of each optimizer for one block's matrices, and the time of a new projection basis.
 
 python scripts/bench_optimizers.py --model llama_1b --rounds 5
 
-Steps take turns within one process, so that ratios hold on a machine that drifts. Against torch's AdamW, and GaLore's
-refresh against its published formulation: the SVD of the whole gradient, thin, for the basis of the smaller side.
+Steps of all optimizers alternate within one process, so that ratios are robust against changes of the machine's speed.
+Compared with torch's AdamW; GaLore's basis is compared with the published one, a thin SVD of the whole gradient.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["llama_60m", "llama_350m", "llama_1b"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-svd", action="store_true", help="without the published SVD, which takes long at 1B")
-    parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
+    parser.add_argument("--no-svd", action="store_true", help="skip the published SVD, which is slow at 1B")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     found = {name: measure(name, options.rounds, not options.no_svd) for name in options.model}
     if options.out:
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measure(model: str, rounds: int, svd: bool) -> dict[str, dict]:
-    """Print and return the figures of one model's shapes."""
+    """Print and return the results for one model's shapes."""
     config = compose(f"model={model}").model.config
     d, hidden = config["hidden_size"], config["intermediate_size"]
     shapes = [(d, d)] * 4 + [(hidden, d)] * 2 + [(d, hidden)]
@@ -85,7 +85,7 @@ def compare_steps(shapes: list[tuple[int, int]], rounds: int) -> dict[str, tuple
         else:
             optimizer = choice(compose(f"optim={name}").optim)(model)
         step = stepper(model, optimizer, gradients)
-        step()  # the first: all bases, all states
+        step()  # the first step creates all bases and states
         held = [t for s in optimizer.state.values() for t in s.values() if t.ndim]
         shared = optimizer.shared() if isinstance(optimizer, ShardedOptimizer) else []
         sizes[name] = sum(t.nbytes for t in (*held, *shared))
@@ -103,10 +103,10 @@ def stepper(model: nn.Module, optimizer: torch.optim.Optimizer, gradients: list[
 
 
 def compare_refreshes(m: int, n: int, rounds: int, svd: bool) -> dict[str, tuple[float, float]]:
-    """Way to find a basis → (median seconds, share of the gradient's energy that it keeps)."""
+    """Method to compute a basis → (median seconds, share of the gradient's energy kept)."""
     rank, k = min(m, n) // 4, min(m, n)
     generator = torch.Generator().manual_seed(0)
-    # Singular values like 1/√j on random directions: a slow decay, as of real gradients.
+    # Singular values 1/√j on random directions: a slow decay, as for real gradients.
     gradient = torch.randn(m, k, generator=generator) * torch.arange(1, k + 1) ** -0.5
     gradient = gradient @ torch.randn(k, n, generator=generator) / k**0.5
 
@@ -142,7 +142,7 @@ def published_basis(gradient: Tensor, rank: int) -> Tensor:
 
 
 def interleaved(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, all of them taking turns."""
+    """Median seconds of each call, with calls alternating."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():

@@ -1,7 +1,7 @@
 """Memory and time of activation checkpointing: none, whole blocks, and blocks that keep their bottlenecks.
 
-The three train copies of one model in one process and take turns; memory is what a micro-batch's forward pass leaves
-for its backward pass, embeddings and logits included. Also printed: what a block's input and 7 bottlenecks should take.
+The three variants train copies of one model in one process, alternating; memory is what a micro-batch's forward pass
+saves for its backward pass, embeddings and logits included. Also prints the expected size of inputs and bottlenecks.
 
     python scripts/bench_recompute.py --model llama_60m --method cola
 """
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--method", default="cola", help="a name from conf/param")
     parser.add_argument("--sequences", type=int, default=4, help="per step")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each variant")
     parser.add_argument("--overrides", nargs="*", default=[], help="more overrides for lrtrain")
     args = parser.parse_args()
 
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of one step of each contender, which take turns; the first turn warms up."""
+    """Median seconds of one step of each variant, alternating, after a warm-up step."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, step in steps.items():

@@ -1,11 +1,11 @@
-"""Time the singular values of factorized weights: ours from the factors, against svdvals of the product.
+"""Time the singular values of factorized weights: from the factors (lrtrain), and by svdvals of the product.
 
 python scripts/bench_spectra.py                       60M, 1B and 7B shapes, three interleaved rounds
 python scripts/bench_spectra.py --shapes 1b --rounds 5
 
-Columns: seconds of a float32 `torch.linalg.svdvals` of W = BA (W is given: forming it is not counted); how many times
-faster the QR core in float32 and our float64 Grams of the factors are; their largest relative errors over the r values,
-and those of svdvals over the same, against the QR core in float64.
+Columns: seconds of a float32 `torch.linalg.svdvals` of W = BA (without the time to form W); speedups of the QR core in
+float32 and of lrtrain's float64 Grams ("ours"); and the largest relative errors over the r values of all three,
+relative to the QR core in float64.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def row(m: int, n: int, r: int, rounds: int) -> str:
-    """One line of the table: factors with the decaying spectrum of trained ones."""
+    """One line of the table, for factors with a decaying spectrum as in training."""
     generator = torch.Generator().manual_seed(0)
     decay = torch.logspace(0, -2, r)
     left = torch.randn(m, r, generator=generator) * decay

@@ -1,4 +1,4 @@
-"""Compare runs: one table, and pictures of losses, spectra, and what each run costs and gives.
+"""Compare runs: one table, and pictures of losses, spectra, and perplexity against cost.
 
 python scripts/compare.py runs/a runs/b             → comparison/ (or --out)
 python scripts/compare.py runs/SWEEP                all runs of a sweep → runs/SWEEP/comparison/
@@ -20,8 +20,10 @@ from lrtrain.analysis.plots import plot_runs
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|SWEEP", help="run directories, or folders of them")
-    parser.add_argument("--out", type=Path, help="folder of what is written")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="RUN|SWEEP", help="run directories, or folders with runs"
+    )
+    parser.add_argument("--out", type=Path, help="output folder")
     args = parser.parse_args()
     runs = find_runs(args.paths)
     if not runs:

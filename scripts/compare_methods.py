@@ -1,12 +1,12 @@
-"""Compare methods on real text at equal tokens: every arm's learning rate tuned by the same sweep, several seeds.
+"""Compare methods on real text at equal tokens: every arm tunes its learning rate with the same sweep; several seeds.
 
 python scripts/compare_methods.py                         the study of compare_methods.yaml → runs/compare/llama_tiny
 python scripts/compare_methods.py --arms dense sltrain    two of its arms
 python scripts/compare_methods.py --report                table and picture of what is finished
 
-Each run is a process of its own with one thread on a core of its own. Stop it at any time and start it again with the
-same command: finished runs are kept, interrupted ones go on. The seed of the sweep counts among an arm's seeds, which
-favours every arm a little, and all of them alike. Finished runs keep their files but not their checkpoints.
+Each run is a separate process with one thread on its own core. It can be stopped at any time and restarted with the
+same command: finished runs are kept, interrupted ones resume. The seed of the sweep is one of an arm's seeds, which
+favours all arms equally. Finished runs keep their files but not their checkpoints.
 """
 
 import argparse
@@ -59,24 +59,31 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", type=Path, default=Path(__file__).with_suffix(".yaml"), help="a file like it")
+    parser.add_argument(
+        "--study",
+        type=Path,
+        default=Path(__file__).with_suffix(".yaml"),
+        help="a study's yaml file; default: %(default)s",
+    )
     parser.add_argument("--out", type=Path, help="folder of the runs; default: runs/compare/<the study's name>")
     parser.add_argument("--arms", nargs="+", help="some of the study's arms")
     parser.add_argument("--lrs", nargs="+", type=float, help="learning rates of the sweep")
     parser.add_argument("--seeds", nargs="+", type=int, help="the first one also runs the sweep")
-    parser.add_argument("--overrides", nargs="+", default=[], help="more overrides for all arms, as train.steps=1000")
+    parser.add_argument(
+        "--overrides", nargs="+", default=[], help="further overrides for all arms, such as train.steps=1000"
+    )
     parser.add_argument(
         "--parallel",
         type=int,
         default=usable_cores(),
         help="runs at a time; default: %(default)s, the cores",
     )
-    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--report", action="store_true", help="only report, run nothing")
     return parser.parse_args()
 
 
 def read_study(args: argparse.Namespace) -> Study:
-    """The study's file with what the command line changes."""
+    """The study of the yaml file with the changes of the command line."""
     keys = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(args.study)))
     study = Study(**keys, folder=args.out or Path("runs", "compare", keys["name"]))
     if unknown := [arm for arm in args.arms or [] if arm not in study.arms]:
@@ -94,7 +101,7 @@ def read_study(args: argparse.Namespace) -> Study:
 
 
 def run(study: Study, parallel: int) -> dict[str, str]:
-    """Run whatever the study lacks, `parallel` runs at a time; the arms that could not be run, and why."""
+    """Run the study's missing runs, `parallel` at a time; returns failed arms with the reason."""
     claim(study)
     failed: dict[str, str] = {}
     seconds: list[float] = []
@@ -114,7 +121,7 @@ def run(study: Study, parallel: int) -> dict[str, str]:
 
 
 def claim(study: Study) -> None:
-    """Let a folder hold runs of one study only."""
+    """Check that a folder holds runs of this study only."""
     path = study.folder / "study.json"
     known = read_object(path) or {"common": study.common, "arms": {}}
     changed = [arm for arm in study.arms if known["arms"].get(arm, study.arms[arm]) != study.arms[arm]]
@@ -134,7 +141,7 @@ def lacking(study: Study) -> list[Trial]:
 
 
 def begin(study: Study, trial: Trial, slot: int) -> Running:
-    """Begin a run, or go on with it, on one core."""
+    """Start or resume a run on one core."""
     command = [
         *(sys.executable, str(PRETRAIN)),
         *("tracking=none", "checkpoint.every=0", "checkpoint.minutes=5", "checkpoint.keep=1"),
@@ -148,7 +155,7 @@ def begin(study: Study, trial: Trial, slot: int) -> Running:
 
 
 def conclude(study: Study, trial: Trial, code: int) -> str | None:
-    """Note how a run ended; why its arm cannot be run, if so."""
+    """Record how a run ended; returns the reason if its arm cannot be run."""
     run_dir, log = study.folder / trial.name, log_file(study, trial)
     if code and "train.max_skipped" in (why := reason(failure_file(log), log)):
         write_durably(diverged_file(run_dir), why + "\n")

@@ -1,9 +1,9 @@
-"""Compress a trained dense run at a budget, in several ways, and heal each: one table of perplexities.
+"""Compress a trained dense run to a budget in several ways, train each further, and print a table of perplexities.
 
 python scripts/compress.py runs/llama_tiny-dense --budget 0.5 --steps 80
 
-Each way is a run of launch/pretrain.py with init_from=RUN, under RUN/compressed/; started again, the same command goes
-on where it stopped. Perplexities are on the run's held-out text, which neither calibration nor healing sees.
+Each way is a run of launch/pretrain.py with init_from=RUN, under RUN/compressed/; the same command resumes them.
+Perplexities are on the run's held-out text, which is not used for calibration or healing (the further training).
 """
 
 import argparse
@@ -49,11 +49,13 @@ COLUMNS = ("start", "parameters", "compressed", "healed")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="a dense run or one of its checkpoints")
-    parser.add_argument("overrides", nargs="*", help="for all ways, as optim.lr=1e-3")
-    parser.add_argument("--budget", type=float, required=True, help="share of the dense layers' parameters, as 0.5")
-    parser.add_argument("--steps", type=int, required=True, help="of healing")
+    parser.add_argument("overrides", nargs="*", help="overrides for all ways, such as optim.lr=1e-3")
     parser.add_argument(
-        "--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY", help="some of the table's rows"
+        "--budget", type=float, required=True, help="share of the dense layers' parameters, such as 0.5"
+    )
+    parser.add_argument("--steps", type=int, required=True, help="healing steps")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="WAY", help="rows of the table; default: all"
     )
     add_trust(parser)
     args = parser.parse_intermixed_args()
@@ -64,7 +66,7 @@ def main() -> None:
     folder = run.run_dir / "compressed" / f"{args.budget:g}-{args.steps}"
     before = read_object(run.run_dir / "summary.json")
     if before is None:
-        sys.exit(f"{run.run_dir} has no summary.json, which a run has at its end; let it end first")
+        sys.exit(f"{run.run_dir} has no summary.json: finish the run first")
     rows = [("the dense run", f"{before['parameters']:,}", "", f"{before['eval_perplexity']:.2f}")]
     for way in args.ways:
         rows.append(result(way, heal(run, way, args, folder / re.sub(r"\W+", "-", way))))
@@ -72,7 +74,7 @@ def main() -> None:
 
 
 def heal(run: RunWeights, way: str, args: argparse.Namespace, out: Path) -> Path:
-    """Run one way to its end."""
+    """Run one way and return its run directory."""
     if read_object(out / "summary.json") is None:
         budget = [] if "param=dense" in WAYS[way] else [f"compress.budget={args.budget}"]
         settings = ["tracking=none", "spectra.every=0", *WAYS[way], *budget, f"train.steps={args.steps}"]
@@ -84,7 +86,7 @@ def heal(run: RunWeights, way: str, args: argparse.Namespace, out: Path) -> Path
 
 
 def of_the_run(config: Config) -> list[str]:
-    """Overrides that say what the run had: its text, and how much of it a step and an evaluation take."""
+    """Overrides for the run's data, batch sizes and evaluation."""
     path = [] if config.data.path is None else [f"data.path={quoted(config.data.path)}"]
     keys = ("data.seq_len", "data.validation_fraction", "train.batch_size", "train.micro_batch_size", "eval.sequences")
     values = flat(as_dict(config))

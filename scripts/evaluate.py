@@ -1,13 +1,13 @@
-"""Perplexity on a text, and lm-eval's tasks: of a run, one of its checkpoints, an export, or any transformers folder.
+"""Perplexity on a text, or lm-eval tasks, for a run, a checkpoint, an export, or any transformers folder.
 
-python scripts/evaluate.py runs/llama_tiny-sltrain                               the text that the run held out
+python scripts/evaluate.py runs/llama_tiny-sltrain                               the run's held-out text
 python scripts/evaluate.py runs/llama_tiny-sltrain data=local data.path=FOLDER   the held-out share of another text
 python scripts/evaluate.py PATH data=local data.path=FILE data.validation_fraction=0 eval.sequences=100000    all of it
 torchrun --nproc_per_node=2 scripts/evaluate.py PATH data=c4                     shared out over processes
 python scripts/evaluate.py PATH --tasks NAME --include_path DIR                  tasks of lm-eval
 
-What is said of the text are overrides as of launch/pretrain.py, on top of the run's own values; the tokenizer is always
-the model's own.
+Overrides are those of launch/pretrain.py for data and evaluation, and replace the run's values; the tokenizer is always
+the model's.
 """
 
 import argparse
@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", help="data=…, data.seq_len=…, eval.sequences=…, train.micro_batch_size=…"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model; default: as it was saved")
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks of lm-eval, instead of a perplexity")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the model; default: as saved")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks to run instead of the perplexity")
     parser.add_argument("--include_path", type=Path, metavar="DIR", help="a folder with more tasks")
-    parser.add_argument("--limit", type=int, help="samples of each task at the most")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results too")
+    parser.add_argument("--limit", type=int, help="largest number of samples per task")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     add_trust(parser)
     args = parser.parse_intermixed_args()
     try:
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(loaded: Loaded, overrides: list[str], world: World) -> dict[str, Any]:
-    """Loss and perplexity on the text that `overrides` choose, or that the run held out; a collective."""
+    """Loss and perplexity on the text selected by `overrides`, or on the run's held-out text; a collective."""
     config = settings(loaded.run, overrides)
     tokenizer = dataclasses.replace(config.data.tokenizer, path=str(loaded.tokenizer.name_or_path))
     chosen = dataclasses.replace(config.data, tokenizer=tokenizer)
@@ -86,15 +86,15 @@ def measure(loaded: Loaded, overrides: list[str], world: World) -> dict[str, Any
 
 
 def rows_of(text: Data, most: int, seq_len: int) -> torch.Tensor:
-    """At most so many sequences that are held out, evenly spread; of a text that holds none out any of them."""
+    """At most `most` evenly spaced held-out sequences; sequences of the whole text if none are held out."""
     if len(text.validation):
         return text.validation.rows(evenly_spaced(len(text.validation), most))
     return text.train.batch(0, min(most, text.train_tokens // seq_len) if text.train_tokens else most, 0, 1)
 
 
 def settings(run: RunWeights | None, overrides: list[str]) -> Config:
-    """The configuration of these overrides, on top of the run's own values; of a run that is given another text by
-    `data=` only the length of its rows is kept of its data."""
+    """The configuration of these overrides on top of the run's values; with a new `data=` only `data.seq_len` of the
+    run's data is kept."""
     if run is None:
         return compose(*overrides)
     own = as_dict(run.config)
@@ -110,12 +110,12 @@ def settings(run: RunWeights | None, overrides: list[str]) -> Config:
 
 
 def said(section: str, values: dict[str, Any]) -> list[str]:
-    """Values of a section as overrides."""
+    """The values of a section as overrides."""
     return [f"{key}={literal(value)}" for key, value in flat(values, section).items()]
 
 
 def literal(value: Any) -> str:
-    """A value as Hydra's grammar reads it back."""
+    """A value in Hydra's grammar."""
     return quoted(value) if isinstance(value, str | list) else json.dumps(value)
 
 

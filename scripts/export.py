@@ -1,4 +1,4 @@
-"""Write a run's model for others to load.
+"""Export a run's model.
 
 python scripts/export.py runs/llama_tiny-sltrain --to hf-dense         a plain transformers checkpoint, factors merged
 python scripts/export.py runs/llama_tiny-sltrain --to hf-factorized    with its factors, for lrtrain.load(FOLDER)
@@ -22,10 +22,12 @@ FORMS = {"hf-dense": export_dense, "hf-factorized": export_factorized}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory or one of its checkpoints")
-    parser.add_argument("--to", choices=FORMS, required=True, help="merged into plain weights, or with the factors")
+    parser.add_argument("--to", choices=FORMS, required=True, help="merged into dense weights, or with its factors")
     parser.add_argument("--out", type=Path, help="the folder to write; default: RUN/export/<--to>")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were trained")
-    parser.add_argument("--shard", type=float, default=5.0, metavar="GB", help="size of a file; default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights; default: as trained")
+    parser.add_argument(
+        "--shard", type=float, default=5.0, metavar="GB", help="largest size of a file; default: %(default)s"
+    )
     add_trust(parser)
     args = parser.parse_args()
     try:

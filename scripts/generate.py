@@ -1,4 +1,4 @@
-"""Let a model go on with a text: a run, one of its checkpoints, an export, or any transformers folder.
+"""Generate text with a model: a run, a checkpoint, an export, or any transformers folder.
 
 python scripts/generate.py runs/llama_tiny-sltrain --prompt "def "
 """
@@ -19,11 +19,11 @@ from lrtrain.errors import ConfigError
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, metavar="RUN|PATH", help="a run, a checkpoint, or a folder with a model")
-    parser.add_argument("--prompt", default="", help="how the text begins")
-    parser.add_argument("--tokens", type=int, default=100, help="how many at the most; default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest; default: %(default)s")
-    parser.add_argument("--samples", type=int, default=1, help="how many texts; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; default: %(default)s")
+    parser.add_argument("--prompt", default="", help="the beginning of the text")
+    parser.add_argument("--tokens", type=int, default=100, help="largest number of new tokens; default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy; default: %(default)s")
+    parser.add_argument("--samples", type=int, default=1, help="number of texts; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling; default: %(default)s")
     add_trust(parser)
     args = parser.parse_args()
     try:
@@ -44,9 +44,8 @@ def main() -> None:
 
 
 def front_of(loaded: Loaded) -> list[int]:
-    """What a text begins with as in training: BOS where the tokenizer itself puts it there; else, and for our runs,
-    EOS, which divides documents; else nothing. To have a BOS is not enough: ours have one that no text begins with.
-    """
+    """The ids at the start of a text, as in training: BOS if the tokenizer adds it; otherwise, and for lrtrain runs
+    (whose BOS is not used in training), EOS, which separates documents; or nothing."""
     tokenizer = loaded.tokenizer
     bos = tokenizer.bos_token_id
     start = bos if loaded.run is None and bos in tokenizer.encode("") else tokenizer.eos_token_id

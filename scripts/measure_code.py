@@ -1,4 +1,4 @@
-"""How large and how readable code is: files, functions, docstrings, tests, of one or several source trees.
+"""Size of code: files, lines, functions, docstrings and tests of one or several source trees.
 
 python scripts/measure_code.py lrtrain
 python scripts/measure_code.py lrtrain=lrtrain:tests torchtitan=/path/to/torchtitan
@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def parsed(tree: str) -> tuple[str, Path, Path | None]:
-    """Name, folder of code and folder of tests, as they are given."""
+    """Name, folder of code and folder of tests of a command-line argument."""
     name, _, folders = tree.rpartition("=")
     code, _, tests = folders.partition(":")
     return name or code, Path(code), Path(tests) if tests else None
@@ -59,7 +59,7 @@ def measure(code: Path, tests: Path | None) -> list[str]:
 
 
 def functions_of(tree: ast.AST, hidden: bool = False) -> Iterator[Function]:
-    """Every function below a node; what is nested in a function, or starts with an underscore, is not public."""
+    """Every function below a node; nested ones and those with a leading underscore are not public."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             public = not hidden and not node.name.startswith("_")

@@ -1,12 +1,12 @@
-"""Memory, bytes on the wire and expected MFU of a run on many GPUs, told without one.
+"""Memory, traffic and expected MFU of a run on many GPUs, computed without a GPU.
 
     python scripts/plan.py model=llama_7b param=sltrain gpus=64 tflops=989 gigabytes_per_second=50 efficiency=0.45
     python scripts/plan.py model=llama_7b param=sltrain gpus=64 engine.replicas=8 train.batch_size=512
 
-`gpus`, `tflops` (of large matrix products, per GPU), `gigabytes_per_second` (that a GPU receives over the slowest
-link), and `efficiency` (the share of `tflops` that a step reaches alone) are the script's; all else are
-overrides of the configuration. Arithmetic is in bfloat16 unless train.dtype says otherwise. docs/scaling.md has the
-formulas and how they were checked.
+The script's own arguments are `gpus`, `tflops` (of large matrix products, per GPU), `gigabytes_per_second` (received by
+a GPU over the slowest link), and `efficiency` (the share of `tflops` that a step reaches without communication); all
+others are overrides of the configuration. Arithmetic is bfloat16 unless train.dtype is set. docs/scaling.md has the
+formulas.
 """
 
 import sys
@@ -53,7 +53,7 @@ def print_forecast(overrides: list[str], gpus: int, own: dict[str, float]) -> No
     hardware = Hardware(own["tflops"] * 1e12, own["efficiency"], own["gigabytes_per_second"] * 1e9)
     found = forecast(config, model, sent, hardware, gpus)
     parallel = tensor_parallel_bytes(config, model, dtype, min(8, gpus))
-    memory = memory_per_process(config, model, dtype, gpus)  # last: it changes the model
+    memory = memory_per_process(config, model, dtype, gpus)  # last, because it changes the model
 
     table = Table(
         title=f"{config.model.name} · {config.param['name']} · {gpus} GPUs", box=box.SIMPLE, show_header=False

@@ -1,4 +1,4 @@
-"""Draw runs from their files, and print how they ended; scripts/compare.py compares them.
+"""Draw runs from their files, and print their final values; scripts/compare.py compares them.
 
 python scripts/plot_run.py runs/a runs/b      writes runs/a/plots/summary.png and the same for b
 """
@@ -14,7 +14,7 @@ from lrtrain.analysis.plots import load_run, plot_run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, with metrics.jsonl in it")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory with metrics.jsonl")
     args = parser.parse_args()
     without = [str(run) for run in args.runs if not (run / "metrics.jsonl").exists()]
     if without:

@@ -1,4 +1,4 @@
-"""Draw the spectra of one or several runs from their files.
+"""Draw the spectra of runs from their files.
 
 python scripts/plot_spectra.py runs/a                  writes runs/a/plots/spectra/: pictures, and report.html with them
 python scripts/plot_spectra.py runs/a runs/b --out ab  both, one below the other on the same axes

@@ -1,10 +1,10 @@
-"""Choose each layer's rank from the spectra that a run measured, within a budget of parameters.
+"""Choose each layer's rank from the spectra of a run, within a budget of parameters.
 
-python scripts/suggest_ranks.py runs/llama_tiny-dense --budget 0.5              one threshold on the energy that is left
+python scripts/suggest_ranks.py runs/llama_tiny-dense --budget 0.5              one threshold on the dropped energy
 python scripts/suggest_ranks.py runs/llama_tiny-dense --budget 0.5 --by tail    one on WeLore's normalized values
 
-Writes conf/experiment/<run>-<by>.yaml (or --out) with a `param.rank` for each layer, and says how to train with it. The
-budget is Σ rank·(out + in) over the measured layers, as a share of their dense Σ out·in.
+Writes conf/experiment/<run>-<by>.yaml (or --out) with a `param.rank` for each layer, and prints the command to train
+with it. The budget is Σ rank·(out + in) over the measured layers, as a share of their dense Σ out·in.
 """
 
 import argparse
@@ -40,10 +40,10 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent / "conf" / "experiment"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run directory with spectra/step-*.npz in it")
-    parser.add_argument("--budget", type=float, required=True, help="share of the dense parameters, as 0.5")
-    parser.add_argument("--by", choices=SCORES, default="energy", help="what a singular value counts by")
-    parser.add_argument("--param", default="lowrank", help="the parameterization that the file chooses")
-    parser.add_argument("--out", type=Path, help="where to write the file")
+    parser.add_argument("--budget", type=float, required=True, help="share of the dense parameters, such as 0.5")
+    parser.add_argument("--by", choices=SCORES, default="energy", help="score of a singular value")
+    parser.add_argument("--param", default="lowrank", help="the parameterization in the file")
+    parser.add_argument("--out", type=Path, help="output file")
     add_trust(parser)
     args = parser.parse_args()
     out = args.out or EXPERIMENTS / f"{args.run.resolve().name}-{args.by}.yaml"
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def stored_config(run: Path, trusted: Collection[str] = ()) -> Config:
-    """The run's own configuration; `trusted` as of `from_stored`."""
+    """The run's configuration; for `trusted` see `from_stored`."""
     return from_stored(plain(OmegaConf.load(run / "config.yaml")), run, trusted)
 
 
@@ -93,7 +93,7 @@ def shapes_of(config: Config) -> dict[str, Shape]:
 def print_ranks(
     spectra: dict[str, Tensor], shapes: dict[str, Shape], ranks: dict[str, int], uniform: dict[str, int], step: int
 ) -> None:
-    """One line per projection: ranks by depth, and the energy that they and the uniform rank keep."""
+    """Print one line per projection: ranks by depth, and the energy kept by them and by the uniform rank."""
     table = Table("projection", "out×in", "uniform", "ranks by depth", "energy kept", "uniform's", box=box.SIMPLE)
     for projection in dict.fromkeys(map(projection_of, spectra)):
         names = [name for name in spectra if projection_of(name) == projection]
@@ -110,7 +110,7 @@ def print_ranks(
 
 
 def experiment(config: Config, param: str, ranks: dict[str, int]) -> DictConfig:
-    """What chooses these ranks for the model that the run measured, where it is not the one of its name too."""
+    """The experiment with these ranks for the run's model, including its changes to the model's yaml."""
     default = default_composition(f"model={config.model.name}", f"param={param}")
     chosen: dict[str, Any] = {"rank": {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}}
     if config.param["pattern"] != default.param.pattern:

@@ -33,7 +33,7 @@ ENGINES = {
 
 
 class ReceivedBytes(TorchDispatchMode):
-    """Counts what collectives bring to a process, by the least that any algorithm must move."""
+    """Counts the bytes that a process receives in collectives, as the minimum that any algorithm needs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class ReceivedBytes(TorchDispatchMode):
 
 
 def received(operator: str, args: tuple) -> int:
-    """Bytes of one collective: of n processes each sends and gets (n − 1)/n of the whole, twice for a sum for all."""
+    """Bytes received in one collective: (n − 1)/n of the whole with n processes, twice that for an all-reduce."""
     share = 1 - 1 / dist.get_world_size()
     sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, torch.Tensor)) for arg in args[:2]]
     if "reduce_scatter" in operator:
@@ -63,7 +63,7 @@ def received(operator: str, args: tuple) -> int:
 
 
 def step_bytes(*overrides: str) -> int:
-    """Of the second step of a run, in which nothing is set up any more; the most of any process."""
+    """Bytes of the second step of a run (after all setup), the maximum over processes."""
     config = compose("train.dtype=fp32", *overrides)
     engine = choice(config.engine)(
         world=WORLD, dtype=torch.float32, compile=False, recompute_every=0, recompute_keep="inputs"
@@ -81,7 +81,7 @@ def step_bytes(*overrides: str) -> int:
 
 
 def main() -> None:
-    gloo.exchange_of = lambda group: partial(gloo.by_messages, group)  # messages can be counted, shared memory cannot
+    gloo.exchange_of = lambda group: partial(gloo.by_messages, group)  # only messages can be counted, not shared memory
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llama_60m")
     parser.add_argument("--methods", nargs="+", default=["dense", "lowrank", "sltrain"])
