@@ -115,7 +115,7 @@ def test_forward_is_the_dense_weight(method: str, bias: bool):
 @pytest.mark.parametrize("method", NONLINEAR)
 def test_a_nonlinear_layer_has_no_dense_weight_and_the_spectrum_of_its_linear_map(method: str):
     layer = make(method)
-    with pytest.raises(NotImplementedError, match="only param.activation=none merges"):
+    with pytest.raises(NotImplementedError, match="only param.activation=none can be merged"):
         layer.dense_weight()
     linear = copy.copy(layer)
     linear.activation = "none"
