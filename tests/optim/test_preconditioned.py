@@ -1,4 +1,4 @@
-"""Preconditioned factor gradients against their formulas, in another gauge, and in shards."""
+"""Preconditioned factor gradients against their formulas, for another factorization, and in shards."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def change_of_product(left: Tensor, right: Tensor, g: Tensor, damping: float) ->
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_change_is_the_two_projections_whatever_the_gauge(shape: tuple[int, int, int]):
+def test_the_change_is_the_two_projections_for_any_factorization(shape: tuple[int, int, int]):
     m, n, r = shape
     left, right, g, change = drawn((m, r), (r, n), (m, n), (r, r))
     other = left @ change, torch.linalg.solve(change, right)

@@ -90,15 +90,15 @@ def test_a_zero_factor_keeps_its_vector_and_moves():
 def test_the_norms_are_close_from_the_first_step_on(monkeypatch: pytest.MonkeyPatch):
     model = Large(1.0)
     optimizer = Spectron(model, **OWN, **{**OPTIM, "lr": 0.05})
-    look, shares = optimizer.look, []
+    pair_terms, shares = optimizer.pair_terms, []
 
     def recorded(pair: FactorPair) -> tuple[Tensor, Tensor]:
-        found = look(pair)
+        found = pair_terms(pair)
         exact = sum(torch.linalg.matrix_norm(p.detach(), 2) for p in pair[1:])
         shares.append((found[0] / exact).item())
         return found
 
-    monkeypatch.setattr(optimizer, "look", recorded)
+    monkeypatch.setattr(optimizer, "pair_terms", recorded)
     for _ in set_gradients(model, 20):
         optimizer.step()
     assert len(shares) == 40 and 0.98 < min(shares) and max(shares) < 1 + 1e-5
