@@ -72,10 +72,10 @@ class RunWeights:
         return self.checkpoint.parent.parent
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The run's tokenizer. Raises ConfigError if it cannot be read; resuming the run writes it anew."""
+        """The run's tokenizer. Raises ConfigError if it cannot be read; resuming the run rewrites it."""
         folder = self.run_dir / "tokenizer"
         if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(f"the run's tokenizer in {folder} is missing; resuming the run writes it anew")
+            raise ConfigError(f"the run's tokenizer in {folder} is missing; resuming the run rewrites it")
         return read_tokenizer(folder, f"the run's tokenizer in {folder}")
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:

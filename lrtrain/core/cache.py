@@ -83,7 +83,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
         return folder
     with locked(folder):
         if folder.exists() and (fault := damage(folder)):
-            log.warning("%s; it is built anew", fault)
+            log.warning("%s; it is rebuilt", fault)
             _remove(folder)
         if not folder.exists():
             _build(folder, build)

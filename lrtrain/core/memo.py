@@ -21,7 +21,7 @@ def read_memo(path: Path) -> dict[str, str]:
         return {}
     except (ValueError, KeyError, TypeError):
         pass
-    log.warning("%s is damaged, or an older version's; it is begun anew", path)
+    log.warning("%s is damaged, or an older version's; it is ignored", path)
     return {}
 
 

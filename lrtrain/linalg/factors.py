@@ -40,7 +40,7 @@ def dense_singular_values(weight: Tensor) -> Tensor:
 
 
 def gram(columns: Tensor) -> Tensor:
-    """XᵀX (k, k) of X (d, k), in float64 whatever X is stored in."""
+    """XᵀX (k, k) of X (d, k), in float64 for any dtype of X."""
     k = columns.shape[1]
     upper = columns.new_zeros(k, k, dtype=torch.float64)
     step = max(1, -(-k // _BLOCKS))

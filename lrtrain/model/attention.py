@@ -42,7 +42,7 @@ NARROWEST = 4
 """Smallest width in the small copy; all stay even."""
 HEADS = re.compile(r"head_dim$")
 HEADS_FACTOR = 16
-"""By which widths within heads are divided at the most, since some must still add up to others."""
+"""Largest factor by which widths within heads are divided, since some must still add up to others."""
 WINDOW = 16
 """Largest sliding window or attention chunk of the small copy, in tokens."""
 TOLERANCE = 1e-3

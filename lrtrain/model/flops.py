@@ -24,7 +24,7 @@ from lrtrain.model.experts import FACTORIZED, experts_per_token
 from lrtrain.model.structure import factorized_layers
 
 LONGEST = 512
-"""Tokens of a sequence that is run to count its FLOPs, at the most; a multiple of what models divide sequences into."""
+"""Longest sequence run to count its FLOPs, in tokens; a multiple of the chunk lengths of models."""
 UNUSED = re.compile(r"encoder_attn|crossattention|cross_attn")
 """Modules of a decoder that only process an encoder's output."""
 NO_PRODUCT = re.compile(r"Linear|Lightning|Rwkv|Output|Cross")
@@ -42,12 +42,11 @@ class Flops:
 
 
 def training_flops(model: PreTrainedModel, seq_len: int) -> Flops:
-    """FLOPs per token, forward and backward (three times the forward where all is trained).
+    """FLOPs per token, forward and backward (three times the forward pass if all parameters are trained).
 
-    What torch counts in the dense model that the config describes, with factorized layers' own counts in place of
-    theirs. It counts products of matrices (attention's over the whole context, not halved for causality; those of
-    experts only for the tokens routed to them) and convolutions; no work on vectors, such as norms and lookups in
-    embeddings.
+    torch's count for the dense model of the config, with the counts of factorized layers replaced by their own. It
+    includes matrix products (attention over the whole context, not halved for causality; experts only for the tokens
+    routed to them) and convolutions, but no vector operations such as norms and embedding lookups.
     """
     dense, calls = dense_flops(model, seq_len)
     own = dense
@@ -57,11 +56,11 @@ def training_flops(model: PreTrainedModel, seq_len: int) -> Flops:
 
 
 def dense_flops(model: PreTrainedModel, seq_len: int) -> tuple[float, dict[str, int]]:
-    """FLOPs per token of the dense model, forward and backward, and how often a forward pass calls the layers that are
-    factorized, unless once.
+    """FLOPs per token of the dense model, forward and backward, and the number of calls per forward pass for factorized
+    layers that are not called once.
 
-    An architecture that does not run without memory, and those of which the formula is known to be right, are counted
-    by the formula. What was counted is kept in the cache.
+    Architectures that do not run on meta, and those for which the formula is known to be right, are counted by
+    `formula`. Counts are cached on disk.
     """
     config = model.config
     if type(config) in KNOWN:
@@ -83,8 +82,8 @@ def dense_flops(model: PreTrainedModel, seq_len: int) -> tuple[float, dict[str, 
 
 
 def _counted(config: PreTrainedConfig, names: list[str], seq_len: int) -> dict[str, float]:
-    """What torch counts in a forward pass: `per_token`, `per_pair` of tokens, and the calls of the layers of these
-    names. Nothing if the model does not run on meta."""
+    """torch's counts for a forward pass: `per_token`, `per_pair` of tokens, and the number of calls of the layers in
+    `names`. Empty if the model does not run on meta."""
     for attention in (CAUSAL, "eager"):
         with suppress(Exception), torch.no_grad(), torch.device("meta"):  # whatever the model's code raises
             return _counted_on_meta(new_model(copy.deepcopy(config), attention).eval(), names, seq_len, attention)
@@ -107,7 +106,7 @@ def _counted_on_meta(model: PreTrainedModel, names: list[str], seq_len: int, att
 def _forward_flops(model: PreTrainedModel, tokens: int, attention: str) -> int:
     """FLOPs of a forward pass of a model on meta.
 
-    A ready mask keeps transformers from making one, for which it looks at values.
+    A ready mask is passed because transformers reads values to build one, which fails on meta.
     """
     ready: dict[str, Any] = {} if attention == CAUSAL else {"attention_mask": torch.zeros(1, 1, tokens, tokens)}
     with FlopCounterMode(display=False) as counter:
@@ -123,8 +122,8 @@ def _layer_or_owner(model: nn.Module, name: str) -> nn.Module:
 
 
 def formula(model: PreTrainedModel, seq_len: int) -> float:
-    """FLOPs per token of the dense model, forward and backward, where every module of the model is called once and
-    matrices of experts by the tokens routed to them, and attention has two products over the whole context."""
+    """FLOPs per token of the dense model, forward and backward, if every module is called once, experts by the tokens
+    routed to them, and attention has two products over the whole context."""
     chosen = experts_per_token(model.config.get_text_config())
     found = 3 * attention_flops(model, seq_len)
     for module in called_modules(model):

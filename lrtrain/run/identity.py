@@ -40,5 +40,5 @@ def known_run(config: Config, meta: CheckpointMeta | None) -> RunIdentity | None
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        print(f"{path} is damaged and written anew", file=sys.stderr, flush=True)
+        print(f"{path} is damaged and is rewritten", file=sys.stderr, flush=True)
     return RunIdentity(meta.run_id, config.run.name) if meta and meta.run_id else None

@@ -38,7 +38,7 @@ class Job:
     @property
     def summary(self) -> dict[str, Any] | None:
         """What summary.json says of a finished job; None if it has not finished, or the file is damaged: then the job
-        goes on from its last checkpoint, and writes it anew."""
+        resumes from its last checkpoint, and rewrites the file."""
         return read_object(self.run_dir / "summary.json")
 
 

@@ -67,7 +67,7 @@ def test_what_is_damaged_is_built_anew_with_a_word(tmp_path, caplog, name, text)
     file.unlink() if text is None else file.write_text(text)
     build_once(tmp_path / "x", build_whole)
     assert (tmp_path / "x" / "whole").read_text() == "all of it" and damage(tmp_path / "x") is None
-    assert f"{tmp_path}/x" in caplog.text and "it is built anew" in caplog.text
+    assert f"{tmp_path}/x" in caplog.text and "it is rebuilt" in caplog.text
     caplog.clear()
     build_once(tmp_path / "x", build_half_and_fail)
     assert not caplog.text

@@ -47,7 +47,7 @@ def test_damaged_small_files_are_repaired_from_the_checkpoint(tmp_path: Path, fi
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b"\0" * 30 + b"\n")
     said = go([*finished, "train.steps=4"], tmp_path)
-    assert f"{run}/run.json is damaged and written anew" in said and f"{run}/config.yaml is damaged" in said
+    assert f"{run}/run.json is damaged and is rewritten" in said and f"{run}/config.yaml is damaged" in said
     assert "metrics.jsonl: line" in said and "Traceback" not in said
     assert json.loads((run / "run.json").read_text())["id"] == identity
     assert {path.name: path.read_bytes() for path in (run / "tokenizer").iterdir()} == tokenizer
