@@ -60,7 +60,7 @@ def dense_experts(model: Any, pattern: str) -> dict[str, DenseExperts]:
 def measured(model: nn.Module, pattern: str) -> Mapping[str, FactorizedLinear | nn.Linear | DenseExperts]:
     """The layers whose spectra are measured: `matrices`, and in a dense model the experts matching `pattern`."""
     layers = factorized_layers(model)
-    return layers or {**linears(model, pattern), **dense_experts(model, pattern)}
+    return layers or {**linears(model, pattern, subclasses=True), **dense_experts(model, pattern)}
 
 
 def experts_per_token(config: PreTrainedConfig) -> int:

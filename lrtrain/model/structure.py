@@ -36,7 +36,7 @@ def first_names(model: PreTrainedModel) -> dict[str, str]:
 
 def matrices(model: nn.Module, pattern: str) -> Mapping[str, FactorizedLinear | nn.Linear]:
     """The layers whose spectra are measured: the factorized ones, or in a dense model those matching `pattern`."""
-    return factorized_layers(model) or linears(model, pattern)
+    return factorized_layers(model) or linears(model, pattern, subclasses=True)
 
 
 def factorized_layers(model: nn.Module) -> dict[str, FactorizedLinear]:
@@ -44,16 +44,23 @@ def factorized_layers(model: nn.Module) -> dict[str, FactorizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, FactorizedLinear)}
 
 
-def linears(model: nn.Module, pattern: str) -> dict[str, nn.Linear]:
-    """The plain linear layers (`nn.Linear` and transformers' `Conv1D`) whose qualified name matches `pattern`, by name.
+def linears(model: nn.Module, pattern: str, subclasses: bool = False) -> dict[str, nn.Linear]:
+    """The linear layers (`nn.Linear` and transformers' `Conv1D`) whose qualified name matches `pattern`, by name,
+    without those whose weight the model reads directly.
 
-    Without subclasses, which compute something else, and without layers whose weight the model reads directly.
+    Args:
+        subclasses: whether to include subclasses of `nn.Linear`: their weights can be measured, but they may compute
+            something else, so they cannot be replaced.
 
     Raises:
         ConfigError: if there is none, or the pattern is not a regular expression.
     """
     read = weights_read(model)
-    names = {name: module for name, module in model.named_modules() if is_plain(module) and name not in read}
+    names = {
+        name: module
+        for name, module in model.named_modules()
+        if (is_plain(module) or subclasses and isinstance(module, nn.Linear)) and name not in read
+    }
     try:
         found = {name: module for name, module in names.items() if re.search(pattern, name)}
     except re.error as error:

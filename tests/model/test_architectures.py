@@ -21,7 +21,7 @@ from lrtrain.model.deferred import Recording, named_tensors
 from lrtrain.model.flops import formula, training_flops
 from lrtrain.model.init import materialize
 from lrtrain.model.rank import RankPlan
-from lrtrain.model.structure import blocks, factorized_layers, linears, weights_read
+from lrtrain.model.structure import blocks, factorized_layers, linears, matrices, weights_read
 
 CPU = torch.device("cpu")
 LLAMA_LIKE = {
@@ -271,6 +271,7 @@ def test_only_plain_linears_are_replaced_and_none_whose_weight_is_read():
     model.set_submodule("model.layers.0.mlp.up_proj", Router(64, 96, device="meta"))
     assert "model.layers.0.mlp.up_proj" not in linears(model, r"\.\d+\.")
     assert "model.layers.1.mlp.up_proj" in linears(model, r"\.\d+\.")
+    assert "model.layers.0.mlp.up_proj" in matrices(model, r"\.\d+\.")  # measured, though not replaced
 
 
 def test_gpt2_is_factorized_and_merges_into_plain_transformers(tmp_path):
