@@ -5,7 +5,6 @@ torchrun --nproc_per_node=2 scripts/wire_bytes.py [--model llama_60m] [--methods
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from lrtrain import distributed
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.distributed.collectives import max_over_ranks
-from lrtrain.engine import gloo
 from lrtrain.model.build import make_model
 
 ENGINES = {
@@ -55,10 +53,6 @@ def received(operator: str, args: tuple) -> int:
         return round(2 * share * sizes[0])
     if "allgather" in operator:
         return round(share * sizes[0])
-    if operator == "recv_":
-        return sizes[0]
-    if operator == "send":
-        return 0
     return sizes[0] if dist.get_rank() else 0  # from or to process 0
 
 
@@ -81,7 +75,6 @@ def step_bytes(*overrides: str) -> int:
 
 
 def main() -> None:
-    gloo.exchange_of = lambda group: partial(gloo.by_messages, group)  # only messages can be counted, not shared memory
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llama_60m")
     parser.add_argument("--methods", nargs="+", default=["dense", "lowrank", "sltrain"])

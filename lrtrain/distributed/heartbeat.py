@@ -21,7 +21,7 @@ from lrtrain.errors import RunFailed
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TORCH = Path(dist.__file__).parent
-COLLECTIVES = ("collectives.py", "world.py", "gloo.py", "shared_memory.py")  # report their caller instead
+COLLECTIVES = ("collectives.py", "world.py")  # report their caller instead
 OVER = "over"
 
 _runs = itertools.count()

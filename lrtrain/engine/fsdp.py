@@ -14,7 +14,6 @@ from lrtrain.config.dtypes import DTYPES, Dtype
 from lrtrain.config.schema import Config
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.world import World
-from lrtrain.engine import gloo
 from lrtrain.engine.base import Engine, Spread
 from lrtrain.errors import ConfigError
 from lrtrain.model.init import materialize
@@ -63,7 +62,6 @@ class FSDPEngine(Engine):
 
     def _shard(self, model: PreTrainedModel) -> None:
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=self.reduce_dtype)
-        exchange = gloo.exchange_of(self.mesh.get_group("shard")) if self.world.device.type == "cpu" else None
         head, in_loss = model.get_output_embeddings(), self.loss.head
         units = [in_loss if in_loss is not None and unit is head else unit for unit in sharded_units(model)]
         for unit in units:
@@ -77,9 +75,6 @@ class FSDPEngine(Engine):
             module.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
             module.set_force_sum_reduction_for_comms(True)
             module.register_forward_hook(_reshard_without_gradient)  # pyright: ignore[reportAttributeAccessIssue]
-            if exchange is not None:
-                module.set_custom_all_gather(gloo.AllGather(exchange))  # pyright: ignore[reportArgumentType]
-                module.set_custom_reduce_scatter(gloo.ReduceScatter(exchange))  # pyright: ignore[reportArgumentType]
 
     def _sharded(self) -> list[FSDPModule]:
         return [module for module in self.loss.modules() if isinstance(module, FSDPModule)]

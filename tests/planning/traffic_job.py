@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.distributed import ProcessGroup
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lrtrain import distributed
 from lrtrain.config.choice import choice
@@ -19,47 +18,25 @@ from lrtrain.config.dtypes import compute_dtype
 from lrtrain.config.schema import Config
 from lrtrain.distributed.sharding import local
 from lrtrain.distributed.world import World
-from lrtrain.engine import gloo
 from lrtrain.model.build import make_model
+
+KINDS = {"_allgather_base_": "gathered", "_reduce_scatter_base_": "reduced", "allreduce_": "replicated"}
 
 
 class Counted(TorchDispatchMode):
-    """Bytes that this process receives, by what they are for."""
+    """Bytes that this process receives, by what they are for: of n processes each gets (n − 1)/n of the whole, twice
+    for a sum that all get."""
 
     def __init__(self):
         super().__init__()
-        self.received = {"gathered": 0.0, "reduced": 0.0, "replicated": 0.0}
-        self.kind = ""
-        self.patches = [self.during(gloo.AllGather, "gathered"), self.during(gloo.ReduceScatter, "reduced")]
-
-    def during(self, collective: type, kind: str):
-        """What is received within `collective` is of this kind."""
-        call = collective.__call__
-
-        def counted(*args, **kwargs):
-            self.kind = kind
-            return call(*args, **kwargs)
-
-        return patch.object(collective, "__call__", counted)
-
-    def __enter__(self):
-        for one in self.patches:
-            one.start()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        for one in self.patches:
-            one.stop()
-        return super().__exit__(*error)
+        self.received = dict.fromkeys(KINDS.values(), 0.0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        operator = str(func).split(".")[1] if str(func).startswith("c10d.") else None
-        if operator == "recv_":
-            self.received[self.kind] += args[0][0].nbytes
-        elif operator == "allreduce_":
+        if func.namespace == "c10d" and (kind := KINDS.get(func.__name__.partition(".")[0])):
             size = next(ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject)
                         and "ProcessGroup" in str(a._type()))  # fmt: skip
-            self.received["replicated"] += args[0][0].nbytes * (size - 1) / size * 2
+            whole = max(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+            self.received[kind] += whole * (size - 1) / size * (2 if kind == "replicated" else 1)
         return func(*args, **(kwargs or {}))
 
 
@@ -77,8 +54,7 @@ def measured(config: Config, world: World, peak: bool) -> dict[str, Any]:
     dtype = compute_dtype(config, world.device)
     every, keep = config.train.recompute_every, config.train.recompute_keep
     engine = choice(config.engine)(world=world, dtype=dtype, compile=False, recompute_every=every, recompute_keep=keep)
-    with patch.object(gloo, "exchange_of", lambda group: partial(gloo.by_messages, group)):  # which can be counted
-        engine.prepare(make_model(config), 0, choice(config.optim))
+    engine.prepare(make_model(config), 0, choice(config.optim))
     rows = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, config.data.seq_len + 1))
     passes = config.train.batch_size // (world.size * len(rows))
 
