@@ -122,7 +122,7 @@ def test_ranks_by_pattern_share_and_number(param: str):
         ("param.rank={q_proj:4}", "has no pattern that matches model.layers.0.self_attn.k_proj"),
         ("param.pattern=nothing", "param.pattern=nothing matches none"),
         ("param.pattern='['", "param.pattern=\\[ is not a regular expression"),
-        ("param.pattern=. model.config.tie_word_embeddings=true", "finds lm_head, .*tie_word_embeddings=false"),
+        ("param.pattern=. model.config.tie_word_embeddings=true", "matches lm_head, .*tie_word_embeddings=false"),
     ],
 )
 def test_bad_choices_are_named(override: str, message: str):

@@ -95,9 +95,9 @@ def test_what_a_skipped_factor_left_is_forgotten(cls: type, own: dict[str, Any])
     for _ in set_gradients(model, 1):
         optimizer.begin_step()
         optimizer.step_one(pair.left, optimizer.group_of[pair.left])
-        assert optimizer.seen
+        assert optimizer.terms
         optimizer.begin_step()
-        assert not optimizer.seen
+        assert not optimizer.terms
 
 
 @pytest.mark.parametrize(("cls", "own"), PARTNERS)
