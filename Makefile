@@ -4,7 +4,7 @@ BIN := .venv/bin
 PROCESSES ?= 1
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-all lint setup clean
+.PHONY: train test coverage test-all lint setup clean
 
 setup: .venv/ready
 
@@ -17,7 +17,10 @@ setup: .venv/ready
 train: .venv/ready ## Pretrain a small SLTrain LLaMA on real text, on all cores.
 	$(BIN)/$(if $(filter 1,$(PROCESSES)),python,torchrun --nproc_per_node=$(PROCESSES)) launch/pretrain.py model=llama_tiny param=sltrain resume=auto $(ARGS)
 
-test: .venv/ready ## The quick tests, and which lines they run.
+test: .venv/ready ## The quick tests.
+	$(PYTEST) -m "not full" $(ARGS)
+
+coverage: .venv/ready ## The quick tests, and which lines they run.
 	$(PYTEST) -m "not full" --cov $(ARGS)
 
 test-all: test ## All tests.
