@@ -15,6 +15,8 @@ from lrtrain.checkpoint.checkpointer import whole_checkpoints
 from lrtrain.errors import ConfigError
 from lrtrain.sweeps.jobs import Sweep
 
+pytestmark = pytest.mark.full
+
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 
 # Runs launch/pretrain.py with a job in which only process 1 fails, in the middle of a step.
@@ -22,9 +24,6 @@ FAULTY = """
 import runpy, sys
 sys.path[:0] = [{launch!r}, {root!r}]
 import lrtrain.run.loop as loop
-
-pytestmark = pytest.mark.full
-
 step = loop.take_step
 def failing(run, rows, waited):
     if run.config.param["rank"] == 6 and run.world.dist_rank == 1 and run.progress.step == 1:
