@@ -71,7 +71,7 @@ def dense_flops(model: PreTrainedModel, seq_len: int) -> tuple[float, dict[str, 
     key = fingerprint(kind, config.to_json_string(use_diff=False), names, min(seq_len, LONGEST + 1), versions)
     path = cache_folder() / "flops" / f"{key}.json"
     if not (found := read_memo(path)):
-        found = {key: str(value) for key, value in _counted(config, names, seq_len).items()}
+        found = {of: str(count) for of, count in _counted(config, names, seq_len).items()}
         with suppress(OSError):
             make_shared(path.parent)
             write_memo(path, found)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
+from hard_texts import HARD_TEXTS
 from in_memory import InMemory, write_tokenizer
 from launching import ROOT
 from other_environment import packages, run_with
@@ -17,25 +18,7 @@ from lrtrain.checkpoint.export import export_dense
 pytestmark = pytest.mark.full
 
 LLAMA_CPP = ("xllamacpp==2026.10.11549", "gguf==0.19.0")
-TEXTS = [
-    "",
-    " ",
-    "def f(x):\n    return x  # hi there",
-    "plain words",
-    " leading and trailing ",
-    "   runs    of   spaces   ",
-    "if x:\n    return\tx\n\n        y = 12345\n",
-    "\n\n\n",
-    "\t\t \t",
-    " \n  \n",
-    "naïve café, 東京, עברית, 🏳️‍🌈🙂 e\u0301",
-    "a ▁ lower ▁▁",
-    "</s> <s> <unk> <0x0A> are text",
-    "\u00a0\u2003\u2028\ufeff\x07",
-    "line ends\r\nof others\r",
-    "3.14159 + 2_718_281 == 0xFF",
-    (ROOT / "lrtrain" / "data" / "tokenizer.py").read_text(),
-]
+TEXTS = ["", " ", *HARD_TEXTS, (ROOT / "lrtrain" / "data" / "tokenizer.py").read_text()]
 PROMPT = "def test(self):\n    return"
 
 # Writes what llama.cpp's converter writes for a LLaMA model with a tokenizer.model, and asks llama.cpp's server.

@@ -3,6 +3,7 @@ import re
 import numpy as np
 import pytest
 import sentencepiece
+from hard_texts import HARD_TEXTS
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -19,19 +20,7 @@ from lrtrain.data.tokenizer import (
 )
 from lrtrain.errors import ConfigError
 
-TEXTS = [
-    "plain words",
-    " leading and trailing ",
-    "   runs    of   spaces   ",
-    "if x:\n    return\tx\n\n        y = 12345\n",
-    "\n\n\n",
-    "\t\t \t",
-    "line ends\r\nof others\r",
-    "naïve café, 東京, עברית, 🏳️‍🌈 e\u0301",
-    "\u00a0\u2003\u2028\ufeff\x00\x07",
-    "a ▁ lower block ▁▁",
-    "</s> <s> <unk> <0x0A> are text",
-]
+TEXTS = [*HARD_TEXTS, "\x00"]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -20,6 +20,14 @@ OPT = [
     "model.config.num_attention_heads=4",
 ]
 
+ENGINES = {
+    "fsdp": ["engine=fsdp"],
+    "ddp": ["engine=ddp"],
+    "zero1": ["engine=deepspeed", "engine.zero_stage=1"],
+    "zero2": ["engine=deepspeed", "engine.zero_stage=2"],
+    "zero3": ["engine=deepspeed", "engine.zero_stage=3"],
+}
+
 # Layers that are revised several times within six steps.
 REVISED = {
     "sst": ["param=sst", "param.iteration=2", "param.round=2", "param.warmup=2"],

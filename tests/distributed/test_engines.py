@@ -4,20 +4,12 @@ from pathlib import Path
 
 import pytest
 from launching import TINY
-from runs import REVISED, gap, losses, run_jobs
+from runs import ENGINES, REVISED, gap, losses, run_jobs
 
 from lrtrain.tracking.jsonl import read_metrics
 
 pytestmark = pytest.mark.full
 
-DEEPSPEED = ["engine=deepspeed"]
-ENGINES = {
-    "fsdp": ["engine=fsdp"],
-    "ddp": ["engine=ddp"],
-    "zero1": [*DEEPSPEED, "engine.zero_stage=1"],
-    "zero2": [*DEEPSPEED, "engine.zero_stage=2"],
-    "zero3": [*DEEPSPEED, "engine.zero_stage=3"],
-}
 METHODS = {
     "sltrain": ["param=sltrain", "param.execution=factored", "train.clip_by=parameter", "train.clip=0.1"],
     # With frozen vectors, unit norms, resets of states and step counters. Singular values far from zero: one that is

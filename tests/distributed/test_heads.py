@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import TINY
-from runs import REVISED, gap, losses, run_jobs
+from runs import ENGINES, REVISED, gap, losses, run_jobs
 from transformers import AutoModelForCausalLM
 
 from lrtrain.checkpoint.export import export_dense, export_factorized
@@ -24,13 +24,6 @@ HEADS = {
     "lowrank": ["param=lowrank"],
     "relora": REVISED["relora"],
     "sst": REVISED["sst"],
-}
-ENGINES = {
-    "fsdp": ["engine=fsdp"],
-    "ddp": ["engine=ddp"],
-    "zero1": ["engine=deepspeed", "engine.zero_stage=1"],
-    "zero2": ["engine=deepspeed", "engine.zero_stage=2"],
-    "zero3": ["engine=deepspeed", "engine.zero_stage=3"],
 }
 HSDP = ["engine=fsdp", "engine.replicas=2"]  # on four processes
 TOLERANCE = {"sst": 1e-4}

@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from launching import TINY
-from runs import run_jobs
+from runs import ENGINES, run_jobs
 
-ENGINES = {
-    "fsdp": ["engine=fsdp"],
-    "ddp": ["engine=ddp"],
-    "zero1": ["engine=deepspeed", "engine.zero_stage=1"],
-    "zero2": ["engine=deepspeed", "engine.zero_stage=2"],
-    "zero3": ["engine=deepspeed", "engine.zero_stage=3"],
-}
 MODEL = [
     "param=dense", "param._target_=omnibus.layer", "param.pattern=.", "param.rank=6", "+model.config.mlp_bias=true",
     "+model.config.attention_bias=true", "train.dtype=fp32", "train.steps=4", "train.batch_size=6", "optim.lr=3e-3",
