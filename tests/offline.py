@@ -1,6 +1,7 @@
 """Offline W&B runs, read back with its own command-line reader."""
 
 import json
+import time
 from pathlib import Path
 
 import wandb
@@ -12,9 +13,12 @@ STEP = "train/step"
 def of_type(folder: Path, kind: str) -> list[dict]:
     """The records of a kind in an offline run's folder, also in one whose file is not complete."""
     reader = Path(wandb.__file__).with_name("__main__.py")
-    shown = Command(reader, ["leet", "inspect", "--json", str(folder)], folder).result()
-    records = [json.loads(line) for line in shown.stdout.splitlines()]
-    assert records, shown.stderr
+    deadline = time.monotonic() + 30  # W&B's service may write the file after it has said that the run is finished
+    records: list[dict] = []
+    while not records:
+        shown = Command(reader, ["leet", "inspect", "--json", str(folder)], folder).result()
+        assert shown.returncode == 0 and time.monotonic() < deadline, shown
+        records = [json.loads(line) for line in shown.stdout.splitlines()]
     return [record[kind] for record in records if record["type"] == kind]
 
 
