@@ -26,6 +26,7 @@ from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.config.dtypes import compute_dtype
 from lrtrain.config.schema import Config
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.distributed.collectives import broadcast_from_rank0, run_on_rank0
 from lrtrain.distributed.sharding import local
 from lrtrain.distributed.world import World
@@ -141,4 +142,5 @@ def forget(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

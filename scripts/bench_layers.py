@@ -37,6 +37,7 @@ from published import FORMULAS, PLAIN, Contender, costs
 
 from lrtrain.config.compose import compose
 from lrtrain.config.dtypes import DTYPES
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.distributed.sharding import take_over
 from lrtrain.errors import ConfigError
 from lrtrain.layers.autotune import device_name, seconds
@@ -343,4 +344,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.core.seeds import generator_for
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.linalg.dct import dct
 from lrtrain.optim.base import ShardedOptimizer
 from lrtrain.optim.dct_columns import top_columns
@@ -162,4 +163,5 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain import distributed
 from lrtrain.config.compose import compose
 from lrtrain.config.dtypes import compute_dtype
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.model.loss import next_token_loss
 from lrtrain.model.structure import factorized_layers
 from lrtrain.planning.plan import kept_bytes
@@ -85,4 +86,5 @@ def mib(size: int) -> str:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

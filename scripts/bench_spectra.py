@@ -20,6 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.linalg.factors import product_singular_values
 
 SHAPES = {  # (out, in, rank) as published for SLTrain
@@ -77,4 +78,5 @@ def qr_core(left: Tensor, right: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

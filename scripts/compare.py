@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.analysis.compare import Row, cells, find_runs, headings, plot_tradeoffs, read_row, write_tables
 from lrtrain.analysis.plots import plot_runs
+from lrtrain.core.streams import never_fail_to_print
 
 
 def main() -> None:
@@ -51,4 +52,5 @@ def print_table(rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

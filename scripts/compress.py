@@ -25,6 +25,7 @@ from lrtrain.config.naming import flat
 from lrtrain.config.schema import Config, as_dict
 from lrtrain.config.stored import add_trust
 from lrtrain.core.files import read_object
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
 from lrtrain.measure.evaluate import perplexity
 from lrtrain.sweeps.jobs import quoted
@@ -114,4 +115,5 @@ def report(rows: list[tuple[str, str, str, str]], folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

@@ -30,6 +30,7 @@ from lrtrain.config.dtypes import DTYPES
 from lrtrain.config.naming import flat
 from lrtrain.config.schema import Config, as_dict
 from lrtrain.config.stored import add_trust
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.data.prepare import Data, check_data, prepare_data
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
@@ -149,4 +150,5 @@ def run_tasks(loaded: Loaded, args: argparse.Namespace, world: World) -> dict[st
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

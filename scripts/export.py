@@ -14,6 +14,7 @@ from lrtrain.checkpoint.export import export_dense, export_factorized
 from lrtrain.checkpoint.weights import RunWeights
 from lrtrain.config.dtypes import DTYPES
 from lrtrain.config.stored import add_trust
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
 
 FORMS = {"hf-dense": export_dense, "hf-factorized": export_factorized}
@@ -40,4 +41,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.checkpoint.loading import Loaded, load
 from lrtrain.config.stored import add_trust
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
 
 
@@ -53,4 +54,5 @@ def front_of(loaded: Loaded) -> list[int]:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

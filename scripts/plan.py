@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain.config.check import check
 from lrtrain.config.compose import compose
 from lrtrain.config.dtypes import DTYPES
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
 from lrtrain.planning.plan import memory_per_process
@@ -75,4 +76,5 @@ def print_forecast(overrides: list[str], gpus: int, own: dict[str, float]) -> No
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

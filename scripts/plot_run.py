@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.analysis.plots import load_run, plot_run
+from lrtrain.core.streams import never_fail_to_print
 
 
 def main() -> None:
@@ -45,4 +46,5 @@ def number(value: float | None, form: str) -> str:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.analysis.spectra_plots import report, spectral_pictures
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.tracking.spectra_files import spectra_steps
 
 
@@ -33,4 +34,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

@@ -28,6 +28,7 @@ from lrtrain.config.naming import differing
 from lrtrain.config.schema import Config, as_dict
 from lrtrain.config.stored import add_trust
 from lrtrain.core.names import projection_of
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
 from lrtrain.init_from.allocation import SCORES, Shape, allocate, factor_parameters, kept_energy, uniform_ranks
 from lrtrain.model.build import make_model
@@ -130,4 +131,5 @@ def write(out: Path, chosen: DictConfig, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain import distributed
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.distributed.collectives import max_over_ranks
 from lrtrain.model.build import make_model
 
@@ -93,6 +94,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     WORLD = distributed.start()
     main()
     distributed.stop()

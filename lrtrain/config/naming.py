@@ -11,8 +11,9 @@ from lrtrain.config.schema import Config, as_dict
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of the whole resolved configuration, to compare between processes."""
-    text = json.dumps(as_dict(config), sort_keys=True)
+    """A hash of the resolved configuration that all processes must agree on: all of it but `tracking`, which the main
+    process alone reads, and whose WANDB_* variables other hosts may not have."""
+    text = json.dumps(as_dict(config) | {"tracking": None}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -108,6 +108,20 @@ def test_the_fingerprint_notices_any_difference():
     assert fingerprint(compose()) == fingerprint(compose()) != fingerprint(compose("train.seed=1"))
 
 
+def test_wandb_is_configured_by_its_own_variables_which_hosts_need_not_agree_on(monkeypatch: pytest.MonkeyPatch):
+    plain = compose()
+    assert (plain.tracking.wandb, plain.tracking.project) == ("offline", "lrtrain")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    told = compose()
+    assert (told.tracking.wandb, told.tracking.project) == ("disabled", "mine")
+    assert compose("tracking.wandb=online", "tracking.project=other").tracking.project == "other"
+    assert fingerprint(told) == fingerprint(plain)
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    with pytest.raises(ConfigError, match="tracking.wandb=dryrun"):
+        compose()
+
+
 @pytest.mark.full
 def test_every_yaml_of_every_group_composes():
     for group in ("model", "param", "optim", "schedule", "data", "engine", "spectra", "tracking"):
