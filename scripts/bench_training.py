@@ -44,6 +44,7 @@ from lrtrain import distributed
 from lrtrain.config.choice import choice
 from lrtrain.config.compose import compose
 from lrtrain.config.dtypes import compute_dtype
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.threads import usable_cores
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
@@ -228,7 +229,7 @@ def serve(args: argparse.Namespace) -> None:
 def plain_loop(overrides: list[str], method: str, rows: Tensor) -> tuple[Step, PreTrainedModel]:
     """One step of the loop that anyone would write first, on this process's share of the rows, and its model."""
     size = environment_world_size()
-    torch.set_num_threads(max(1, usable_cores() // size))
+    torch.set_num_threads(max(1, len(usable_cores()) // size))
     dense = method in ("dense", "galore")
     config = compose(*overrides, f"param={'dense' if dense else method}")
     if dense:
@@ -330,4 +331,5 @@ def draw(results: list[Result], title: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

@@ -11,7 +11,6 @@ favours all arms equally. Finished runs keep their files but not their checkpoin
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -42,6 +41,7 @@ from lrtrain.analysis.compare_methods import (
     table_rows,
 )
 from lrtrain.core.files import read_object, write_durably
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.distributed.threads import usable_cores
 from lrtrain.sweeps.jobs import quoted
 from lrtrain.sweeps.processes import PRETRAIN, Running, failure_file, reason, run_parallel, start
@@ -75,7 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--parallel",
         type=int,
-        default=usable_cores(),
+        default=len(usable_cores()),
         help="runs at a time; default: %(default)s, the cores",
     )
     parser.add_argument("--report", action="store_true", help="only report, run nothing")
@@ -150,7 +150,7 @@ def begin(study: Study, trial: Trial, slot: int) -> Running:
         *(f"optim.lr={trial.lr}", f"train.seed={trial.seed}", "resume=auto"),
         *(f"run.name={trial.name}", f"run.dir={quoted(str(study.folder / trial.name))}"),
     ]
-    cores = sorted(os.sched_getaffinity(0))
+    cores = usable_cores()
     return start(command, log_file(study, trial), slot, [cores[slot % len(cores)]])
 
 
@@ -202,4 +202,5 @@ def report(study: Study) -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()

@@ -1,6 +1,7 @@
 """The number of threads of a process: the user's setting, or its share of the available cores."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -10,7 +11,7 @@ def thread_count(local_size: int) -> tuple[int, str]:
     """Threads per process for `local_size` processes on this host, and the reason for the number."""
     if (asked := threads_asked_for(local_size)) is not None:
         return asked, f"OMP_NUM_THREADS={asked}"
-    cores, quota = usable_cores(), cpu_quota()
+    cores, quota = len(usable_cores()), cpu_quota()
     share = min(cores, int(quota)) if quota is not None else cores
     limit = f" by a CPU quota of {quota:g}" if quota is not None and quota < cores else ""
     return max(1, share // local_size), f"{max(1, share)} cores{limit} ÷ {local_size} processes"
@@ -38,11 +39,17 @@ def _torchrun_was_given_it() -> bool:
     return any(entry.startswith(b"OMP_NUM_THREADS=") for entry in given.split(b"\0"))
 
 
-def usable_cores() -> int:
-    """The number of cores that this process may run on."""
+def usable_cores() -> list[int]:
+    """The cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return sorted(os.sched_getaffinity(0))
+    return [*range(os.cpu_count() or 1)]
+
+
+def keep_to(cores: Iterable[int]) -> None:
+    """Pin this process to cores, on systems that can."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
 
 
 def cpu_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = CGROUPS) -> float | None:

@@ -42,12 +42,22 @@ def environment_world_size() -> int:
 
 
 _runs = itertools.count()
+APART = "LRTRAIN_APART"  # the prefix of the keys in the store, set by `meet_apart`
 
 
 @functools.cache
 def rendezvous() -> dist.Store:
     """torchrun's rendezvous store, or a new store for a single process."""
-    return next(dist.rendezvous("env://"))[0] if "RANK" in os.environ else dist.HashStore()
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    return dist.PrefixStore(os.environ.get(APART, "together"), next(dist.rendezvous("env://"))[0])
+
+
+def meet_apart(name: str) -> None:
+    """Give the children of torchrun's workers a rendezvous of their own, under `name`. Call it before `rendezvous`."""
+    os.environ[APART] = name
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # torchrun or the main worker serves it already
+    os.environ.setdefault("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def first_to_say(sentence: str) -> bool:
@@ -80,14 +90,8 @@ def start(save_memory: bool = False, timeout_minutes: float = 30) -> World:
     timeout = timedelta(minutes=2 * timeout_minutes)
     dist.init_process_group(backend, store=store, rank=environment_rank(), world_size=size, timeout=timeout)
     if environment_rank() == 0:
-        say_once(f"{size} × {device.type}, {threads} threads each ({why})")
+        print(f"{size} × {device.type}, {threads} threads each ({why})", flush=True)
     return World(environment_rank(), local_rank, size, device)
-
-
-@functools.cache
-def say_once(sentence: str) -> None:
-    """Print a sentence once, even if several jobs of a sweep print it."""
-    print(sentence, flush=True)
 
 
 def stop() -> None:

@@ -28,13 +28,13 @@ from lrtrain.run.stop import StopRequest
 from lrtrain.run.summary import summarize
 
 
-def pretrain(config: Config) -> None:
-    """Join the process group, `train` until a signal or the end, and leave the group."""
+def pretrain(config: Config) -> dict[str, Any]:
+    """Join the process group, `train` until a signal or the end, and leave the group; returns what `train` does."""
     with deterministic_algorithms(config.train.deterministic):
         world = distributed.start(config.optim["in_backward"], config.train.timeout_minutes)
         stop = StopRequest()
         try:
-            train(config, world, stop)
+            return train(config, world, stop)
         finally:
             stop.restore()
             distributed.stop()

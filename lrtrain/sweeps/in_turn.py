@@ -1,31 +1,38 @@
-"""Running jobs one after another in the same processes, with cleanup between jobs."""
+"""Running jobs one after another on torchrun's workers, each job in new child processes of the workers."""
 
-import ctypes
-import gc
+import os
+import signal
 import sys
+import time
 import traceback
-from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
+from omegaconf import DictConfig
 
-from lrtrain import distributed
 from lrtrain.config.compose import typed
+from lrtrain.distributed.threads import threads_asked_for
+from lrtrain.distributed.world import meet_apart
 from lrtrain.errors import ConfigError, RunFailed
 from lrtrain.planning.budget import spend
-from lrtrain.run.loop import train
+from lrtrain.run.loop import pretrain
 from lrtrain.run.stop import StopRequest
 from lrtrain.sweeps.control import Control
 from lrtrain.sweeps.jobs import Job, Outcome, outcome_without_start
 from lrtrain.sweeps.report import Tell, run_needed
+from lrtrain.sweeps.starter import Started, Starter
+
+LOOK_EVERY = 0.5  # seconds between checks whether another process failed or a signal came
+LET_GO = 10.0  # seconds after which a process that still waits for a failed one is killed; most fail by themselves
 
 
 class InTurn:
-    """Runs jobs in this process and those that torchrun started with it."""
+    """Runs jobs beside this process and those that torchrun started with it. Made before anything is computed."""
 
     def __init__(self) -> None:
+        if threads_asked_for(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) is None:
+            os.environ.pop("OMP_NUM_THREADS", None)  # torchrun's; a child could not distinguish it from the user's
+        self.starter = Starter(work)
         self.control = Control()
         self.started = 0
 
@@ -53,24 +60,25 @@ class InTurn:
     def _run(self, job: Job, stop: StopRequest) -> Outcome:
         """Run one job on all processes. An error on one process ends this job on all of them, and no other job."""
         self.started += 1
-        number, mine = self.started, {}
-        with self.control.watched(number):
-            try:
-                config = spend(typed(job.composed))
-                mine = train(config, distributed.start(config.optim["in_backward"], config.train.timeout_minutes), stop)
-            except Exception as error:
-                self._report(number, error)
-                mine = {"failed": str(error)}
-        leave()  # the frames of a failure, and with them the model, are gone
+        number = self.started
+        mine = self._result(number, self.starter.start(number, job.composed), stop)
+        if "failed" in mine and self.control.report(number, mine["failed"]):
+            print(mine.pop("traceback", ""), end="", file=sys.stderr, flush=True)
         ended = self.control.agree(mine, lambda all_of_them: self._combine(number, all_of_them))
         return Outcome(job.name, **ended)
 
-    def _report(self, number: int, error: Exception) -> None:
-        """Report an error to the other processes, and print the traceback of unexpected ones."""
-        told = isinstance(error, ConfigError | RunFailed)
-        sentence = str(error) if told else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        if self.control.report(number, sentence) and not told:
-            traceback.print_exception(error, file=sys.stderr)
+    def _result(self, number: int, started: Started, stop: StopRequest) -> dict[str, Any]:
+        """Wait for the child and return what `work` returned. Forwards a stop request, and kills the child if it still
+        waits for another process that failed."""
+        since = None
+        while not started.ended(LOOK_EVERY):
+            if stop.signal is not None:
+                started.signal(signal.SIGTERM)  # repeatedly: a child that has just started ignores signals
+            if since is None and self.control.failed(number):
+                since = time.monotonic()
+            if since is not None and time.monotonic() - since > LET_GO:
+                started.signal(signal.SIGKILL)
+        return started.result
 
     def _combine(self, number: int, ended: list[dict[str, Any]]) -> dict[str, Any]:
         """The outcome from all processes' summaries or failures."""
@@ -84,17 +92,14 @@ class InTurn:
         return {"status": "finished", "summary": ended[0]}
 
 
-def leave() -> None:
-    """Leave the process group, and free a job's memory and global state before the next one."""
-    gc.collect()
-    distributed.stop()
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-    with suppress(OSError):  # Linux: resets the peak of resident memory
-        Path("/proc/self/clear_refs").write_text("5")
+def work(number: int, composed: DictConfig) -> dict[str, Any]:
+    """Run a job on one of its processes; returns what `train` returns, or the error: one sentence, and the traceback of
+    an unexpected one."""
+    meet_apart(f"job {number}")
+    try:
+        return pretrain(spend(typed(composed)))
+    except (ConfigError, RunFailed) as error:
+        return {"failed": str(error)}
+    except Exception as error:
+        sentence = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return {"failed": sentence, "traceback": traceback.format_exc()}

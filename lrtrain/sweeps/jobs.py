@@ -156,7 +156,7 @@ def outcome_without_start(job: Job, world_size: int) -> Outcome | None:
 
 def problem(job: Job, world_size: int) -> str | None:
     """The error in a job's configuration, as far as it can be found without a process group; None if there is none."""
-    from lrtrain.data.prepare import check_data
+    from lrtrain.data.prepare import check_data, check_fits
     from lrtrain.model.build import make_model
     from lrtrain.planning.budget import spend
 
@@ -165,7 +165,10 @@ def problem(job: Job, world_size: int) -> str | None:
         check(config, world_size)
         check_directories(config)
         check_data(config.data)
-        choice(config.optim)(make_model(config))
+        model = make_model(config)
+        choice(config.optim)(model)
+        text = model.config.get_text_config()
+        check_fits(config.data, text.vocab_size, getattr(text, "max_position_embeddings", None))
     except ConfigError as error:
         return str(error)
     except Exception as error:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from lrtrain.distributed.threads import keep_to, usable_cores
 from lrtrain.sweeps.jobs import FAILURE, Job, Outcome
 from lrtrain.sweeps.report import Tell
 
@@ -42,7 +43,7 @@ def start(command: Sequence[str], log: Path, slot: int, cores: Sequence[int], **
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=os.environ | own_environment(failure_file(log)) | environment,
-            preexec_fn=partial(os.sched_setaffinity, 0, cores),
+            preexec_fn=partial(keep_to, cores),
             start_new_session=True,  # Ctrl-C reaches it through `run_parallel`, once
         )
     return Running(process, slot, time.monotonic())
@@ -142,7 +143,7 @@ class Torchruns:
         return [(stopped | outcomes).get(name, Outcome(name, "not started")) for name in named]
 
     def _start(self, job: Job, slot: int) -> Running:
-        cores, gpus = sorted(os.sched_getaffinity(0)), torch.cuda.device_count()
+        cores, gpus = usable_cores(), torch.cuda.device_count()
         visible = {}
         if gpus:
             inherited = os.environ.get("CUDA_VISIBLE_DEVICES")  # by id, of which `gpus` counts those that exist

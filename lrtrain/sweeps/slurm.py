@@ -55,9 +55,10 @@ class Torchrun:
         submitit calls this in a signal handler and then ends the process, so it waits until the run is saved. Slurm has
         signalled the run's processes too, except those that torchrun had not started yet.
         """
-        latest = time.monotonic() + SAVING
+        latest, told = time.monotonic() + SAVING, set()
         while self.process is not None and runs(self.process.pid) and time.monotonic() < latest:
-            for worker in children(self.process.pid):
+            for worker in {*children(self.process.pid)} - told:  # once: one that has saved heeds it no more
+                told.add(worker)
                 with suppress(ProcessLookupError):
                     os.kill(worker, SAVE)
             time.sleep(0.5)

@@ -19,15 +19,18 @@ pytestmark = pytest.mark.full
 
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 
-# Runs launch/pretrain.py with a job in which only process 1 fails, in the middle of a step.
+# Runs launch/pretrain.py with jobs in which only process 1 fails, or is killed, in the middle of a step.
 FAULTY = """
-import runpy, sys
+import os, runpy, sys
 sys.path[:0] = [{launch!r}, {root!r}]
 import lrtrain.run.loop as loop
 step = loop.take_step
 def failing(run, rows, waited):
-    if run.config.param["rank"] == 6 and run.world.dist_rank == 1 and run.progress.step == 1:
-        raise MemoryError("none is left here")
+    if run.world.dist_rank == 1 and run.progress.step == 1:
+        if run.config.param["rank"] == 6:
+            raise MemoryError("none is left here")
+        if run.config.param["rank"] == 7:
+            os.kill(os.getpid(), 9)
     return step(run, rows, waited)
 loop.take_step = failing
 sys.argv[0] = {launch!r} + "/pretrain.py"
@@ -61,11 +64,12 @@ ENGINES = ["engine=fsdp,deepspeed", "train.steps=4", "checkpoint.every=1"]
 
 @pytest.fixture(scope="module")
 def faulty(base: list[str], tmp_path_factory) -> tuple[Path, int, str]:
-    """A sweep in which one rank does not exist and process 1 fails alone at another: its folder, exit code, output."""
+    """A sweep in which one rank does not exist, and process 1 fails alone at another and is killed at a third: its
+    folder, exit code, output."""
     folder = tmp_path_factory.mktemp("faulty")
     script = folder / "faulty.py"
     script.write_text(FAULTY.format(launch=str(ROOT / "launch"), root=str(ROOT)))
-    process = sweep([*base, *ENGINES, "param.rank=6,900,8"], 2, folder, script)
+    process = sweep([*base, *ENGINES, "param.rank=6,900,7,8"], 2, folder, script)
     output, _ = process.communicate(timeout=400)
     return folder / "runs" / "s", process.returncode, output
 
@@ -79,11 +83,12 @@ def test_one_process_that_fails_ends_its_job_and_no_other(faulty: tuple[Path, in
             "status": "failed",
             "detail": "param.rank=900 is not between 1 and min(in, out)=48 of model.layers.0.self_attn.q_proj",
         },
+        "rank7": {"status": "failed", "detail": "process 1: killed by SIGKILL"},
         "rank8": {"status": "finished", "detail": ""},
     }
     assert jobs_of(folder) == {f"{engine}-{k}": one for engine in ("fsdp", "deepspeed") for k, one in ended.items()}
     assert output.index("param.rank=900 is not") < output.index("step 1/4")  # told before anything is trained
-    assert "4 of 6 jobs failed" in output and output.count("none is left here") >= 6  # traceback, line, table
+    assert "6 of 8 jobs failed" in output and output.count("none is left here") >= 6  # traceback, line, table
 
 
 def test_a_job_after_one_that_failed_is_the_one_that_runs_alone(faulty: tuple[Path, int, str], base, tmp_path: Path):
@@ -100,7 +105,7 @@ def test_the_same_line_tries_again_what_failed_and_only_that(faulty: tuple[Path,
     again = sweep([*base, *ENGINES, "param.rank=6,8"], 1, folder.parent.parent)
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0, output
-    ended = {name: one["status"] for name, one in jobs_of(folder).items() if not name.endswith("rank900")}
+    ended = {name: one["status"] for name, one in jobs_of(folder).items() if name.endswith(("rank6", "rank8"))}
     assert len(ended) == 4 and {*ended.values()} == {"finished"}
     assert (job_dir(folder, "deepspeed-rank8") / "metrics.jsonl").read_bytes() == before
 
