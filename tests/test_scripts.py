@@ -29,7 +29,7 @@ def test_a_script_outlives_what_it_prints_on(script: Path):
 
 @pytest.mark.full
 def test_a_script_whose_stream_has_no_character_for_a_word_or_is_closed_ends_well(tmp_path: Path):
-    line = [sys.executable, str(ROOT / "scripts" / "plan.py"), "model=llama_tiny"]
+    line = [sys.executable, str(ROOT / "scripts" / "plan.py"), "model=llama_tiny", "gpus=2"]
     done = subprocess.run(line, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     closed = ["sh", "-c", 'exec "$@" >&-', "sh", *line]

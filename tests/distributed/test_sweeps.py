@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from crew import Command
 from launching import ROOT, TINY
+from omegaconf import OmegaConf
 from runs import gap, losses, run_jobs, torchrun, wait_for
 
 from lrtrain.checkpoint.checkpointer import whole_checkpoints
 from lrtrain.errors import ConfigError
-from lrtrain.sweeps.jobs import Sweep
+from lrtrain.sweeps.jobs import Sweep, job_name
 
 pytestmark = pytest.mark.full
 
@@ -145,6 +146,39 @@ def test_jobs_as_torchruns_of_their_own_say_how_they_ended(base: list[str], tmp_
     ended = jobs_of(tmp_path / "runs" / "s")
     assert {name: one["status"] for name, one in ended.items()} == {"lr0.001": "finished", "lr1e+38": "failed"}
     assert ended["lr1e+38"]["detail"].startswith("the loss or gradient was not finite for train.max_skipped=1")
+
+
+LAUNCHERS = {
+    "in_turn": [],
+    "torchrun": ["hydra.launcher.nproc=1"],
+    "slurm": ["hydra.launcher.cluster=local", "hydra.launcher.nproc=1", "hydra.launcher.settings={timeout_min: 5}"],
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_jobs_are_composed_from_the_same_files_by_every_launcher(launcher: str, base: list[str], tmp_path: Path):
+    """--config-name, --config-dir and hydra.searchpath: in the run's own record of what it was trained with."""
+    files = {
+        "own/mybase.yaml": "defaults: [pretrain, _self_]\ntrain: {seed: 7}",
+        "more/optim/mine.yaml": "defaults: [adamw, _self_]\neps: 1e-7",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    options = [f"--config-dir={tmp_path}/own", "--config-name=mybase", f"hydra.searchpath=[file://{tmp_path}/more]"]
+    where = [f"hydra/launcher={launcher}", *LAUNCHERS[launcher]]
+    process = sweep([*options, *where, *base, "optim=mine", "train.steps=1", "param.rank=4"], 1, tmp_path)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    (run,) = (path.parent for path in (tmp_path / "runs" / "s").glob("*/summary.json"))
+    trained = OmegaConf.load(run / "config.yaml")
+    assert (trained.train.seed, trained.optim.eps) == (7, 1e-7)
+
+
+def test_jobs_of_another_configuration_have_other_names():
+    names = {job_name(["param.rank=8"], ["param.rank"], config_name) for config_name in ("pretrain", "mybase", "other")}
+    assert len(names) == 3 and all(name.startswith("rank8-") for name in names)
 
 
 def test_jobs_with_a_torchrun_of_their_own_are_not_started_under_torchrun(monkeypatch: pytest.MonkeyPatch):
