@@ -87,6 +87,8 @@ def check_directories(config: Config) -> None:
     Raises:
         ConfigError: if they do not fit, naming the key, the value and what would be right.
     """
+    if config.gpu is not None:
+        raise ConfigError(f"gpu={config.gpu.name} is a GPU to plan for: add dry_run=true; a run takes those it finds")
     if config.resume == "never" and is_taken(Path(config.run.dir)):
         raise ConfigError(
             f"run.dir={config.run.dir} exists; go on with resume=auto, or choose another run.name or run.dir"

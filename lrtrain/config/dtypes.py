@@ -11,11 +11,11 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """The dtype of the arithmetic; `auto` and `bf16_sr`: bf16 on CUDA and fp32 on CPU, where bfloat16 has few fast
+    """The dtype of the arithmetic; `auto` and `bf16_sr`: bf16 on GPUs and fp32 on CPU, where bfloat16 has few fast
     kernels."""
     if config.train.dtype in DTYPES:
         return DTYPES[config.train.dtype]
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def parameter_dtype(config: Config) -> torch.dtype:

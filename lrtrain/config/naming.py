@@ -55,7 +55,7 @@ def run_name(
 
 def telling(overrides: list[str]) -> list[str]:
     """The overrides that change what a run computes (not its directory, tracking or resuming)."""
-    aside = ("resume=", "dry_run=", "run.", "tracking", "hydra")
+    aside = ("resume=", "dry_run=", "gpu", "run.", "tracking", "hydra")
     return [o for o in overrides if not o.lstrip("+~").startswith(aside)]
 
 

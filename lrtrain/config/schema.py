@@ -143,6 +143,39 @@ class TrackingConfig:
 
 
 @dataclass
+class GPUFlops:
+    bf16: PositiveFloat
+    fp32: PositiveFloat
+
+
+@dataclass
+class GPUEfficiency:
+    flops: PositiveShare
+    bandwidth: PositiveShare
+
+
+@dataclass
+class GPULinks:
+    per_node: PositiveInt
+    node: PositiveFloat
+    network: PositiveFloat
+
+
+@dataclass
+class GPUConfig:
+    """A GPU to plan for; units are in conf/gpu."""
+
+    name: str
+    memory: PositiveFloat
+    flops: GPUFlops
+    bandwidth: PositiveFloat
+    efficiency: GPUEfficiency
+    kernel: PositiveFloat
+    launch: PositiveFloat
+    links: GPULinks
+
+
+@dataclass
 class Config:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT  # of all sections
 
@@ -150,6 +183,7 @@ class Config:
     resume: str
     init_from: str | None
     dry_run: bool
+    gpu: GPUConfig | None
     model: ModelConfig
     param: dict[str, Any]
     optim: dict[str, Any]

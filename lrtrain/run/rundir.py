@@ -19,7 +19,7 @@ from lrtrain.data.tokenizer import save_tokenizer
 from lrtrain.errors import ConfigError
 from lrtrain.run.identity import RUN, RunIdentity
 
-ASIDE = ("resume", "dry_run", "run.", "tracking.")
+ASIDE = ("resume", "dry_run", "gpu", "run.", "tracking.")
 """Keys that do not affect what a run computes."""
 
 

@@ -1,0 +1,86 @@
+"""A simulated step against what is known of it otherwise."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import SMALL
+from simulation_job import Job, simulated
+
+RUN = [*SMALL, "model.config.num_hidden_layers=2", "data.seq_len=64", "train.micro_batch_size=4", "param.rank=8"]
+JOBS: dict[str, Job] = {
+    "one": ([*RUN, "param=dense", "train.batch_size=4", "train.dtype=fp32"], 1, 0),
+    "four": ([*RUN, "param=dense", "train.batch_size=16"], 4, 1),
+    "sharded": ([*RUN, "param=sltrain", "train.batch_size=256"], 64, 50),
+    "ddp": ([*RUN, "param=lowrank", "train.batch_size=32", "engine=ddp"], 4, 3),
+}
+
+
+@pytest.fixture(scope="module")
+def found(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return simulated(JOBS, tmp_path_factory.mktemp("simulated"))
+
+
+def test_what_is_held_between_steps_is_weights_and_optimizer_state(found: dict[str, dict[str, Any]]):
+    """A process of one shares with none, so nothing else is there but step counters; each of the 17 parameters' four
+    tensors takes multiples of 512 bytes."""
+    memory = found["one"]["memory"]
+    assert 0 <= found["one"]["held"] - memory["weights"] - memory["optimizer"] < 17 * 4 * 512
+
+
+def test_collectives_receive_the_planned_bytes(found: dict[str, dict[str, Any]]):
+    for name, kind in {"four": "allgather", "sharded": "allgather", "ddp": "allreduce"}.items():
+        traffic = found[name]["traffic"]
+        received = sum(
+            size for _, device, what, _, size in found[name]["collectives"] if device == "GPU" and kind in what
+        )
+        assert received == pytest.approx(traffic["gathered"] or traffic["replicated"], rel=0.02, abs=2000), name
+
+
+def test_executed_flops_are_the_models_own(found: dict[str, dict[str, Any]]):
+    """But attention: its causal kernels do half of the products, 7 of them where the model counts 6."""
+    one = found["one"]
+    attention = one["flops"]["attention"]
+    assert attention > 0
+    assert one["flops"]["matmul"] + attention * 2 * 6 / 7 == pytest.approx(one["own_flops"], rel=1e-6)
+
+
+def test_shards_without_an_entry_and_all_devices_are_right(found: dict[str, dict[str, Any]]):
+    assert found["sharded"]["empty"] > 0 and found["one"]["empty"] == 0
+    assert all(one["mixed"] == [] for one in found.values())
+
+
+def test_fewer_processes_hold_more(found: dict[str, dict[str, Any]]):
+    assert found["four"]["held"] < found["one"]["held"] < found["four"]["held"] * 4.5
+
+
+ALLOWED = {
+    "run/step.py take_step": 1,
+    "engine/base.py _step": 2,
+    "engine/base.py _clip": 1,
+}
+"""The lines of lrtrain where the CPU may wait for the GPU, and how often in a step."""
+HOST_COLLECTIVES = 1
+"""Collectives of a step between CPUs."""
+
+
+def test_a_step_waits_for_the_gpu_only_where_it_must(found: dict[str, dict[str, Any]]):
+    for name, one in found.items():
+        waits: dict[str, int] = {}
+        for _, line, _, count in one["syncs"]:
+            file, _, function = line.partition(":")
+            where = f"{file} {function.partition(' ')[2]}"
+            waits[where] = waits.get(where, 0) + count
+        assert waits.keys() <= ALLOWED.keys(), (name, waits)
+        assert all(count <= ALLOWED[where] for where, count in waits.items()), (name, waits)
+        between_cpus = sum(count for _, device, _, count, _ in one["collectives"] if device == "CPU")
+        assert between_cpus <= HOST_COLLECTIVES, name
+
+
+@pytest.mark.full
+def test_7b_on_256_processes_is_simulated_in_two_minutes(cache: Path, tmp_path: Path):
+    batch = ["train.batch_size=512", "train.micro_batch_size=2", "data.seq_len=2048"]
+    (step,) = simulated({"7b": (["model=llama_7b", "param=sltrain", *batch], 256, 131)}, tmp_path).values()
+    assert step["peak"] / 2**30 == pytest.approx(25.0, rel=0.03)
+    assert step["took"] < 120 and step["mixed"] == []
+    assert 0 < step["mfu"] < 0.5
