@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.config.compose import compose, composition_sentence
+from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
 from lrtrain.simulation.picture import draw
 from lrtrain.simulation.report import markdown_row, print_report
@@ -48,4 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    never_fail_to_print()
     main()
