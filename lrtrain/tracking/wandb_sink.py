@@ -2,12 +2,17 @@
 
 The step is logged as a metric (`train/step`, the x-axis of every chart), not as wandb's step: wandb's step cannot go
 back, so wandb would drop the repeated steps after a restart from an older checkpoint.
+
+Scalars are logged at every step that has them. Tables and pictures are larger than all else in a run's directory (about
+1 MB for each measurement of 28 layers; wandb writes every table twice, as media and as an artifact): they are logged
+ever more rarely (`GROWTH`), and at the end. spectra/*.npz has all spectra.
 """
 
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ from lrtrain.tracking.spectra_files import PARTS
 STEP = "train/step"
 LAYERED = ("spectra", "gradients", "updates")  # sections with metrics per layer
 DEPTHS_SHOWN = 8  # wandb slows down at about 10,000 distinct keys
+GROWTH = 1.1  # from a step with tables and pictures to the next one: 62 of 2,000 measurements at equal distances
 FLUSH_SECONDS = 1.0  # a killed process would lose wandb's default buffer of 15 s
 
 
@@ -51,26 +57,59 @@ class WandbTracker(Tracker):
             handler.handleError = lambda record: None  # else each line gives a traceback on a full disk
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
+        self._shown: dict[str, int] = {}
+        self._held: dict[str, Callable[[], dict[str, Any]]] = {}
 
     def log(self, step: int, tokens: int, metrics: Sequence[Metric]) -> None:
-        """Log scalars (of layers at most at 8 depths), a table of all layers for each section, and a heatmap of their
-        effective ranks."""
+        """Log scalars (of layers at most at 8 depths), and show a table of all layers for each section, with a heatmap
+        of their effective ranks."""
         by_layer = layer_metrics(metrics)
         shown = {depth_of(layer) for layers in by_layer.values() for layer in layers}
         depths = {None, *evenly(sorted(depth for depth in shown if depth is not None), DEPTHS_SHOWN)}
         row: dict[str, Any] = spelled(
             of for of in metrics if of.section not in LAYERED or of.layer is None or depth_of(of.layer) in depths
         )
-        row |= {f"layers/{section}": self._table(step, layers) for section, layers in by_layer.items()}
-        eranks = {layer: m.get("erank", m.get("erank_estimated")) for layer, m in by_layer.get("spectra", {}).items()}
-        erank = {layer: value for layer, value in eranks.items() if value is not None}
-        if erank:
-            row["layers/erank"] = self._heatmap(erank, f"effective rank at step {step}")
         self._run.log({STEP: step, "train/tokens": tokens, **row})
+        for section, layers in by_layer.items():
+            self._show(section, step, partial(self._layers, step, section, layers))
 
     def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray]) -> None:
-        """Log for each projection a table of σ, a chart of σ over the index with one line per layer, and a table of the
-        contributions of the layers' parts."""
+        """Show for each projection a table of σ, a chart of σ over the index with one line per layer, and a table of
+        the contributions of the layers' parts."""
+        self._show("arrays", step, partial(self._arrays, step, spectra))
+
+    def log_image(self, step: int, name: str, path: Path) -> None:
+        self._run.log({STEP: step, name: self._wandb.Image(str(path))})
+
+    def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
+        try:
+            for row in self._held.values():
+                self._run.log(row())
+        finally:
+            self._run.summary.update(dict(summary))
+            self._run.finish(exit_code=exit_code)
+
+    def _show(self, name: str, step: int, row: Callable[[], dict[str, Any]]) -> None:
+        """Log a row of tables and pictures if `step` is a tenth beyond the last one shown under this name; else hold it
+        until a later one replaces it or the run finishes."""
+        if name in self._shown and step < GROWTH * self._shown[name]:
+            self._held[name] = row
+            return
+        self._held.pop(name, None)
+        self._shown[name] = step
+        self._run.log(row())
+
+    def _layers(self, step: int, section: str, layers: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """The table of a section, and the heatmap of its effective ranks if it is that of the weights."""
+        row: dict[str, Any] = {STEP: step, f"layers/{section}": self._table(step, layers)}
+        eranks = {layer: m.get("erank", m.get("erank_estimated")) for layer, m in layers.items()}
+        erank = {layer: value for layer, value in eranks.items() if value is not None}
+        if section == "spectra" and erank:
+            row["layers/erank"] = self._heatmap(erank, f"effective rank at step {step}")
+        return row
+
+    def _arrays(self, step: int, spectra: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The charts and tables of all projections."""
         projections: defaultdict[str, dict[str, np.ndarray]] = defaultdict(dict)
         for layer, sigma in spectra.items():
             if "/" not in layer:
@@ -80,14 +119,7 @@ class WandbTracker(Tracker):
             row[f"spectra_curves/{name}"] = self._chart(step, name, layers)
             if parted := [layer for layer in layers if f"{layer}/{PARTS[0]}" in spectra]:
                 row[f"contributions/{name}"] = self._contributions(step, parted, spectra)
-        self._run.log(row)
-
-    def log_image(self, step: int, name: str, path: Path) -> None:
-        self._run.log({STEP: step, name: self._wandb.Image(str(path))})
-
-    def finish(self, summary: Mapping[str, Value], exit_code: int) -> None:
-        self._run.summary.update(dict(summary))
-        self._run.finish(exit_code=exit_code)
+        return row
 
     def _table(self, step: int, layers: Mapping[str, Mapping[str, float]]):
         """A table with a row for each layer; missing values stay empty."""

@@ -1,11 +1,13 @@
 """Offline W&B runs, read back."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +73,7 @@ def test_a_resumed_run_goes_on_under_the_same_id(tmp_path: Path):
 def test_a_killed_process_loses_little(tmp_path: Path):
     program = f"""
 import time
+from itertools import pairwise
 from pathlib import Path
 import numpy as np
 from lrtrain.config.schema import TrackingConfig
@@ -144,6 +147,25 @@ def test_metrics_of_layers_are_scalars_a_table_and_a_heatmap(tmp_path: Path):
     assert len([*folder.glob("files/media/table/layers/gradients*.json")]) == 2
     assert len([*folder.glob("files/media/images/layers/erank*.png")]) == 2
     assert history(folder, "layers/erank._type") == [(0, "image-file"), (10, "image-file")]
+
+
+def test_tables_become_rare_and_the_last_ones_are_there(tmp_path: Path):
+    """Scalars are logged at each of 120 measurements, and tables first at each, then ever more rarely."""
+    run = open_run(tmp_path)
+    steps = [*range(120)]
+    for step in steps:
+        run.log(step, step, metrics_of({"gradients/layers.0.q_proj/norm": 2.0}))
+        run.log_spectra(step, {"layers.0.q_proj": np.ones(2)})
+    run.finish({}, exit_code=0)
+
+    (folder,) = segments(tmp_path)
+    assert history(folder, "gradients/layers.0.q_proj/norm") == [(step, 2.0) for step in steps]
+    for table in ("layers/gradients", "spectra_curves/q_proj"):
+        files = [json.loads(path.read_text()) for path in folder.glob(f"files/media/table/{table}*.json")]
+        shown = sorted(row["data"][0][0] for row in files)
+        assert shown[:11] == steps[:11] and shown[-1] == steps[-1]
+        assert all(following <= 1.1 * step + 1 for step, following in pairwise(shown[1:]))
+        assert len(shown) == len({*shown}) <= 11 + math.log(119 / 10, 1.1) + 1
 
 
 def test_a_few_layers_are_all_shown():
