@@ -155,7 +155,6 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_jobs_are_composed_from_the_same_files_by_every_launcher(launcher: str, base: list[str], tmp_path: Path):
     """--config-name, --config-dir and hydra.searchpath: in the run's own record of what it was trained with."""
