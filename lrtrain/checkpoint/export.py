@@ -22,6 +22,7 @@ from lrtrain.checkpoint.weights import RunWeights, check_finite
 from lrtrain.data.tokenizer import save_tokenizer
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
+from lrtrain.model.architecture import without_rescaling
 from lrtrain.model.build import build_model
 from lrtrain.model.structure import untied
 
@@ -44,7 +45,8 @@ def export_dense(run: RunWeights, out: Path, dtype: torch.dtype | None, most: in
     config = run.model.config
     model = build_model(config)
     dtype = dtype or next(run.model.parameters()).dtype
-    own = {"dtype": dtype, "architectures": [type(model).__name__], **ids}
+    own = {"dtype": dtype, "architectures": [type(model).__name__], **begin_and_end(ids)}
+    without_rescaling(config)
     written = readable_by_4(config, config_with(config, own))
     with new_folder(out) as folder:
         parts = PublishedParts(model, untied(model), run.dense)
@@ -66,7 +68,7 @@ def export_factorized(run: RunWeights, out: Path, dtype: torch.dtype | None, mos
     tokenizer, ids = tokenizer_of(run)
     dtype = dtype or next(run.model.parameters()).dtype
     config = description(run.model, run.config.param, run.config.train.seed, run.meta.support_hash)
-    config["architecture"] = config_with(run.model.config, {"dtype": dtype, **ids})
+    config["architecture"] = config_with(run.model.config, {"dtype": dtype, **begin_and_end(ids)})
     with new_folder(out) as folder:
         write_description(folder, config)
         write_weights(folder, untied(run.model), run.tensor, run, dtype, most)
@@ -83,6 +85,12 @@ def tokenizer_of(run: RunWeights) -> tuple[PreTrainedTokenizerFast, dict[str, An
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     return tokenizer, {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def begin_and_end(ids: dict[str, Any]) -> dict[str, Any]:
+    """The ids for config.json. That of padding stays the one that was trained with: RoBERTa counts positions from it,
+    and transformers may set its embedding to zero when it loads a model."""
+    return {key: value for key, value in ids.items() if key != "pad_token_id"}
 
 
 def write_weights(

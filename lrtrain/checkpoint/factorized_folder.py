@@ -21,9 +21,10 @@ model with random weights."""
 
 
 def config_with(config: PreTrainedConfig, changes: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json for a transformers config, with some values replaced."""
+    """The content of config.json for a transformers config, with some values replaced. Infinite numbers are numbers,
+    not transformers 5's names of them, which version 4 and the constructors of configs do not read."""
     changed = type(config).from_dict(config.to_dict() | changes)
-    return json.loads(changed.to_json_string())
+    return changed._decode_special_floats(json.loads(changed.to_json_string()))
 
 
 def description(model: PreTrainedModel, param: dict[str, Any], seed: int, support_hash: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedModel,
@@ -22,8 +23,9 @@ from lrtrain.config.stored import check_stored_targets
 from lrtrain.data.tokenizer import read_tokenizer
 from lrtrain.distributed.sharding import keep_shard
 from lrtrain.errors import ConfigError
+from lrtrain.model.architecture import architecture, without_rescaling
 from lrtrain.model.attention import PLAIN, attention_for
-from lrtrain.model.build import architecture, factorized_model
+from lrtrain.model.build import factorized_model
 from lrtrain.model.init import materialize
 from lrtrain.model.rank import RankPlan
 from lrtrain.model.structure import factorized_layers, untied
@@ -101,6 +103,9 @@ def load_dense(path: Path, device: torch.device, dtype: torch.dtype | None, trus
     """The model of a transformers folder."""
     settings = {"dtype": dtype or "auto", "device_map": {"": device}, "trust_remote_code": trusted}
     try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+        without_rescaling(config)
+        settings |= {"config": config, "attn_implementation": attention_for(config, PLAIN)}  # some choose by it now
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, **settings
         )
@@ -160,6 +165,7 @@ def fill(model: PreTrainedModel, read: Callable[[str], Tensor], seed: int, devic
 def ready(model: PreTrainedModel) -> PreTrainedModel:
     """In eval mode, with an attention that heeds masks and caches."""
     model.set_attn_implementation(attention_for(model.config, PLAIN))
+    without_rescaling(model.config)
     for layer in factorized_layers(model).values():
         layer.execution = None  # what was fastest for a training step
     return model.eval()

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from lrtrain.errors import ConfigError
+
 
 def published(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The tensors of a published checkpoint, by name, for one tensor of the model's state.
@@ -38,6 +40,11 @@ class PublishedParts:
         """Name in the checkpoint → name in the state."""
         for name, tensor in state.items():
             parts = published(model, name, tensor)
+            if shared := parts.keys() & self.shapes.keys():  # HRM's
+                raise ConfigError(
+                    f"model_type={model.config.model_type} publishes {name} and others as one tensor {min(shared)}, "
+                    "which --to hf-dense cannot write; a run of it can be loaded by lrtrain.load"
+                )
             self.shapes |= parts
             self.whole |= dict.fromkeys(parts, name)
         self.waiting: dict[str, Tensor] = {}

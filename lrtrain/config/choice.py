@@ -10,11 +10,13 @@ from typing import Any, get_args, get_type_hints
 
 import hydra
 
+from lrtrain.config.ranges import RankRule, Regex, RegexOrNull
 from lrtrain.config.values import STRICT, UnknownKey, validated
 from lrtrain.errors import ConfigError
 
 OF_THE_CHOICE = {"name", "_target_", "_partial_"}
-OF_THE_MODEL = {"pattern", "rank", "zero_init"}  # keys of `param` that the model reads, not the layer
+OF_THE_MODEL = {"pattern": Regex, "rank": RankRule, "zero_init": RegexOrNull}
+"""Keys of `param` that the model reads, not the layer, and their types."""
 CALLED_WITH = {
     "param": {"in_features", "out_features", "bias", "rank", "device"},
     "optim": {"model"},
@@ -26,7 +28,7 @@ CALLED_WITH = {
 
 def own_arguments(node: dict[str, Any]) -> dict[str, Any]:
     """The arguments in a `_target_` node for its callable."""
-    others = OF_THE_CHOICE | (OF_THE_MODEL if "pattern" in node else set())
+    others = OF_THE_CHOICE | (OF_THE_MODEL.keys() if "pattern" in node else set())
     return {key: value for key, value in node.items() if key not in others}
 
 
@@ -39,8 +41,12 @@ def checked_choice(section: str, node: dict[str, Any]) -> dict[str, Any]:
         UnknownKey: if a key is not a parameter.
         ConfigError: if the callable cannot be imported, or a value is missing or not of the annotated type.
     """
+    if section == "param":
+        node = node | checked({key: kind for key, kind in OF_THE_MODEL.items() if key in node}, node, section)
     if node.get("_target_") is None:
         return node
+    if section == "param" and node.get("rank", 1) is None:
+        raise ConfigError(f"param.rank=null is no rank, which param={node.get('name')} needs; give one, such as 128")
     target = find(section, node["_target_"])
     parameters, any_key = arguments(target)
     given = own_arguments(node)
@@ -52,15 +58,18 @@ def checked_choice(section: str, node: dict[str, Any]) -> dict[str, Any]:
             Parameter.VAR_KEYWORD,
             Parameter.VAR_POSITIONAL,
         )
-        if required and key not in given and key not in CALLED_WITH.get(section, {key}):
+        if required and key not in given and key not in CALLED_WITH.get(section, set()):
             raise ConfigError(
                 f"{section}.{key} has no value: {node['_target_']} needs one, and the yaml of "
                 f"{section}={node.get('name')} has none"
             )
-    schema = make_dataclass(
-        "Choice", [(key, parameters.get(key, Any)) for key in given], namespace={"__pydantic_config__": STRICT}
-    )
-    return node | asdict(validated(schema, given, section))
+    return node | checked({key: parameters.get(key, Any) for key in given}, given, section)
+
+
+def checked(types: dict[str, Any], values: dict[str, Any], section: str) -> dict[str, Any]:
+    """The values of the keys of `types`, converted to these. Raises ConfigError for one that is not of its type."""
+    schema = make_dataclass("Choice", types.items(), namespace={"__pydantic_config__": STRICT})
+    return asdict(validated(schema, {key: values[key] for key in types}, section))
 
 
 def find(section: str, path: str) -> Any:

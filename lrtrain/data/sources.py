@@ -140,6 +140,8 @@ class LocalFiles:
         return sorted(once.values())
 
     def _matches(self, pattern: str, tell: bool) -> list[Path]:
+        if not pattern:
+            raise ConfigError(f"data.path={self.path} has an empty name; {FORMATS}")
         path = Path(pattern).expanduser()
         if path.is_dir():
             found, hidden = files_below(path)

@@ -16,7 +16,7 @@ from lrtrain.config.schema import Config
 from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.experts import FactorizedExperts
-from lrtrain.model.architecture import architecture, new_model
+from lrtrain.model.architecture import architecture, check_keys, named, new_model
 from lrtrain.model.attention import attention_for, check_loss
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.experts import DenseExperts, dense_experts, replace_experts
@@ -42,6 +42,8 @@ def make_model(
         shape = architecture(None, known)
     else:
         shape = architecture(model.path, model.config, model.trust_remote_code)
+        if model.path is None:
+            check_keys(shape, model.config)
     rank_plan = rank_plan or RankPlan(config.param["rank"])
     made = factorized_model(shape, config.param, rank_plan, parameter_dtype(config))
     hydra.utils.get_object(config.engine["_target_"]).check_model(config, made)
@@ -88,8 +90,13 @@ def build_model(
     """
     attention = attention_for(config)
     check_loss(config)
-    with torch.device("meta"):
-        model = new_model(config, attention)
+    try:
+        with torch.device("meta"):
+            model = new_model(config, attention)
+    except Exception as error:  # whatever the model's code raises
+        raise ConfigError(
+            f"{named(config)} cannot be built from its config: {type(error).__name__}: {error}"
+        ) from error
     for module in model.modules():
         if isinstance(module, Conv1D):  # as `nn.Linear` names them
             module.in_features, module.out_features = module.nx, module.nf  # pyright: ignore

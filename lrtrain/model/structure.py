@@ -8,6 +8,7 @@ from functools import cache
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from lrtrain.errors import ConfigError
@@ -75,9 +76,10 @@ def linears(model: nn.Module, pattern: str, subclasses: bool = False) -> dict[st
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and not of a subclass (other than FSDP's)."""
+    """Whether a module is a linear layer and not of a subclass (other than FSDP's, and Falcon's, which computes the
+    same)."""
     kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
-    return kind is nn.Linear or kind is Conv1D
+    return kind in (nn.Linear, Conv1D, FalconLinear)
 
 
 def weights_read(model: nn.Module) -> set[str]:

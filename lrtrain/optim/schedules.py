@@ -77,7 +77,7 @@ def loro(
     first, back = round(warmup * steps), round(shift * steps)
 
     def cosine_at(at: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * (at - first) / (steps - first)))
+        return 0.5 * (1 + math.cos(math.pi * (at - first) / max(1, steps - first)))
 
     def without_restarts(at: int) -> float:
         if step < first:

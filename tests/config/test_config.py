@@ -9,6 +9,7 @@ from launching import ROOT, command
 from lrtrain.config.check import check, check_directories
 from lrtrain.config.compose import compose, composition_sentence, default_composition
 from lrtrain.config.naming import fingerprint, run_name
+from lrtrain.data.prepare import check_data
 from lrtrain.errors import ConfigError
 
 
@@ -212,3 +213,20 @@ def test_updates_in_backward_keep_no_gradients_to_look_at():
 def test_a_choice_of_layers_is_a_regular_expression(key: str):
     with pytest.raises(ConfigError, match=rf"spectra.{key}=\* is not a regular expression"):
         check(compose(f"spectra.{key}=*"), 1)
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("param.rank=null", "param.rank=null is no rank"),
+        ("param.rank=[8]", r"param.rank=\[8\] must be a rank such as 128"),
+        ("param.rank=true", "param.rank=True must be a rank such as 128"),
+        ("param.rank={.:60%}", "must be a rank such as 128, .* or a mapping from patterns"),
+        ("param.pattern=null", "param.pattern=null must be a valid string"),
+        ("+callbacks.mine={_target_:lrtrain.run.callbacks.log.Log}", "callbacks.mine.every has no value"),
+        ("data.path=", "data.path= has an empty name"),
+    ],
+)
+def test_values_of_no_type_of_the_schema_are_named_too(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        check_data(compose("data=local", "data.path=x", override).data)

@@ -334,3 +334,34 @@ def test_factorized_layers_are_counted_as_often_as_they_are_called(kind: str):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         own.eval()(input_ids=torch.randint(128, (1, 32)), use_cache=False)
     assert training_flops(model, 32).model == pytest.approx(3 * counter.get_total_flops() / 32, rel=0.02)
+
+
+def test_falcons_own_linear_layers_are_factorized():
+    config = AutoConfig.for_model("falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=128)
+    assert len(linears(build_model(config), r"\.\d+\.")) == 2 * 4
+
+
+# --- configs that transformers refuses, or reads otherwise than they look ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"hidden_size": 33}, "not a multiple of the number of attention heads"),
+        ({"hidden_size": 48.5}, "expected int, got float"),
+        ({"num_attention_heads": 0}, "is not a transformers model config: integer division"),
+        ({"hiden_size": 32}, r"model.config.hiden_size \(did you mean hidden_size\?\) is not a key"),
+    ],
+)
+def test_a_config_that_transformers_refuses_or_does_not_read_is_one_sentence(changes, message: str):
+    overrides = [f"+model.config.{key}={value}" if key == "hiden_size" else f"model.config.{key}={value}"
+                 for key, value in changes.items()]  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        make_model(compose(*overrides))
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "hiden_size", "output_router_logits"])
+def test_a_key_that_the_config_of_a_folder_does_not_take_is_refused_rather_than_ignored(tmp_path, key: str):
+    AutoConfig.for_model("llama", **LLAMA_LIKE).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"model.config.{key} .*is not a key of the config of model.path="):
+        make_model(compose("model=hf", f"model.path={tmp_path}", "param=dense", f"+model.config.{key}=5"))

@@ -55,3 +55,7 @@ def test_loros_schedule_is_that_of_its_code(run: tuple[int, int, int]):
     steps, warmup, every = run
     found = {step: loro(step, steps, round(warmup / steps, 10), 0.1, every, 5, 0.1) for step in LORO[run]}
     assert found == pytest.approx(LORO[run], abs=1e-6)
+
+
+def test_a_warmup_over_all_steps_is_a_schedule_too():
+    assert all(0 <= loro(step, 10, 1.0, 0.1, 5, 2, 0.1) <= 1 for step in range(10))
