@@ -1,12 +1,14 @@
 """SLTrain: W = s·B A + S, a low-rank part plus values on a fixed random support.
 
 Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", NeurIPS 2024,
-arXiv 2406.02214, equation (1) and algorithm 1. Two executions of the same map:
+arXiv 2406.02214, equation (1) and algorithm 1. Three executions of the same map:
 
 * `materialize` (as in the paper): forms W, uses it and frees it; the backward pass forms W again, and the dense
   gradient G = gᵀx. No (out, in) tensor is saved between the passes.
 * `factored`: y = s·(x Aᵀ) Bᵀ + x Sᵀ, and the gradient of the values is computed on the support only. No (out, in)
   tensor is ever formed, and the work shrinks with rank and density.
+* `triton`: the same with the kernels of `block_kernels`, for `support=block` on CUDA. No gathered copy of x is formed
+  either.
 """
 
 import math
@@ -20,11 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from lrtrain.config.ranges import Share
 from lrtrain.errors import ConfigError
+from lrtrain.layers import block_products, sparse_support
 from lrtrain.layers.autotune import fastest
 from lrtrain.layers.rebalance import RebalancedLinear
 from lrtrain.layers.sparse_support import (
-    block_add_,
-    block_gradients,
     column_dtype,
     compress_rows,
     draw_rows,
@@ -37,7 +38,7 @@ from lrtrain.linalg.factors import dense_singular_values
 from lrtrain.linalg.initial import spectral_factors, uniform
 from lrtrain.linalg.nearest import Fit, low_rank_plus_sparse
 
-EXECUTIONS = ("materialize", "factored")  # `auto` is one of these
+EXECUTIONS = ("materialize", "factored", "triton")  # `auto` is one of these
 ScaleRule = Literal["alpha_over_r", "alpha_over_sqrt_r", "const"]
 
 
@@ -82,13 +83,13 @@ class _Materialized(torch.autograd.Function):
 
 
 class _Factored(torch.autograd.Function):
+    """With single entries."""
+
     @staticmethod
     def forward(ctx, x, left, right, values, crow, col, block, scale):
         z = x @ right.T  # (tokens, r)
         ctx.save_for_backward(x, z, left, right, values, crow, col)
-        ctx.block, ctx.scale = block, scale
-        if block > 1:
-            return block_add_((scale * z) @ left.T, values, col, block, x)
+        ctx.scale = scale
         return sparse_apply(values, crow, col, x).addmm_(z, left.T, alpha=scale)
 
     @staticmethod
@@ -96,12 +97,35 @@ class _Factored(torch.autograd.Function):
     def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
         (g,) = grad_outputs
         x, z, left, right, values, crow, col = ctx.saved_tensors
-        if ctx.block > 1:
-            dx, d_values = block_gradients(values, col, ctx.block, g, x)
-        else:
-            dx, d_values = sparse_gradients(values, crow, col, g, x)
+        dx, d_values = sparse_gradients(values, crow, col, g, x)
         dz = ctx.scale * (g @ left)  # (tokens, r)
         return dx.addmm_(dz, right), ctx.scale * (g.T @ z), dz.T @ x, d_values, None, None, None, None
+
+
+class _FactoredBlocks(torch.autograd.Function):
+    """With blocks, whose products are those of `sparse_support`, or with `kernels` those of `block_products`."""
+
+    @staticmethod
+    def forward(ctx, x, left, right, values, col, block, scale, kernels):
+        z = x @ right.T  # (tokens, r)
+        ctx.save_for_backward(x, z, left, right, values, col)
+        ctx.block, ctx.scale, ctx.kernels = block, scale, kernels
+        y = z @ (scale * left).T  # scaling the weights reads less than scaling z
+        products = block_products if kernels else sparse_support
+        products.block_add_(y, values, col, block, x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (g,) = grad_outputs
+        x, z, left, right, values, col = ctx.saved_tensors
+        products = block_products if ctx.kernels else sparse_support
+        dz = g @ (ctx.scale * left)  # (tokens, r)
+        dx = dz @ right
+        products.block_add_transposed_(dx, values, col, ctx.block, g)
+        d_values = products.block_sampled(g, x, col, ctx.block)
+        return dx, ctx.scale * (g.T @ z), dz.T @ x, d_values, None, None, None, None
 
 
 def sltrain_linear(
@@ -113,15 +137,21 @@ def sltrain_linear(
     col: Tensor,
     block: int,
     scale: float,
-    factored: bool,
+    execution: str | None,
 ) -> Tensor:
     """x (..., in) → x Wᵀ (..., out) for W = scale·B A + S, with the backward pass of the chosen execution.
 
     Args:
         values, crow, col, block: S; see `lrtrain.layers.sparse_support`.
+        execution: `factored`, `triton`, or any other to materialize W.
     """
-    function = _Factored if factored else _Materialized
-    y = function.apply(x.reshape(-1, x.shape[-1]), left, right, values, crow, col, block, scale)
+    tokens = x.reshape(-1, x.shape[-1])
+    factored = execution in ("factored", "triton")
+    if factored and block > 1:
+        y = _FactoredBlocks.apply(tokens, left, right, values, col, block, scale, execution == "triton")
+    else:
+        function = _Factored if factored else _Materialized
+        y = function.apply(tokens, left, right, values, crow, col, block, scale)
     return y.view(*x.shape[:-1], -1)
 
 
@@ -141,7 +171,7 @@ class SLTrainLinear(RebalancedLinear):
             W - s·BA (`residual`), which are stored in checkpoints.
         block: b, the side of a block, for `support=block`.
         alpha, scale: see `low_rank_scale`.
-        execution: `materialize`, `factored`, or `auto` (the faster one).
+        execution: `materialize`, `factored`, `triton`, or `auto` (the fastest of those that run on the device).
         init: `published`, as above; or `spectral`: s·B A is the best rank-r approximation of a dense N(0, init_std²)
             matrix.
         init_std: standard deviation of the dense initialization that `spectral` approximates.
@@ -173,7 +203,7 @@ class SLTrainLinear(RebalancedLinear):
         block: PositiveInt,
         alpha: PositiveFloat,
         scale: ScaleRule,
-        execution: Literal["auto", "materialize", "factored"],
+        execution: Literal["auto", "materialize", "factored", "triton"],
         select: Literal["random", "residual"],
         init: Literal["published", "spectral"],
         init_std: PositiveFloat,
@@ -207,8 +237,8 @@ class SLTrainLinear(RebalancedLinear):
         self.col = nn.Buffer(torch.empty(shape, dtype=column_dtype(columns), device=device), persistent=stored)
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right, factored = self.B.weight, self.A.weight, self.execution == "factored"
-        y = sltrain_linear(x, left, right, self.values, self.crow, self.col, self.block, self.scale, factored)
+        support = (self.values, self.crow, self.col, self.block)
+        y = sltrain_linear(x, self.B.weight, self.A.weight, *support, self.scale, self.execution)
         return y if self.B.bias is None else y + self.B.bias
 
     def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -280,19 +310,27 @@ class SLTrainLinear(RebalancedLinear):
         return 2 * tokens * (self.rank * (self.in_features + self.out_features) + self.nnz)
 
     def autotune(self, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
-        runs = self.block > 1 or (device.type == "cpu" and dtype in (torch.float32, torch.float64))
-        if self.execution == "factored" and not runs:
-            raise ConfigError(
-                f"param.execution=factored has no kernels for {dtype} on {device.type} with "
-                f"param.support={self.support}; use param.support=block, or param.execution=materialize or auto"
-            )
-        if self.execution in ("materialize", "factored"):
+        refused = self._refused(dtype, device)
+        if reason := refused.get(self.execution or ""):
+            raise ConfigError(f"param.execution={self.execution} cannot run: {reason}; use param.execution=auto")
+        if self.execution in EXECUTIONS:
             return self.execution
-        if not runs:
-            return "materialize"
+        candidates = [execution for execution in EXECUTIONS if execution not in refused]
+        if len(candidates) == 1:
+            return candidates[0]
         shape = [self.out_features, self.in_features, self.rank, self.support, self.block, self.nnz]
-        candidates = {e: _training_pass(self, e == "factored", tokens, dtype, device) for e in EXECUTIONS}
-        return fastest(["sltrain", *shape, tokens, str(dtype)], device, candidates)
+        passes = {execution: _training_pass(self, execution, tokens, dtype, device) for execution in candidates}
+        return fastest(["sltrain", *shape, tokens, str(dtype)], device, passes)
+
+    def _refused(self, dtype: torch.dtype, device: torch.device) -> dict[str, str]:
+        """The executions that cannot run, and why."""
+        if self.block == 1:
+            found = {"triton": f"its kernels are for param.support=block, not {self.support}"}
+            if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+                found["factored"] = f"without param.support=block it has no kernels for {dtype} on {device.type}"
+            return found
+        reason = block_products.missing(self.block, dtype, device)
+        return {"triton": reason} if reason else {}
 
     def extra_repr(self) -> str:
         block = f" {self.block}×{self.block}" if self.block > 1 else ""
@@ -312,7 +350,7 @@ def _check_block(block: int, out_features: int, in_features: int) -> None:
 
 
 def _training_pass(
-    layer: SLTrainLinear, factored: bool, tokens: int, dtype: torch.dtype, device: torch.device
+    layer: SLTrainLinear, execution: str, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], object]:
     """A forward and backward pass on random tensors of this layer's shapes."""
     generator = torch.Generator().manual_seed(0)
@@ -324,7 +362,7 @@ def _training_pass(
 
     def run() -> None:
         y = sltrain_linear(
-            x, left, right, values, support.get("crow"), support["col"], layer.block, layer.scale, factored
+            x, left, right, values, support.get("crow"), support["col"], layer.block, layer.scale, execution
         )
         torch.autograd.grad(y, (x, left, right, values), g)
 

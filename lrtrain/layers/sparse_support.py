@@ -162,11 +162,15 @@ def block_add_(y: Tensor, values: Tensor, col: Tensor, block: int, x: Tensor) ->
     return y
 
 
-def block_gradients(values: Tensor, col: Tensor, block: int, g: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """g (tokens, out), x (tokens, in) → g S (tokens, in), and gᵀ x on the support only (nnz,)."""
+def block_add_transposed_(y: Tensor, values: Tensor, col: Tensor, block: int, g: Tensor) -> Tensor:
+    """y (tokens, in) += g S, g (tokens, out)."""
     weights = values.view(len(col), block, -1)
-    g_t = _by_block_rows(g, block).mT  # (out/b, b, tokens)
-    parts = torch.bmm(weights.mT, g_t)  # (out/b, k·b, tokens)
-    dx_t = x.new_zeros(x.shape[1] // block, block, len(x))
-    dx_t.index_add_(0, col.flatten().int(), parts.view(-1, block, len(x)))
-    return dx_t.flatten(0, 1).T.contiguous(), torch.bmm(g_t, _gathered(x, col, block)).flatten()
+    parts = torch.bmm(weights.mT, _by_block_rows(g, block).mT)  # (out/b, k·b, tokens)
+    sums = y.new_zeros(y.shape[1] // block, block, len(y))
+    sums.index_add_(0, col.flatten().int(), parts.view(-1, block, len(y)))
+    return y.add_(sums.flatten(0, 1).T)
+
+
+def block_sampled(g: Tensor, x: Tensor, col: Tensor, block: int) -> Tensor:
+    """gᵀ x on the support only (nnz,), g (tokens, out), x (tokens, in)."""
+    return torch.bmm(_by_block_rows(g, block).mT, _gathered(x, col, block)).flatten()
