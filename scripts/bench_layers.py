@@ -49,7 +49,7 @@ MIB = 2**20
 Shape = tuple[int, int]  # (out, in)
 
 
-EXECUTIONS = {"sltrain": ("materialize", "factored")}  # what `auto` chooses from
+EXECUTIONS = {"sltrain": ("materialize", "factored", "triton")}  # what `auto` chooses from
 
 
 # --- the contenders ----------------------------------------------------------------------------------------------

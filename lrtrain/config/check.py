@@ -27,7 +27,7 @@ def check(config: Config, world_size: int) -> None:
     if train.deterministic and config.param.get("execution") == "auto":
         raise ConfigError(
             "param.execution=auto is chosen by a measurement, which may differ the next time; with "
-            "train.deterministic=true set param.execution=materialize or factored"
+            "train.deterministic=true set param.execution=materialize, factored or triton"
         )
     if train.profile is not None and train.profile > train.steps:
         raise ConfigError(f"train.profile={train.profile} is not one of the steps 1 to train.steps={train.steps}")

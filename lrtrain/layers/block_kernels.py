@@ -92,6 +92,11 @@ def tile_of(dtype: torch.dtype, block: int) -> int:
     return 128 if dtype.itemsize == 2 and block < 128 else 64
 
 
+def sampled_tile(dtype: torch.dtype) -> int:
+    """Tokens per product of the sums over tokens."""
+    return 64 if dtype.itemsize == 2 else 32
+
+
 def stages_of(dtype: torch.dtype, block: int) -> int:
     """Tiles that are loaded ahead: as many as fit into 99 KB of shared memory, which every GPU since Ampere has."""
     return 3 if dtype.itemsize == 2 and block < 128 else 2
@@ -126,7 +131,7 @@ def add_transposed(y: Tensor, values: Tensor, col: Tensor, block: int, lists: tu
 
 def sampled(g: Tensor, x: Tensor, col: Tensor, block: int) -> Tensor:
     """gᵀ x on the support (nnz,), g (tokens, out), x (tokens, in)."""
-    tile, width = (64 if x.dtype.itemsize == 2 else 32), max(WIDTH, block)
+    tile, width = sampled_tile(x.dtype), max(WIDTH, block)
     nnz, g, x = col.numel() * block**2, g.contiguous(), x.contiguous()
     chunk = max(CHUNK, tile * triton.cdiv(len(x), tile * MOST_CHUNKS))
     chunks = triton.cdiv(len(x), chunk)

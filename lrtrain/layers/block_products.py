@@ -5,7 +5,8 @@ values (nnz,) and the block columns `col` (out/b, k) of each block row. Each ope
 inputs: no gathered copy of x is ever stored.
 """
 
-import importlib.util
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lrtrain.errors import ConfigError
 from lrtrain.layers import sparse_support as batched
 
 BLOCKS = (16, 32, 64, 128)
@@ -28,7 +30,7 @@ def missing(block: int, dtype: torch.dtype, device: torch.device) -> str | None:
         return f"its kernels know blocks of {', '.join(map(str, BLOCKS))}, not of {block}"
     if dtype not in DTYPES:
         return f"its kernels know bfloat16, float16 and float32, not {dtype}"
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     return None
 
@@ -59,6 +61,14 @@ def lists_of(col: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     return lists
 
 
+def _kernels() -> ModuleType:
+    try:
+        from lrtrain.layers import block_kernels
+    except ImportError as error:  # on another machine than the one that chose it
+        raise ConfigError(f"param.execution=triton needs Triton: {error}; install it, or use factored") from error
+    return block_kernels
+
+
 # --- y += x Sᵀ ---------------------------------------------------------------------------------------------------
 
 
@@ -70,9 +80,7 @@ def block_add_(y: Tensor, values: Tensor, col: Tensor, block: int, x: Tensor) ->
 
 @block_add_.register_kernel("cuda")
 def _(y: Tensor, values: Tensor, col: Tensor, block: int, x: Tensor) -> None:
-    from lrtrain.layers import block_kernels
-
-    block_kernels.add(y, values, col, block, x)
+    _kernels().add(y, values, col, block, x)
 
 
 @block_add_.register_fake
@@ -91,9 +99,7 @@ def block_add_transposed_(y: Tensor, values: Tensor, col: Tensor, block: int, g:
 
 @block_add_transposed_.register_kernel("cuda")
 def _(y: Tensor, values: Tensor, col: Tensor, block: int, g: Tensor) -> None:
-    from lrtrain.layers import block_kernels
-
-    block_kernels.add_transposed(y, values, col, block, lists_of(col, y.shape[1] // block), g)
+    _kernels().add_transposed(y, values, col, block, lists_of(col, y.shape[1] // block), g)
 
 
 @block_add_transposed_.register_fake
@@ -112,9 +118,7 @@ def block_sampled(g: Tensor, x: Tensor, col: Tensor, block: int) -> Tensor:
 
 @block_sampled.register_kernel("cuda")
 def _(g: Tensor, x: Tensor, col: Tensor, block: int) -> Tensor:
-    from lrtrain.layers import block_kernels
-
-    return block_kernels.sampled(g, x, col, block)
+    return _kernels().sampled(g, x, col, block)
 
 
 @block_sampled.register_fake

@@ -11,6 +11,7 @@ arXiv 2406.02214, equation (1) and algorithm 1. Three executions of the same map
   either.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -315,6 +316,8 @@ class SLTrainLinear(RebalancedLinear):
             raise ConfigError(f"param.execution={self.execution} cannot run: {reason}; use param.execution=auto")
         if self.execution in EXECUTIONS:
             return self.execution
+        if device.type == "cuda" and self.block > 1 and "triton" in refused:
+            _say(f"param.execution=auto does not consider triton: {refused['triton']}")
         candidates = [execution for execution in EXECUTIONS if execution not in refused]
         if len(candidates) == 1:
             return candidates[0]
@@ -335,6 +338,12 @@ class SLTrainLinear(RebalancedLinear):
     def extra_repr(self) -> str:
         block = f" {self.block}×{self.block}" if self.block > 1 else ""
         return f"{super().extra_repr()}, support={self.support}{block}, nnz={self.nnz}"
+
+
+@functools.cache
+def _say(sentence: str) -> None:
+    """Print a sentence, once."""
+    print(sentence, flush=True)
 
 
 def _check_block(block: int, out_features: int, in_features: int) -> None:

@@ -1,7 +1,7 @@
 """What a run prints at its start and its end."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 from torch import nn
@@ -21,11 +21,13 @@ LOSS_AT_SHARE = "eval_loss_at_rank_share_"
 
 
 def print_factorization(model: nn.Module) -> None:
-    """Print the factorized layers and the model's size."""
+    """Print the factorized layers, how they are executed, and the model's size."""
     for kind, layers, shape, size in factorization_table(model):
         print(f"  {kind:<12} {layers:>3} × ({shape}): {size:,} parameters")
     if dense := dense_matrices(model):
         print(f"  dense in the blocks: {', '.join(dense)}")
+    if chosen := Counter(layer.execution for layer in factorized_layers(model).values() if layer.execution):
+        print(f"  execution: {', '.join(f'{name} × {count}' for name, count in chosen.items())}")
     if factorized_layers(model) and (read := weights_read(model)):
         kinds = ", ".join(sorted({name.rpartition(".")[2] for name in read}))
         print(f"  left dense, since the model's code reads their weights: {kinds} ({len(read)} layers)")

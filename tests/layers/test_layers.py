@@ -75,6 +75,7 @@ METHODS = {
     "sltrain-row-balanced": partial(SLTRAIN, support="row_balanced", execution="factored"),
     "sltrain-block-materialize": partial(SLTRAIN, support="block", execution="materialize"),
     "sltrain-block": partial(SLTRAIN, support="block", execution="factored"),
+    "sltrain-block-triton": partial(SLTRAIN, support="block", execution="triton"),  # its operators, on a CPU
 }
 NONLINEAR = ("lost-silu", "cola", "dlr")
 linear_methods = pytest.mark.parametrize("method", [name for name in METHODS if name not in NONLINEAR])
@@ -189,7 +190,8 @@ def test_training_lowers_the_loss(method: str):
     assert losses[-1] < 0.8 * losses[0]
 
 
-BY_INDUCTOR = ("sltrain-materialize", "sltrain-factored", "sltrain-block", "sst", "dlr")  # each backward by hand
+# each backward by hand
+BY_INDUCTOR = ("sltrain-materialize", "sltrain-factored", "sltrain-block", "sltrain-block-triton", "sst", "dlr")
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ VARIANTS = [
     "sltrain-row-balanced",
     "sltrain-block-materialize",
     "sltrain-block",
+    "sltrain-block-triton",
 ]
-FACTORED = ["sltrain-factored", "sltrain-row-balanced", "sltrain-block"]
+FACTORED = ["sltrain-factored", "sltrain-row-balanced", "sltrain-block", "sltrain-block-triton"]
 SUPPORTS = ["uniform", "row_balanced", "block"]
 CPU = torch.device("cpu")
 SLTRAIN = partial(
