@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# (Triton need not be installed, and its kernels are launched by an index.)
 """Triton kernels for products with a matrix S of b×b blocks, for CUDA.
 
 S (out, in) is stored as in `lrtrain.layers.sparse_support`: `col` (out/b, k) are the block columns of each block row,

@@ -54,11 +54,10 @@ _LISTS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def lists_of(col: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """`transposed_lists`, made once for each support."""
-    version, lists = _LISTS.get(col, (None, None))
-    if lists is None or version != col._version:
-        lists = transposed_lists(col, columns)
-        _LISTS[col] = (col._version, lists)
-    return lists
+    known = _LISTS.get(col)
+    if known is None or known[0] != col._version:
+        known = _LISTS[col] = (col._version, transposed_lists(col, columns))
+    return known[1]
 
 
 def _kernels() -> ModuleType:
