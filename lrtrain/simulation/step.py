@@ -95,11 +95,12 @@ def simulate(config: Config, gpus: int, dist_rank: int) -> Simulated:
 
 
 def _run(config: Config, world: World, model: PreTrainedModel) -> Run:
-    """A run as far as steps need it, without its engine. (Autotuning is a measurement; what it would choose is
+    """A run as far as steps need it, without its engine. (Autotuning is a measurement; what it would choose among is
     materialized here.)"""
     absent = cast(Any, None)
     run = Run(config, world, cast(Any, SimpleNamespace(signal=None)), absent, absent)
-    executions = {name: "materialize" for name, x in factorized_layers(model).items() if x.execution == "auto"}
+    asked = {name: layer.execution for name, layer in factorized_layers(model).items() if layer.execution}
+    executions = {name: "materialize" if execution == "auto" else execution for name, execution in asked.items()}
     run.identity = RunIdentity("simulated", config.run.name, executions=executions)
     run.cache_counts(model)
     run.batches = cast(Any, SimpleNamespace(first=lambda: 0))
