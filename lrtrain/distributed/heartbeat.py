@@ -23,6 +23,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 TORCH = Path(dist.__file__).parent
 COLLECTIVES = ("collectives.py", "world.py")  # report their caller instead
 OVER = "over"
+BEFORE_NCCL = 80 / 60
+"""Minutes of silence on GPUs at most: after 100 seconds NCCL's watchdog ends the process without naming another."""
 
 _runs = itertools.count()
 
@@ -40,6 +42,9 @@ class Heartbeat:
 
     def __init__(self, world: World, minutes: float):
         self.world = world
+        self.told = f"train.timeout_minutes={minutes:g}"
+        if world.device.type == "cuda" and minutes > BEFORE_NCCL:
+            minutes, self.told = BEFORE_NCCL, f"{60 * BEFORE_NCCL:g} seconds"
         self.minutes = minutes
         self.every = min(10.0, 60 * minutes / 6)
         self.step = 0
@@ -105,7 +110,7 @@ class Heartbeat:
     def _end(self, lost: dict[int, str]) -> None:
         """Print the silent processes, once, and end this process; torchrun or the scheduler ends the others."""
         self._tell(
-            f"no sign of life for train.timeout_minutes={self.minutes:g} of {_listed(lost)}, while process "
+            f"no sign of life for {self.told} of {_listed(lost)}, while process "
             f"{self.world.dist_rank} is {self._note()}"
         )
         os._exit(1)
@@ -117,7 +122,7 @@ class Heartbeat:
         frame = trace.tb_frame if trace is not None else None
         others = [other for other in range(self.world.size) if other != self.world.dist_rank]
         return (
-            f"{place(frame)} did not end within twice train.timeout_minutes={self.minutes:g} on process "
+            f"{place(frame)} did not end within twice {self.told} on process "
             f"{self.world.dist_rank} at step {self.step + 1}, while there is {_listed(self._read(others))}"
         )
 

@@ -11,7 +11,7 @@ from lrtrain.core.files import make_folder_durably
 from lrtrain.distributed.collectives import run_on_rank0
 from lrtrain.errors import ConfigError
 
-FOLDERS = ("checkpoints", "tokenizer", "spectra", "plots", "profile", "wandb")
+FOLDERS = ("checkpoints", "tokenizer", "spectra", "plots", "profile", "collectives", "wandb")
 FILES = ("lock", "run.json", "config.yaml", "metrics.jsonl", "summary.json")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -15,13 +16,13 @@ from lrtrain.config.schema import Config
 from lrtrain.core.restart import note_finished, note_unfinished
 from lrtrain.distributed.collectives import check_equal_on_all_ranks
 from lrtrain.distributed.heartbeat import Heartbeat
-from lrtrain.distributed.world import World
+from lrtrain.distributed.world import AFTER_STEP_1, World, limit_nccl
 from lrtrain.errors import RunFailed
 from lrtrain.run.determinism import deterministic_algorithms
 from lrtrain.run.lock import RunLock
 from lrtrain.run.profiling import snapshot_when_out_of_memory
 from lrtrain.run.rollback import Spike, watch
-from lrtrain.run.start import start_run
+from lrtrain.run.start import COLLECTIVES, start_run
 from lrtrain.run.state import Run
 from lrtrain.run.step import take_step
 from lrtrain.run.stop import StopRequest
@@ -31,7 +32,9 @@ from lrtrain.run.summary import summarize
 def pretrain(config: Config) -> dict[str, Any]:
     """Join the process group, `train` until a signal or the end, and leave the group; returns what `train` does."""
     with deterministic_algorithms(config.train.deterministic):
-        world = distributed.start(config.optim["in_backward"], config.train.timeout_minutes)
+        world = distributed.start(
+            config.optim["in_backward"], config.train.timeout_minutes, Path(config.run.dir) / COLLECTIVES
+        )
         stop = StopRequest()
         try:
             return train(config, world, stop)
@@ -93,6 +96,7 @@ def train_steps(run: Run) -> bool:
     """Take steps and call callbacks up to `train.steps`; returns False if a signal stopped them."""
     config, progress = run.config, run.progress
     run.each(lambda callback: callback.on_start(run))
+    first = progress.step + 1
     while progress.step < config.train.steps:
         run.heartbeat.step = progress.step
         batch = run.batches.next()
@@ -104,6 +108,8 @@ def train_steps(run: Run) -> bool:
         log = take_step(run, *batch)
         run.each(lambda callback: callback.after_step(run, log))  # noqa: B023  (called at once)
         watch(log.loss, log.skipped, progress, config, run.saver.checkpointer, run.world)
+        if progress.step == first:
+            limit_nccl(AFTER_STEP_1)
         if progress.step < config.train.steps:
             run.each(lambda callback: callback.due(progress.step) and callback.on_step(run))
     return True

@@ -32,6 +32,9 @@ from lrtrain.run.state import Run
 from lrtrain.run.stop import StopRequest
 from lrtrain.tracking import Tracker, open_tracker
 
+COLLECTIVES = "collectives"
+"""The folder of a run for the last collectives of each process, where one timed out on GPUs."""
+
 
 def start_run(
     config: Config,
@@ -122,6 +125,8 @@ def claim_directory(run: Run, model: PreTrainedModel, meta: CheckpointMeta | Non
         found = known or RunIdentity(uuid.uuid4().hex[:12], config.run.name)
         found.executed, found.executions = executed, autotune_layers(model, tokens, dtype, device, measured)
         claim(config, found, run.data.tokenizer, meta)
+        if device.type == "cuda":
+            (run.dir / COLLECTIVES).mkdir(exist_ok=True)  # NCCL's watchdog makes no folder
         return found
 
     run.identity = run_on_rank0(claimed)

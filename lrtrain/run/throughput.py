@@ -22,6 +22,15 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+def allocator_metrics(device: torch.device) -> dict[str, float]:
+    """Of a GPU's allocator: the peak of reserved memory (GiB), and how often it gave up its cache to try again, each of
+    which waits for the GPU; nothing on a CPU."""
+    if device.type != "cuda":
+        return {}
+    retries = torch.cuda.memory_stats(device).get("num_alloc_retries", 0)
+    return {"memory_reserved_gib": torch.cuda.max_memory_reserved(device) / 2**30, "allocation_retries": retries}
+
+
 @cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of this process's best square matrix product: measured, so that no table of devices can be wrong.

@@ -7,7 +7,7 @@ from lrtrain.core.metrics import scalars
 from lrtrain.distributed.collectives import max_over_ranks
 from lrtrain.measure.evaluate import perplexity
 from lrtrain.run.callbacks.base import Callback
-from lrtrain.run.throughput import Meter, matmul_peak, peak_memory_gib
+from lrtrain.run.throughput import Meter, allocator_metrics, matmul_peak, peak_memory_gib
 
 if TYPE_CHECKING:
     from lrtrain.run.state import Run
@@ -45,10 +45,10 @@ class Log(Callback):
         steps = self.sums.pop("steps")
         losses = {name: value / steps for name, value in self.sums.items()}
         ppl = perplexity(losses.pop("cross_entropy"))
-        (memory,) = max_over_ranks(peak_memory_gib(run.world.device))
+        memory = {"memory_gib": peak_memory_gib(run.world.device), **allocator_metrics(run.world.device)}
         run.log(
             scalars("train", losses | {"ppl": ppl, "grad_norm": log.grad_norm, "lr": log.lr})
-            + scalars("perf", {"memory_gib": memory})
+            + scalars("perf", dict(zip(memory, max_over_ranks(*memory.values()), strict=True)))
             + scalars("optim", run.engine.optimizer.metrics())
             + self.meter.read(run.flops)
         )
