@@ -172,11 +172,12 @@ class Engine(ABC):
     def _step(self, loss: float) -> StepResult:
         self._add_penalties()
         norm = self._gradient_norm()
-        finite = math.isfinite(norm.item()) and math.isfinite(loss)
+        told = norm.item()  # waits for the device, so it is read once
+        finite = math.isfinite(told) and math.isfinite(loss)
         if finite:
-            self._clip(norm)
+            self._clip(norm, told)
         self._update(finite)
-        return StepResult(grad_norm=norm.item(), skipped=not finite)
+        return StepResult(grad_norm=told, skipped=not finite)
 
     def _add_penalties(self) -> None:
         for layer in self.layers:
@@ -206,13 +207,13 @@ class Engine(ABC):
         return anyone.sum(squares).sqrt()
 
     @torch.no_grad()
-    def _clip(self, norm: Tensor) -> None:
+    def _clip(self, norm: Tensor, told: float) -> None:
+        """Clip the gradients, whose norm is `norm` on the device and `told` here."""
         if self.clip is None:
             return
         if self.clip_by == "global":
-            factor = self.clip / (norm + 1e-6)
-            if factor < 1:  # avoids reading and writing all gradients
-                torch._foreach_mul_(self._gradients(), factor)
+            if told > 0.999 * self.clip:  # avoids reading and writing all gradients; the device decides what is near
+                torch._foreach_mul_(self._gradients(), (self.clip / (norm + 1e-6)).clamp(max=1))
             return
         for p in self.optimizer.parameters:
             if p.grad is not None:

@@ -89,6 +89,44 @@ def test_a_step_that_is_not_finite_touches_nothing(world, poison: str):
     assert not ours.clip_and_step(1.0).skipped  # the poisoned gradient is gone
 
 
+class CountedReads(TorchDispatchMode):
+    """Counts the values that the host reads, for each of which it would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_a_step_reads_one_value_from_the_device_whether_it_clips_or_not(world, clip: float):
+    ours = engine(world)
+    ours.begin_step(0, 1e-2, clip, "global")
+    ours.forward_backward(ROWS, 64)
+    with CountedReads() as reads:
+        result = ours.clip_and_step(1.0)
+    assert reads.count == 1 and not result.skipped and (result.grad_norm > clip) == (clip < 1)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9995, 1.0, 1.0005, 2.0])
+def test_gradients_are_clipped_as_torch_clips_them_also_near_the_limit(world, share: float):
+    ours = engine(world)
+    ours.begin_step(0, 0.0, None, "global")
+    ours.forward_backward(ROWS, 64)
+    before = {p: p.grad.clone() for p in ours.model.parameters()}
+    norm = ours._gradient_norm()
+    ours.clip = share * norm.item()
+    ours._clip(norm, norm.item())
+    found = [p.grad.clone() for p in ours.model.parameters()]
+    for p, gradient in before.items():
+        p.grad = gradient
+    torch.nn.utils.clip_grads_with_norm_(ours.model.parameters(), ours.clip, norm)
+    assert all(torch.equal(clipped, p.grad) for clipped, p in zip(found, before, strict=True))
+
+
 def test_bf16_computes_in_bf16_and_keeps_float32(world):
     ours = engine(world, torch.bfloat16)
     for layer in ours.model.modules():
