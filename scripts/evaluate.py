@@ -35,6 +35,7 @@ from lrtrain.data.prepare import Data, check_data, prepare_data
 from lrtrain.distributed.world import World, environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
 from lrtrain.measure.evaluate import evaluate, evenly_spaced, perplexity
+from lrtrain.model.attention import separate_attention
 from lrtrain.model.loss import TokenLoss
 from lrtrain.sweeps.jobs import quoted
 from lrtrain.tracking.console import print_summary
@@ -75,7 +76,10 @@ def measure(loaded: Loaded, overrides: list[str], world: World) -> dict[str, Any
     check_data(chosen)
     text = prepare_data(chosen, config.train.seed)
     rows = rows_of(text, config.eval.sequences, chosen.seq_len)
-    found = evaluate(TokenLoss(loaded.model), rows, config.train.micro_batch_size, world)
+    if chosen.document_mask:
+        loaded.model.set_attn_implementation(separate_attention(loaded.model.config))
+    loss_of = TokenLoss(loaded.model, loaded.tokenizer.eos_token_id if chosen.document_mask else None)
+    found = evaluate(loss_of, rows, config.train.micro_batch_size, world)
     assert found is not None
     return {
         "text": chosen.name,

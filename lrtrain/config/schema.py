@@ -116,6 +116,7 @@ class DataConfig:
     streams: PositiveInt | None  # number of streams of a streamed source
     on_error: Literal["skip", "refuse"]  # for documents that cannot be read
     seq_len: PositiveInt  # tokens the model sees; a stored row has one more
+    document_mask: bool  # documents of a row do not see each other, and positions restart
     validation_fraction: ShareBelowOne  # share of held-out documents, chosen by a hash of their text; 0: none
     cache_dir: str | None  # null: lrtrain.core.cache.cache_folder
     tokenizer: TokenizerConfig

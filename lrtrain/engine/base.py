@@ -68,6 +68,8 @@ class Engine(ABC):
     """The same model, or a twin of it, whose parameters are the shards that the optimizer steps. Parameters are read
     and written here (`local`, `whole`, `gathered`, `keep_shard`); call `_publish` after writing."""
     optimizer: ShardedOptimizer
+    document_end: int | None = None
+    """The token that ends a document, if documents do not see each other; set before `prepare`. See `TokenLoss`."""
 
     def __init__(self, world: World, dtype: torch.dtype, compile: bool, recompute_every: int, recompute_keep: str):
         self.world = world
@@ -116,7 +118,7 @@ class Engine(ABC):
         self.seed = seed
         prepare_blocks(model, self.recompute_every, self.recompute_keep, self.compile)
         self.model = model.train()
-        self.loss = TokenLoss(model)
+        self.loss = TokenLoss(model, self.document_end)
         self.shards = self._distribute(model, seed, fresh)
         self.layers = [*factorized_layers(self.shards).values()]
         self.optimizer = make_optimizer(self.shards)

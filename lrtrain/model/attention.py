@@ -21,6 +21,7 @@ from lrtrain.core.memo import read_memo, write_memo
 from lrtrain.errors import ConfigError
 from lrtrain.model.architecture import named, new_model
 from lrtrain.model.counts import parameter_count
+from lrtrain.model.documents import DOCUMENTS, document_inputs
 from lrtrain.model.loss import has_other_terms
 
 # Every token attends to all earlier ones. transformers builds no mask for a name without a mask function.
@@ -33,11 +34,16 @@ PLAIN = ("sdpa", "eager")
 CHOICES = (CAUSAL, *PLAIN)
 """Implementations to try for training, the fastest first."""
 
+SEPARATE = (DOCUMENTS, *PLAIN)
+"""Implementations to try if documents do not see each other."""
+
 KNOWN = (LlamaConfig, OPTConfig)
 """Config classes whose models always attend to all earlier tokens, so that no trial is needed."""
 
 LENGTH = 48
 """Length of the trial sequence; more than `WINDOW`."""
+FIRST = 20
+"""Length of the first of its two documents, if they do not see each other; more than `WINDOW` too, as is the rest."""
 NARROWEST = 4
 """Smallest width in the small copy; all stay even."""
 HEADS = re.compile(r"head_dim$")
@@ -85,6 +91,24 @@ def attention_for(config: PreTrainedConfig, choices: Sequence[str] = CHOICES) ->
     return found["attention"]
 
 
+def separate_attention(config: PreTrainedConfig) -> str:
+    """The first implementation in `SEPARATE` with which the documents of a row have the logits that transformers' eager
+    attention gives each of them alone; cached on disk.
+
+    Raises:
+        ConfigError: if none has.
+    """
+    if type(config) is LlamaConfig:
+        return DOCUMENTS
+    found = _kept(config, SEPARATE)
+    if "mixed" in found:
+        raise ConfigError(
+            f"data.document_mask=true: {named(config)} lets the documents of a row affect each other whatever the mask; "
+            "set data.document_mask=false"
+        )
+    return found["attention"]
+
+
 def check_loss(config: PreTrainedConfig) -> None:
     """Raises ConfigError if transformers' loss of the model has terms that `TokenLoss` does not have."""
     if type(config) not in KNOWN and "other_terms" in _kept(config, CHOICES):
@@ -119,24 +143,39 @@ def _kept(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
 
 
 def _tried(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
-    """Keys: `attention`, or `refused` with the reason; and `other_terms` if transformers' loss has some."""
+    """Keys: `attention`, or `refused` with the reason, or `mixed` if documents cannot be kept apart; and `other_terms`
+    if transformers' loss has some."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         small, model, rows = _small_copy(config)
         loss = {"other_terms": "yes"} if has_other_terms(model, rows) else {}
         if _sees_later_tokens(model, rows):
             return {"refused": "its predictions depend on later tokens"}
-        logits = _logits(model, rows)
+        separate = choices is SEPARATE
+        if separate:
+            rows, end = _two_documents(rows)
+            logits = torch.cat([_logits(model, document) for document in rows.split([FIRST, LENGTH - FIRST], 1)], 1)
+        else:
+            logits = _logits(model, rows)
         for choice in choices:
             try:
                 other = new_model(copy.deepcopy(small), choice).eval()
                 other.load_state_dict(model.state_dict())
-                if not _differ(_logits(other, rows), logits):
+                inputs = document_inputs(rows, end, choice) if separate else {}
+                if not _differ(_logits(other, rows, **inputs), logits):
                     return {"attention": choice} | loss
             except Exception as error:  # what a class says of a name that it does not know is not specified
                 if _lacks_memory(error):
                     raise
-    return {"attention": "eager"} | loss
+    return ({"mixed": "yes"} if separate else {"attention": "eager"}) | loss
+
+
+def _two_documents(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows with a token that ends the first `FIRST` tokens and occurs nowhere else, and this token."""
+    end = int(rows[0, FIRST - 1])
+    ended = torch.where(rows == end, end - 1, rows)
+    ended[:, FIRST - 1] = end
+    return ended, end
 
 
 def _lacks_memory(error: Exception) -> bool:
@@ -265,8 +304,8 @@ def _rough_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
-    return model(input_ids=rows, use_cache=False).logits
+def _logits(model: PreTrainedModel, rows: Tensor, **inputs: Any) -> Tensor:
+    return model(input_ids=rows, use_cache=False, **inputs).logits
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

@@ -17,7 +17,7 @@ from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.experts import FactorizedExperts
 from lrtrain.model.architecture import architecture, check_keys, named, new_model
-from lrtrain.model.attention import attention_for, check_loss
+from lrtrain.model.attention import attention_for, check_loss, separate_attention
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.experts import DenseExperts, dense_experts, replace_experts
 from lrtrain.model.rank import RankPlan, factorized
@@ -45,17 +45,20 @@ def make_model(
         if model.path is None:
             check_keys(shape, model.config)
     rank_plan = rank_plan or RankPlan(config.param["rank"])
-    made = factorized_model(shape, config.param, rank_plan, parameter_dtype(config))
+    made = factorized_model(shape, config.param, rank_plan, parameter_dtype(config), config.data.document_mask)
     hydra.utils.get_object(config.engine["_target_"]).check_model(config, made)
     return made
 
 
 def factorized_model(
-    shape: PreTrainedConfig, param: dict[str, Any], rank_plan: RankPlan, dtype: torch.dtype
+    shape: PreTrainedConfig, param: dict[str, Any], rank_plan: RankPlan, dtype: torch.dtype, separate: bool = False
 ) -> PreTrainedModel:
-    """The model of a transformers config, factorized according to `param`, with parameters of `dtype` on meta."""
+    """The model of a transformers config, factorized according to `param`, with parameters of `dtype` on meta.
+
+    `separate`: see `build_model`.
+    """
     make_layer = choice(param) if param["_target_"] else None
-    model = build_model(shape, make_layer, param["pattern"], rank_plan)
+    model = build_model(shape, make_layer, param["pattern"], rank_plan, separate)
     if zeros := param.get("zero_init"):
         found = [layer for name, layer in matrices(model, r"\.\d+\.").items() if re.search(zeros, name)]
         if dense := [name for name in dense_experts(model, zeros)]:
@@ -76,6 +79,7 @@ def build_model(
     make_layer: Callable[..., FactorizedLinear] | None = None,
     pattern: str | None = None,
     rank_plan: RankPlan | None = None,
+    separate: bool = False,
 ) -> PreTrainedModel:
     """The causal language model of `config` on meta, with linear layers and experts matching `pattern` factorized.
 
@@ -83,12 +87,15 @@ def build_model(
         make_layer: called with in_features, out_features, bias, rank and device; None leaves the model dense.
         pattern: regular expression searched in each layer's qualified name.
         rank_plan: of the layers.
+        separate: whether the documents of a row are not to see each other.
 
     Raises:
         ConfigError: if it is no causal language model, has a loss of its own, the pattern matches no linear, or a rank
             does not fit its layer.
     """
     attention = attention_for(config)
+    if separate:
+        attention = separate_attention(config)
     check_loss(config)
     try:
         with torch.device("meta"):

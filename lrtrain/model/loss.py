@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from lrtrain.errors import ConfigError
+from lrtrain.model.documents import document_inputs
 
 CHUNK = 1024
 """Tokens per chunk. Smaller chunks make matrix products slower and accumulate the weight's gradient more often."""
@@ -49,11 +50,16 @@ all other models compute all logits at once."""
 
 
 class TokenLoss(nn.Module):
-    """A causal language model of transformers with its loss as output, called by engines in training and evaluation."""
+    """A causal language model of transformers with its loss as output, called by engines in training and evaluation.
 
-    def __init__(self, model: PreTrainedModel):
+    Args:
+        document_end: the token that ends a document, if documents do not see each other; None if they do.
+    """
+
+    def __init__(self, model: PreTrainedModel, document_end: int | None = None):
         super().__init__()
         self.model = model
+        self.document_end = document_end
         self.head = HeadLoss(model) if _is_known(model) else None
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -81,10 +87,13 @@ class TokenLoss(nn.Module):
     def token_loss(self, rows: Tensor) -> tuple[Tensor, Any]:
         """The sum of the cross-entropies, a scalar, and the output of the model or of its body."""
         ids, targets = rows[:, :-1], rows[:, 1:].flatten()
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if self.document_end is not None:
+            inputs |= document_inputs(ids, self.document_end, self.model.config._attn_implementation)
         if self.head is not None:
-            output = self.model.base_model(input_ids=ids, use_cache=False)
+            output = self.model.base_model(**inputs)
             return self.head(output[0].flatten(0, 1), targets), output
-        output = self.model(input_ids=ids, use_cache=False)
+        output = self.model(**inputs)
         return F.cross_entropy(output.logits.flatten(0, 1).float(), targets, reduction="sum"), output
 
 

@@ -142,6 +142,8 @@ def build_engine(run: Run, model: PreTrainedModel, fresh: bool) -> None:
         recompute_every=train.recompute_every,
         recompute_keep=train.recompute_keep,
     )
+    if config.data.document_mask:
+        run.engine.document_end = run.data.tokenizer.eos_token_id
     run.engine.prepare(model, train.seed, choice(config.optim), fresh=fresh)
     run.support_hash = support_hash(run.engine.model)
 
