@@ -78,7 +78,8 @@ def measure(loaded: Loaded, overrides: list[str], world: World) -> dict[str, Any
     rows = rows_of(text, config.eval.sequences, chosen.seq_len)
     if chosen.document_mask:
         loaded.model.set_attn_implementation(separate_attention(loaded.model.config))
-    loss_of = TokenLoss(loaded.model, loaded.tokenizer.eos_token_id if chosen.document_mask else None)
+    end: Any = loaded.tokenizer.eos_token_id if chosen.document_mask else None
+    loss_of = TokenLoss(loaded.model, end)
     found = evaluate(loss_of, rows, config.train.micro_batch_size, world)
     assert found is not None
     return {

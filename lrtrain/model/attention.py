@@ -101,9 +101,9 @@ def separate_attention(config: PreTrainedConfig) -> str:
     if type(config) is LlamaConfig:
         return DOCUMENTS
     found = _kept(config, SEPARATE)
-    if "mixed" in found:
+    if "attention" not in found:
         raise ConfigError(
-            f"data.document_mask=true: {named(config)} lets the documents of a row affect each other whatever the mask; "
+            f"data.document_mask=true: in transformers, {named(config)} does not keep the documents of a row apart; "
             "set data.document_mask=false"
         )
     return found["attention"]
@@ -151,9 +151,9 @@ def _tried(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
         loss = {"other_terms": "yes"} if has_other_terms(model, rows) else {}
         if _sees_later_tokens(model, rows):
             return {"refused": "its predictions depend on later tokens"}
-        separate = choices is SEPARATE
+        separate, end = choices is SEPARATE, int(rows[0, FIRST - 1])
         if separate:
-            rows, end = _two_documents(rows)
+            rows = _ended_once(rows, end)
             logits = torch.cat([_logits(model, document) for document in rows.split([FIRST, LENGTH - FIRST], 1)], 1)
         else:
             logits = _logits(model, rows)
@@ -170,12 +170,11 @@ def _tried(config: PreTrainedConfig, choices: Sequence[str]) -> dict[str, str]:
     return ({"mixed": "yes"} if separate else {"attention": "eager"}) | loss
 
 
-def _two_documents(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows with a token that ends the first `FIRST` tokens and occurs nowhere else, and this token."""
-    end = int(rows[0, FIRST - 1])
+def _ended_once(rows: Tensor, end: int) -> Tensor:
+    """The rows with the token `end` after `FIRST` tokens and nowhere else."""
     ended = torch.where(rows == end, end - 1, rows)
     ended[:, FIRST - 1] = end
-    return ended, end
+    return ended
 
 
 def _lacks_memory(error: Exception) -> bool:

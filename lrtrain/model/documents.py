@@ -15,14 +15,14 @@ DOCUMENTS = "lrtrain_documents"
 
 def document_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any):
     """An attention function of transformers; see its AttentionInterface."""
-    attend = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
+    attend: Any = flex_attention_forward if isinstance(attention_mask, BlockMask) else sdpa_attention_forward
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(DOCUMENTS, document_attention)  # pyright: ignore[reportArgumentType]
 
 
-def document_inputs(ids: Tensor, end: int, attention: str) -> dict[str, Any]:
+def document_inputs(ids: Tensor, end: int, attention: str | None) -> dict[str, Any]:
     """The further inputs of transformers' forward for rows whose documents do not see each other.
 
     For attentions other than `DOCUMENTS`, transformers builds its masks from the positions, which waits for the GPU.

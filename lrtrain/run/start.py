@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from transformers import PreTrainedModel
 
@@ -143,7 +144,7 @@ def build_engine(run: Run, model: PreTrainedModel, fresh: bool) -> None:
         recompute_keep=train.recompute_keep,
     )
     if config.data.document_mask:
-        run.engine.document_end = run.data.tokenizer.eos_token_id
+        run.engine.document_end = cast(int, run.data.tokenizer.eos_token_id)
     run.engine.prepare(model, train.seed, choice(config.optim), fresh=fresh)
     run.support_hash = support_hash(run.engine.model)
 

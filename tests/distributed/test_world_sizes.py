@@ -28,6 +28,7 @@ VARIANTS = {
     "sltrain-block": ["param=sltrain", "param.support=block", "param.block=16", "param.execution=factored"],
     "bf16": ["param=lowrank", "train.dtype=bf16"],
     "opt-tied": ["param=lowrank", "model.config.dropout=0.0"],
+    "documents": ["param=lowrank", "data.document_mask=true", "train.recompute_every=1"],
     "lost": ["param=lost", "param.density=0.1"],
     "dlr": ["param=dlr"],
     "cola": ["param=cola"],
