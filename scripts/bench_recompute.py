@@ -27,7 +27,7 @@ from lrtrain.config.dtypes import compute_dtype
 from lrtrain.core.streams import never_fail_to_print
 from lrtrain.model.loss import next_token_loss
 from lrtrain.model.structure import factorized_layers
-from lrtrain.planning.plan import kept_bytes
+from lrtrain.planning.kept import kept_bytes
 
 MODES = {
     "none": ["train.recompute_every=0"],

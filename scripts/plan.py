@@ -1,12 +1,12 @@
 """Memory, traffic and expected MFU of a run on many GPUs, computed without a GPU.
 
-    python scripts/plan.py model=llama_7b param=sltrain gpus=64 tflops=989 gigabytes_per_second=50 efficiency=0.45
-    python scripts/plan.py model=llama_7b param=sltrain gpus=64 engine.replicas=8 train.batch_size=512
+    python scripts/plan.py model=llama_7b param=sltrain gpus=64 efficiency=0.45
+    python scripts/plan.py model=llama_7b param=sltrain gpus=64 engine.replicas=8 train.batch_size=512 gpu=h100
 
-The script's own arguments are `gpus`, `tflops` (of large matrix products, per GPU), `gigabytes_per_second` (received by
-a GPU over the slowest link), and `efficiency` (the share of `tflops` that a step reaches without communication); all
-others are overrides of the configuration. Arithmetic is bfloat16 unless train.dtype is set. docs/scaling.md has the
-formulas.
+The script's own arguments are `gpus`, and `efficiency`, the share of the GPU's peak that a step reaches without
+communication; all others are overrides of the configuration. The GPU is gpu=h100 unless given; its figures are
+overrides too: gpu.flops.bf16, and gpu.links.network, the bytes per second that it receives from other nodes.
+docs/scaling.md has the formulas.
 """
 
 import sys
@@ -21,15 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.config.check import check
 from lrtrain.config.compose import compose
-from lrtrain.config.dtypes import DTYPES
+from lrtrain.config.dtypes import compute_dtype
 from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
-from lrtrain.planning.plan import memory_per_process
+from lrtrain.planning.plan import memory_per_process, share_of
 from lrtrain.planning.traffic import Hardware, forecast, tensor_parallel_bytes, traffic
 
-# Of an H100, and InfiniBand of 400 Gbit/s.
-OWN = {"gpus": 8.0, "tflops": 989.0, "gigabytes_per_second": 50.0, "efficiency": 0.45}
+OWN = {"gpus": 8.0, "efficiency": 0.45}
 
 
 def main() -> None:
@@ -39,7 +38,7 @@ def main() -> None:
     given = {key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
     try:
         own = OWN | {key: float(given.pop(key)) for key in OWN if key in given}
-        overrides = [f"{key}={value}" for key, value in given.items()]
+        overrides = ["gpu=h100", *(f"{key}={value}" for key, value in given.items())]
         print_forecast(overrides, int(own["gpus"]), own)
     except (ConfigError, ValueError) as error:
         sys.exit(str(error))
@@ -48,22 +47,27 @@ def main() -> None:
 def print_forecast(overrides: list[str], gpus: int, own: dict[str, float]) -> None:
     config = compose(*overrides)
     check(config, gpus)
-    dtype = DTYPES.get(config.train.dtype, torch.bfloat16)
+    assert config.gpu is not None
+    dtype = compute_dtype(config, torch.device("cuda"))
     model = make_model(config)
     sent = traffic(config, model, dtype, gpus)
-    hardware = Hardware(own["tflops"] * 1e12, own["efficiency"], own["gigabytes_per_second"] * 1e9)
+    peak = config.gpu.flops.fp32 if dtype == torch.float32 else config.gpu.flops.bf16
+    hardware = Hardware(peak, own["efficiency"], config.gpu.links.network)
     found = forecast(config, model, sent, hardware, gpus)
     parallel = tensor_parallel_bytes(config, model, dtype, min(8, gpus))
     memory = memory_per_process(config, model, dtype, gpus)  # last, because it changes the model
 
     table = Table(
-        title=f"{config.model.name} · {config.param['name']} · {gpus} GPUs", box=box.SIMPLE, show_header=False
+        title=f"{config.model.name} · {config.param['name']} · {gpus} {config.gpu.name}",
+        box=box.SIMPLE,
+        show_header=False,
     )
     table.add_column()
     table.add_column(justify="right")
     table.add_row("[bold]memory per GPU", f"[bold]{memory.total / 2**30:,.2f} GiB")
     for part, size in memory.parts().items():
         table.add_row(f"  {part}", f"{size / 2**30:,.3f} GiB")
+    table.add_row(f"  of {config.gpu.memory:g} GiB", share_of(memory, config.gpu))
     table.add_row("[bold]received per GPU and step", f"[bold]{sent.total / 1e9:,.3f} GB")
     for part, size in vars(sent).items():
         table.add_row(f"  {part}", f"{size / 1e9:,.3f} GB")

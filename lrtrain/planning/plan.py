@@ -1,9 +1,7 @@
 """The plan of a run, without allocating anything: parameters, memory per process, FLOPs, tokens."""
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import hydra
 import torch
@@ -11,37 +9,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lrtrain.config.check import check
 from lrtrain.config.choice import choice
-from lrtrain.config.dtypes import compute_dtype
-from lrtrain.config.schema import Config
-from lrtrain.engine.blocks import prepare_blocks
+from lrtrain.config.dtypes import DTYPES, compute_dtype
+from lrtrain.config.schema import Config, GPUConfig
 from lrtrain.engine.fsdp import sharded_units
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.build import make_model
 from lrtrain.model.counts import dense_parameter_count, parameter_count, trainable_count
 from lrtrain.model.flops import training_flops
-from lrtrain.model.loss import CHUNK, TokenLoss, next_token_loss
-
-FP32 = 4  # bytes
-FLASH = "lrtrain_plan"
-
-
-def flash_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention that saves the activations of a fused kernel; on meta torch would use the unfused one."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, _ = fused(query, key, value, 0.0, True, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(FLASH, flash_attention)
+from lrtrain.planning.sharding import Sharding
+from lrtrain.planning.timeline import parameter_counts, timeline
 
 
 @dataclass(frozen=True)
@@ -53,13 +33,11 @@ class Memory:
     optimizer: int
     supports: int
     gathered: int
-    """One block's (or the head's) whole parameters and gradients in use and on their way, and the root's; of a process
-    that shares with none, the head's gradient, which is made while all activations are there."""
+    """Unsharded parameters of the unit at work, and buffers in which parameters and gradients are on their way."""
     activations: int
-    recomputed: int
-    """One block's activations when it is run again, as far as they are more than the logits, which are gone by then."""
+    """Activations, temporary tensors, and unsharded gradients of the unit at work."""
     not_at_once: int
-    """≤ 0: with one micro-batch per step, activations are freed while gradients are allocated."""
+    """≤ 0: gradients that are not there yet (or no longer) when all this is at its most."""
 
     @property
     def total(self) -> int:
@@ -74,16 +52,18 @@ def print_plan(config: Config, world_size: int) -> None:
     """Print the plan of `dry_run=true`."""
     check(config, world_size)
     model = make_model(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(config, device)
+    on_gpu = config.gpu is not None or torch.cuda.is_available()
+    dtype = compute_dtype(config, torch.device("cuda" if on_gpu else "cpu"))
     kinds = parameters_by_kind(model)
     ours, dense, trained = parameter_count(model), dense_parameter_count(model), trainable_count(model)
     memory = memory_per_process(config, model, dtype, world_size)
     flops = training_flops(model, config.data.seq_len)
     tokens = config.train.batch_size * config.data.seq_len
 
+    arithmetic = next(name for name, one in DTYPES.items() if one == dtype)
+    on = f"{config.gpu.name}, " if config.gpu else ""
     table = Table(
-        title=f"{config.model.name} · {config.param['name']} · {world_size} processes",
+        title=f"{config.model.name} · {config.param['name']} · {world_size} processes, {on}{arithmetic}",
         box=box.SIMPLE,
         show_header=False,
     )
@@ -98,6 +78,8 @@ def print_plan(config: Config, world_size: int) -> None:
     table.add_row("[bold]memory per process", f"[bold]{memory.total / 2**30:,.2f} GiB")
     for part, size in memory.parts().items():
         table.add_row(f"  {part}", f"{size / 2**30:,.3f} GiB")
+    if config.gpu:
+        table.add_row(f"  of the {config.gpu.memory:g} GiB of {config.gpu.name}", share_of(memory, config.gpu))
     table.add_row("[bold]FLOPs per token, forward and backward", f"[bold]{flops.model / 1e9:,.3f} G")
     table.add_row("  dense model, for comparison", f"{flops.dense_equivalent / 1e9:,.3f} G")
     table.add_row("[bold]steps", f"[bold]{config.train.steps:,}")
@@ -105,6 +87,12 @@ def print_plan(config: Config, world_size: int) -> None:
     table.add_row("  tokens in all", f"{tokens * config.train.steps:,}")
     table.add_row("  FLOPs in all", f"{flops.model * tokens * config.train.steps:.3g}")
     Console(width=100).print(table)
+
+
+def share_of(memory: Memory, gpu: GPUConfig) -> str:
+    """The share of a GPU's memory that a process takes, and whether it fits."""
+    share = memory.total / 2**30 / gpu.memory
+    return f"{share:.0%}" if share <= 1 else f"[bold red]{share:.0%}: does not fit"
 
 
 def parameters_by_kind(model: nn.Module) -> dict[str, int]:
@@ -132,85 +120,23 @@ def parameters_by_kind(model: nn.Module) -> dict[str, int]:
 
 
 def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Memory:
-    """Weights, gradients and optimizer state as sharded by the engine; supports; gathered parameters; activations."""
+    """Bytes at the moment of a step when they are most. Runs the passes on the meta device, and changes the model."""
     own = next(model.parameters()).dtype.itemsize
     parameters, trainable = parameter_count(model), trainable_count(model)
-    units = sharded_units(model)
     spread = hydra.utils.get_object(config.engine["_target_"]).spread(config, world_size)
-    # A unit is gathered in one buffer and copied out of it; its gradient is copied into one and reduced into shards.
-    copies = max(2 * parameter_count(unit) + (1 + 1 / spread.gradients) * trainable_count(unit) for unit in units)
-    rest = parameters - sum(map(parameter_count, units))
-    wrapped = world_size > 1 or dtype.itemsize != own
-    held = max(map(trainable_count, units)) if config.optim["in_backward"] else trainable
     masters = own * trainable // spread.states if spread.masters else 0  # the float32 parameters that are stepped
     weights = (dtype.itemsize if spread.masters else own) * parameters // spread.parameters
     supports = sum(
         b.numel() * b.element_size() for m in model.modules() if isinstance(m, FactorizedLinear) for b in m.buffers()
     )
-    head = cast(nn.Module, model.get_output_embeddings())
-    single = config.train.batch_size == config.train.micro_batch_size * world_size
-    # The embeddings' gradient of the previous micro-batch is still being reduced.
-    late = 0 if single else trainable_count(model.get_input_embeddings())
-    gathered = int(dtype.itemsize * (copies + 2 * rest + late)) if wrapped else own * trainable_count(head)
+    in_backward = config.optim["in_backward"]
+    held = max(parameter_counts(model, sharded_units(model))[1]) if in_backward else trainable
     gradients, optimizer = own * held // spread.gradients, choice(config.optim)(model).state_bytes(spread.states)
-    kept, block, logits = activation_bytes(config, model, dtype)
-    recomputed = max(0, block - logits)
-    when_most = kept + logits + recomputed + (0 if wrapped else gathered)
-    return Memory(
-        weights=weights + masters,
-        gradients=gradients,
-        optimizer=optimizer,
-        supports=supports,
-        gathered=gathered,
-        activations=kept + logits,
-        recomputed=recomputed,
-        not_at_once=-min(gradients, when_most - block) if single else 0,
+    moments, _ = timeline(config, model, dtype)
+    sharding = Sharding.of(config, model, dtype, own, world_size, spread)
+    gathered, activations, there = max(
+        ((sharding.bytes(at), at.live, min(gradients, sharding.gradients(at))) for at in moments), key=sum
     )
-
-
-def activation_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes that one micro-batch's forward pass saves for its backward pass, bytes of a recomputed block, and bytes of
-    the logits held at a time.
-
-    Runs the forward pass on the meta device.
-    """
-    nn.Module.to(model, dtype)
-    if model.config._attn_implementation != "eager":  # which keeps its matrices
-        model.set_attn_implementation(FLASH)
-    shape = (config.train.micro_batch_size, config.data.seq_len + 1)
-    rows = torch.empty(shape, dtype=torch.int64, device="meta")
-    whole = kept_bytes(lambda: next_token_loss(model.train(), rows))
-    again = prepare_blocks(model, config.train.recompute_every, config.train.recompute_keep)
-    kept = kept_bytes(lambda: next_token_loss(model.train(), rows)) if again else whole
-    block = (whole - kept) // again if again else 0
-    tokens, vocabulary = shape[0] * config.data.seq_len, model.config.get_text_config().vocab_size
-    if TokenLoss(model).head is None:
-        return kept, block, FP32 * tokens * vocabulary  # the logits' gradient
-    head = sum(p.nbytes for p in cast(nn.Module, model.get_output_embeddings()).parameters() if p.requires_grad)
-    narrow = 2 * dtype.itemsize if dtype.itemsize < FP32 else 0  # logits and their gradient besides float32 ones
-    return kept - head, block, (FP32 + narrow) * min(tokens, CHUNK) * vocabulary  # head: counted with the gradients
-
-
-def kept_bytes(forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes of the storages created by `forward` that live as long as its result: saved for the backward pass by
-    autograd or checkpointing."""
-    with _Storages() as storages:
-        result = forward()
-    own = result.untyped_storage().nbytes()
-    return sum(size for storage, size in storages.made.values() if not storage.expired()) - own
-
-
-class _Storages(TorchDispatchMode):
-    """Records the storages that operators create, without keeping them alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in given:
-                self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return out
+    if gathered + activations + there < gradients:  # the optimizer's step needs more
+        gathered, activations, there = 0, 0, gradients
+    return Memory(weights + masters, gradients, optimizer, supports, gathered, activations, there - gradients)

@@ -100,10 +100,22 @@ class _Backend(_DummyBackendModule):
         return nullcontext()
 
 
+FUSED = ("silu_backward", "mish_backward")
+"""Operators that have one kernel on CUDA, and are composed of others on a device that has none for them."""
+
+_kernels = torch.library.Library("aten", "IMPL", "PrivateUse1")
+
+
+def _never_called(*args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError("fake tensors have no values to compute with")
+
+
 @functools.cache
 def simulated_gpu() -> torch.device:
     """The simulated GPU. This process has it until it ends."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
+    for operator in FUSED:
+        _kernels.impl(operator, _never_called)
     return torch.device(NAME, 0)
 
 

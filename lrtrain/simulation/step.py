@@ -17,6 +17,7 @@ from lrtrain.distributed.world import World
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
 from lrtrain.model.structure import factorized_layers
+from lrtrain.planning.live_bytes import LiveBytes
 from lrtrain.run.callbacks.base import Callback
 from lrtrain.run.identity import RunIdentity
 from lrtrain.run.start import build_engine
@@ -24,7 +25,6 @@ from lrtrain.run.state import Run
 from lrtrain.run.step import take_step
 from lrtrain.simulation.device import simulated_gpu
 from lrtrain.simulation.fake import faked
-from lrtrain.simulation.memory import LiveBytes
 from lrtrain.simulation.watch import Counts, Watch
 from lrtrain.tracking import Tracker
 

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 import lrtrain
 from lrtrain.config.schema import GPUConfig
+from lrtrain.planning.live_bytes import LiveBytes
 from lrtrain.simulation.hardware import NARROW, kernel_seconds, wire_seconds
-from lrtrain.simulation.memory import LiveBytes
 from lrtrain.simulation.operators import bytes_moved, flops_of, launches, size
 
 PACKAGE = str(Path(lrtrain.__file__).parent)

@@ -15,7 +15,7 @@ from lrtrain.engine.fsdp import FSDPEngine
 from lrtrain.errors import ConfigError
 from lrtrain.model import loss
 from lrtrain.model.build import make_model
-from lrtrain.planning.plan import kept_bytes
+from lrtrain.planning.kept import kept_bytes
 
 ROWS = torch.randint(128, (4, 17), generator=torch.Generator().manual_seed(0))
 DEEPSPEED = (*SMALL, "param=lowrank", "engine=deepspeed", "resume=auto")

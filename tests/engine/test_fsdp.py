@@ -19,7 +19,7 @@ from lrtrain.model.build import make_model
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.init import materialize
 from lrtrain.model.loss import next_token_loss
-from lrtrain.planning.plan import kept_bytes
+from lrtrain.planning.kept import kept_bytes
 
 FACTORED = (*SMALL, "param.execution=factored")
 LOWRANK = (*SMALL, "param=lowrank")  # whose gradients are none zero

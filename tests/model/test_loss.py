@@ -12,7 +12,7 @@ from lrtrain.model import loss
 from lrtrain.model.build import make_model
 from lrtrain.model.init import materialize
 from lrtrain.model.loss import LOGITS, TokenLoss, head_loss, next_token_loss
-from lrtrain.planning.plan import kept_bytes
+from lrtrain.planning.kept import kept_bytes
 
 ROWS = torch.randint(128, (3, 12), generator=torch.Generator().manual_seed(0))
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

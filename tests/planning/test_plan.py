@@ -13,6 +13,7 @@ from lrtrain.model.build import make_model
 from lrtrain.model.init import materialize
 from lrtrain.model.loss import next_token_loss
 from lrtrain.planning.plan import memory_per_process, parameters_by_kind
+from lrtrain.planning.timeline import timeline
 
 SMALL = (
     "model.vocab_size=512",
@@ -66,7 +67,8 @@ def test_bytes_of_every_optimizer_are_those_that_its_steps_leave(name: str):
 @pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain", "sst", "relora"])
 @pytest.mark.parametrize("every", [0, 1])
 def test_bytes_of_activations_are_what_autograd_saves(param: str, every: int):
-    config, memory = plan(f"param={param}", f"train.recompute_every={every}")
+    config = compose(*SMALL, f"param={param}", f"train.recompute_every={every}")
+    _, saved = timeline(config, make_model(config), torch.float32)
     model = make_model(config)
     materialize(model, 0, CPU)
     prepare_blocks(model, every, "inputs")
@@ -82,16 +84,18 @@ def test_bytes_of_activations_are_what_autograd_saves(param: str, every: int):
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         next_token_loss(model.train(), torch.randint(512, (4, 65)))
-    # Of the hidden states that the head saves only a gradient of the same size is kept.
-    logits = 4 * 4 * 64 * 512
-    assert memory.activations == pytest.approx(sum(kept.values()) + logits, rel=0.02)
+    head = 4 * 64 * 512  # its gradient; and of the hidden states that it saves only a gradient of the same size is kept
+    assert saved == pytest.approx(sum(kept.values()) + head, rel=0.02)
 
 
 @pytest.mark.parametrize("param", ["lowrank", "cola", "lost"])
 def test_bottlenecks_that_are_kept_are_planned_for(param: str):
     overrides = (f"param={param}", "train.recompute_every=2")  # blocks 0 and 2 of three
-    (_, without), (_, memory) = plan(*overrides), plan(*overrides, "train.recompute_keep=bottleneck")
-    assert memory.activations - without.activations == 4 * (4 * 64) * 2 * 7 * 8  # bytes · tokens · blocks · 7r
+    saved = []
+    for keep in ("inputs", "bottleneck"):
+        config = compose(*SMALL, *overrides, f"train.recompute_keep={keep}")
+        saved.append(timeline(config, make_model(config), torch.float32)[1])
+    assert saved[1] - saved[0] == 4 * (4 * 64) * 2 * 7 * 8  # bytes · tokens · blocks · 7r
 
 
 def test_shards_divide_what_is_sharded():

@@ -1,5 +1,6 @@
 """A simulated step against what is known of it otherwise."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def test_collectives_receive_the_planned_bytes(found: dict[str, dict[str, Any]])
             size for _, device, what, _, size in found[name]["collectives"] if device == "GPU" and kind in what
         )
         assert received == pytest.approx(traffic["gathered"] or traffic["replicated"], rel=0.02, abs=2000), name
+
+
+def test_the_plan_is_within_3_percent_of_the_peak_of_a_small_model_too(found: dict[str, dict[str, Any]]):
+    for name in ("four", "ddp"):
+        assert sum(found[name]["memory"].values()) == pytest.approx(found[name]["peak"], rel=0.03), name
 
 
 def test_executed_flops_are_the_models_own(found: dict[str, dict[str, Any]]):
@@ -74,6 +80,23 @@ def test_a_step_waits_for_the_gpu_only_where_it_must(found: dict[str, dict[str, 
         assert all(count <= ALLOWED[where] for where, count in waits.items()), (name, waits)
         between_cpus = sum(count for _, device, _, count, _ in one["collectives"] if device == "CPU")
         assert between_cpus <= HOST_COLLECTIVES, name
+
+
+LLAMA_7B = ["model=llama_7b", "model.config.num_hidden_layers=3", "data.seq_len=2048", "train.micro_batch_size=2"]
+ENGINES = {"fsdp": [], "hsdp": ["engine.replicas=2"], "ddp": ["engine=ddp"]}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("param", ["dense", "lowrank", "sltrain"])
+def test_the_plan_is_within_3_percent_of_the_simulated_peak(param: str, cache: Path, tmp_path: Path):
+    jobs: dict[str, Job] = {}
+    for gpus, engine, again, passes in itertools.product((1, 8, 64, 256), ENGINES, (0, 1), (1, 2)):
+        if gpus > 1 or engine == "fsdp":
+            batch = [f"train.batch_size={2 * gpus * passes}", f"train.recompute_every={again}"]
+            overrides = [*LLAMA_7B, *batch, *ENGINES[engine], f"param={param}"]
+            jobs[f"{gpus} {engine}, recompute {again}, {passes} passes"] = (overrides, gpus, min(3, gpus - 1))
+    for name, step in simulated(jobs, tmp_path).items():
+        assert sum(step["memory"].values()) == pytest.approx(step["peak"], rel=0.03), name
 
 
 @pytest.mark.full

@@ -1,4 +1,4 @@
-"""The bytes that live on the simulated GPU, by storage."""
+"""The bytes that live on a device without memory, by storage."""
 
 import weakref
 from collections import defaultdict
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 512
-"""The CUDA caching allocator hands out multiples of so many bytes."""
+"""The CUDA caching allocator gives out multiples of so many bytes."""
 
 
 class LiveBytes:
@@ -23,6 +23,7 @@ class LiveBytes:
         self.peak: defaultdict[str, int] = defaultdict(int)
         """Most bytes at a time, by phase."""
         self._sizes: dict[int, int] = {}
+        self._left_out: list[Tensor] = []
 
     def see(self, tensor: Tensor) -> None:
         """Count a tensor's storage, if it is new and on the device."""
@@ -34,6 +35,12 @@ class LiveBytes:
             self._sizes[key] = 0
             weakref.finalize(storage, self._forget, key)
             self._resize(key, storage.nbytes())
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """Do not count a tensor's storage, however often it is seen."""
+        key = tensor.untyped_storage()._cdata
+        self._sizes[key] = 0
+        self._left_out.append(tensor)  # so that no other storage gets its address
 
     def enter(self, phase: str) -> None:
         """Begin a phase."""
