@@ -108,6 +108,10 @@ if __name__ == "__main__":
         fail(error, composition_sentence(error), code=2)
     except ConfigError as error:
         fail(error, str(error), code=2)
+    except ValueError as error:
+        if "Config group override" not in str(error):  # Hydra's, for param=null
+            raise
+        fail(error, "a choice of conf/ is null; name one, as in param=lowrank, or leave the override out", code=2)
     except SweepFailed:
         sys.exit(1)
     except KeyboardInterrupt as error:

@@ -3,6 +3,7 @@
 The allowed values of a single key follow from the types of the schema and of signatures: see `lrtrain.config.values`.
 """
 
+import re
 from pathlib import Path
 
 import hydra
@@ -10,6 +11,7 @@ import hydra
 from lrtrain.config.schema import Config
 from lrtrain.errors import ConfigError
 
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MOST_TOKENS = 1 << 24  # largest vocabulary of a model: sixty times the largest in use
 
 
@@ -40,6 +42,8 @@ def check(config: Config, world_size: int) -> None:
             f"train.batch_size={train.batch_size} is not a multiple of {world_size * train.micro_batch_size}, which is "
             f"train.micro_batch_size={train.micro_batch_size} × {world_size} processes"
         )
+    if config.data.streams is not None and "streams" not in config.data.source:
+        raise ConfigError(f"data.streams={config.data.streams} has no effect: data={config.data.name} is no stream")
     if config.data.streams is not None and config.data.streams % world_size:
         raise ConfigError(f"data.streams={config.data.streams} is not a multiple of the {world_size} processes")
     if config.optim["in_backward"]:
@@ -108,7 +112,10 @@ def check_start(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: if they are inconsistent, naming the key, the value and what would be right.
     """
-    compress, param = config.compress, config.param
+    compress, param, path = config.compress, config.param, Path(str(config.init_from))
+    local = len(path.parts) > 1 and path.parent.is_dir()
+    if not path.exists() and (local or not HUB_NAME.fullmatch(str(config.init_from))):
+        raise ConfigError(f"init_from={config.init_from} does not exist")
     if compress.affine and compress.by == "weights":
         raise ConfigError("compress.affine=true has no effect without a text: add compress.by=outputs")
     if compress.budget is not None and config.train.flops is not None:

@@ -48,6 +48,9 @@ def architecture(path: str | None, overrides: dict[str, Any], trust_remote_code:
         raise ConfigError(f"{unknown_key([*unused][0], config)} of model.path={path}")
     if type(config) not in AutoModelForCausalLM._model_mapping and not brings_code(config):
         raise ConfigError(f"model_type={config.model_type} has no causal language model in transformers")
+    heads, key_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(key_heads, int) and key_heads > 0 and heads % key_heads:
+        raise ConfigError(f"model.config.num_key_value_heads={key_heads} does not divide the {heads} attention heads")
     return config
 
 

@@ -350,12 +350,12 @@ def test_falcons_own_linear_layers_are_factorized():
         ({"hidden_size": 33}, "not a multiple of the number of attention heads"),
         ({"hidden_size": 48.5}, "expected int, got float"),
         ({"num_attention_heads": 0}, "is not a transformers model config: integer division"),
+        ({"num_key_value_heads": 5}, "model.config.num_key_value_heads=5 does not divide the . attention heads"),
         ({"hiden_size": 32}, r"model.config.hiden_size \(did you mean hidden_size\?\) is not a key"),
     ],
 )
 def test_a_config_that_transformers_refuses_or_does_not_read_is_one_sentence(changes, message: str):
-    overrides = [f"+model.config.{key}={value}" if key == "hiden_size" else f"model.config.{key}={value}"
-                 for key, value in changes.items()]  # fmt: skip
+    overrides = [f"++model.config.{key}={value}" for key, value in changes.items()]
     with pytest.raises(ConfigError, match=message):
         make_model(compose(*overrides))
 
