@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from hydra.errors import HydraException
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -20,7 +21,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.config.check import check
-from lrtrain.config.compose import compose
+from lrtrain.config.compose import compose, composition_sentence
 from lrtrain.config.dtypes import compute_dtype
 from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
@@ -40,6 +41,8 @@ def main() -> None:
         own = OWN | {key: float(given.pop(key)) for key in OWN if key in given}
         overrides = ["gpu=h100", *(f"{key}={value}" for key, value in given.items())]
         print_forecast(overrides, int(own["gpus"]), own)
+    except HydraException as error:
+        sys.exit(composition_sentence(error))
     except (ConfigError, ValueError) as error:
         sys.exit(str(error))
 

@@ -5,7 +5,7 @@
     python scripts/simulate.py model=llama_1b optim=muon gpus=64 gpu.links.network=25e9 markdown=true
 
 The script's own arguments are `gpus`, `rank` (the simulated process rank), `picture` (the file to write; none: no
-picture) and `markdown` (true: print a row for docs/gpu.md instead of tables). All others are overrides of the
+picture) and `markdown` (true: print one row of Markdown instead of tables). All others are overrides of the
 configuration; the GPU is gpu=h100 unless given. docs/gpu.md has the assumptions.
 """
 
