@@ -87,8 +87,7 @@ def finish(run: Run) -> dict[str, Any]:
         note_finished()
     elif run.world.main:
         note_unfinished()
-        resumed_by = "the same command" + " and resume=auto" * (run.config.resume != "auto")
-        told = f"stopped by {stopped} {at}; the checkpoint is saved: go on with {resumed_by}"
+        told = f"stopped by {stopped} {at}; the checkpoint is saved: go on with the same command and resume=auto"
         print(told, flush=True)
     return summary
 
