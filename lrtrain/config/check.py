@@ -114,7 +114,7 @@ def check_start(config: Config, world_size: int) -> None:
     """
     compress, param, path = config.compress, config.param, Path(str(config.init_from))
     local = len(path.parts) > 1 and path.parent.is_dir()
-    if not path.exists() and (local or not HUB_NAME.fullmatch(str(config.init_from))):
+    if config.resume == "never" and not path.exists() and (local or not HUB_NAME.fullmatch(str(config.init_from))):
         raise ConfigError(f"init_from={config.init_from} does not exist")
     if compress.affine and compress.by == "weights":
         raise ConfigError("compress.affine=true has no effect without a text: add compress.by=outputs")

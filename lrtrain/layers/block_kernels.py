@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportCallIssue=false
 # (Triton need not be installed, and its kernels are launched by an index.)
 """Triton kernels for products with a matrix S of b×b blocks, for CUDA.
 
