@@ -35,18 +35,10 @@ class Control:
         """The main process's `value()`, on every process."""
         return self.agree(value() if self.dist_rank == 0 else None, lambda values: values[0])
 
-    def report(self, job: int, failure: str) -> bool:
-        """Report that a job failed on this process; returns whether this process was the first to fail."""
-        first = self.store.add(f"failures of job {job}", 1) == 1
-        if first:
-            self.store.set(f"failure of job {job}", json.dumps([self.dist_rank, failure]))
-        return first
+    def report(self, job: int) -> None:
+        """Report that a job failed on this process."""
+        self.store.set(f"failure of job {job}", "")
 
     def failed(self, job: int) -> bool:
         """Whether a job has failed on any process."""
         return self.store.check([f"failure of job {job}"])
-
-    def failure(self, job: int) -> tuple[int, str]:
-        """The process on which a job failed first, and the reason."""
-        dist_rank, failure = json.loads(self.store.get(f"failure of job {job}"))
-        return dist_rank, failure

@@ -1,5 +1,6 @@
 """Running jobs one after another on torchrun's workers, each job in new child processes of the workers."""
 
+import math
 import os
 import signal
 import sys
@@ -62,15 +63,18 @@ class InTurn:
         self.started += 1
         number = self.started
         mine = self._result(number, self.starter.start(number, job.composed), stop)
-        if "failed" in mine and self.control.report(number, mine["failed"]):
-            print(mine.pop("traceback", ""), end="", file=sys.stderr, flush=True)
-        ended = self.control.agree(mine, lambda all_of_them: self._combine(number, all_of_them))
+        if "failed" in mine:
+            self.control.report(number)
+        told = mine.pop("traceback", "")
+        ended = self.control.agree(mine, combine)
+        if ended.pop("failed_on", None) == self.control.dist_rank:
+            print(told, end="", file=sys.stderr, flush=True)
         return Outcome(job.name, **ended)
 
     def _result(self, number: int, started: Started, stop: StopRequest) -> dict[str, Any]:
         """Wait for the child and return what `work` returned. Forwards a stop request, and kills the child if it still
         waits for another process that failed."""
-        since = None
+        since, let_go = None, False
         while not started.ended(LOOK_EVERY):
             if stop.signal is not None:
                 started.signal(signal.SIGTERM)  # repeatedly: a child that has just started ignores signals
@@ -78,28 +82,35 @@ class InTurn:
                 since = time.monotonic()
             if since is not None and time.monotonic() - since > LET_GO:
                 started.signal(signal.SIGKILL)
-        return started.result
+                let_go = True
+        return {"at": math.inf} | started.result if let_go else started.result
 
-    def _combine(self, number: int, ended: list[dict[str, Any]]) -> dict[str, Any]:
-        """The outcome from all processes' summaries or failures."""
-        failed = [one["failed"] for one in ended if "failed" in one]
-        if failed:
-            dist_rank, sentence = self.control.failure(number)
-            where = "" if len(ended) == 1 or failed == [sentence] * len(ended) else f"process {dist_rank}: "
-            return {"status": "failed", "detail": where + sentence}
-        if "stopped_by" in ended[0]:
-            return {"status": "stopped", "detail": f"at step {ended[0]['step']}"}
-        return {"status": "finished", "summary": ended[0]}
+
+def combine(ended: list[dict[str, Any]]) -> dict[str, Any]:
+    """The outcome from all processes' summaries or failures.
+
+    Of several failures the first one counts: the others lost their connection to it. A process that was killed cannot
+    say when, but nothing that fails elsewhere kills it, unless it was let go.
+    """
+    failed = {dist_rank: one for dist_rank, one in enumerate(ended) if "failed" in one}
+    if failed:
+        first = min(failed, key=lambda dist_rank: failed[dist_rank].get("at", 0.0))
+        sentence = failed[first]["failed"]
+        alike = all(one.get("failed") == sentence for one in ended)
+        return {"status": "failed", "detail": sentence if alike else f"process {first}: {sentence}", "failed_on": first}
+    if "stopped_by" in ended[0]:
+        return {"status": "stopped", "detail": f"at step {ended[0]['step']}"}
+    return {"status": "finished", "summary": ended[0]}
 
 
 def work(number: int, composed: DictConfig) -> dict[str, Any]:
-    """Run a job on one of its processes; returns what `train` returns, or the error: one sentence, and the traceback of
-    an unexpected one."""
+    """Run a job on one of its processes; returns what `train` returns, or the error: one sentence, the time in seconds,
+    and the traceback of an unexpected one."""
     meet_apart(f"job {number}")
     try:
         return pretrain(spend(typed(composed)))
     except (ConfigError, RunFailed) as error:
-        return {"failed": str(error)}
+        return {"failed": str(error), "at": time.time()}
     except Exception as error:
         sentence = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        return {"failed": sentence, "traceback": traceback.format_exc()}
+        return {"failed": sentence, "at": time.time(), "traceback": traceback.format_exc()}

@@ -62,6 +62,8 @@ class Torchrun:
                 with suppress(ProcessLookupError):
                     os.kill(worker, SAVE)
             time.sleep(0.5)
+        # Requeuing sends SIGTERM to the whole job; `scontrol requeue`, run by submitit next, inherits that it is ignored.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return DelayedSubmission(Torchrun(self.job, self.nproc, self.failure))
 
 
