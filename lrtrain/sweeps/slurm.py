@@ -62,7 +62,7 @@ class Torchrun:
                 with suppress(ProcessLookupError):
                     os.kill(worker, SAVE)
             time.sleep(0.5)
-        # Requeuing sends SIGTERM to the whole job; `scontrol requeue`, run by submitit next, inherits that it is ignored.
+        # Requeuing sends SIGTERM to the whole job; `scontrol requeue`, run by submitit next, inherits SIG_IGN.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return DelayedSubmission(Torchrun(self.job, self.nproc, self.failure))
 
