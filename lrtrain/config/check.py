@@ -50,9 +50,21 @@ def check(config: Config, world_size: int) -> None:
         check_in_backward(config, world_size)
     if config.init_from is not None:
         check_start(config, world_size)
+    elif unused := used_by_init_from(config):
+        raise ConfigError(f"{unused} has no effect without init_from: give the weights to start from, or leave it out")
     elif config.param.get("select") == "residual" and config.resume == "never":
         raise ConfigError("param.select=residual looks at trained weights; give some by init_from, or use random")
     hydra.utils.get_object(config.engine["_target_"]).check(config, world_size)
+
+
+def used_by_init_from(config: Config) -> str | None:
+    """The first key of `compress` that asks for something, with its value."""
+    compress = config.compress
+    if compress.by != "weights":
+        return f"compress.by={compress.by}"
+    if compress.affine:
+        return "compress.affine=true"
+    return None if compress.budget is None else f"compress.budget={compress.budget}"
 
 
 def check_in_backward(config: Config, world_size: int) -> None:

@@ -31,7 +31,9 @@ def validated(schema: type[T], values: dict[str, Any], section: str = "") -> T:
     """
     adapter = TypeAdapter(schema)
     try:
-        return adapter.validate_python(values)
+        result = adapter.validate_python(values)
+        _refuse_numbers_from_booleans(values, result, section)
+        return result
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
     place = _place(values, found["loc"])
@@ -43,6 +45,16 @@ def validated(schema: type[T], values: dict[str, Any], section: str = "") -> T:
     value, phrase = _at(values, place), _phrase(found["msg"])
     null = ", or null" if phrase.startswith("must") and _accepts_null(adapter, values, place) else ""
     raise ConfigError(f"{key}={'null' if value is None else value} {phrase}{null}")
+
+
+def _refuse_numbers_from_booleans(given: Any, result: Any, key: str) -> None:
+    """Raise ConfigError for `true` or `false` where a number or text was wanted, which pydantic converts."""
+    if isinstance(given, bool) and not isinstance(result, bool):
+        kind = "a number" if isinstance(result, int | float) else "text"
+        raise ConfigError(f"{key}={str(given).lower()} must be {kind}")
+    for name, value in given.items() if isinstance(given, dict) else ():
+        taken = result[name] if isinstance(result, dict) else getattr(result, name)
+        _refuse_numbers_from_booleans(value, taken, f"{key}.{name}" if key else str(name))
 
 
 def _place(values: Any, loc: Sequence[str | int]) -> list[str | int]:

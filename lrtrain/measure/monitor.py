@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from functools import cache
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrtrain.config.schema import Config
 from lrtrain.core.metrics import Metric
 from lrtrain.data.prepare import Data
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine
+from lrtrain.errors import ConfigError
 from lrtrain.measure.evaluate import evenly_spaced
 from lrtrain.measure.gradients import GradientSpectra
 from lrtrain.measure.hidden import hidden_metrics, top_states, whole_states
@@ -28,6 +29,21 @@ from lrtrain.measure.weights import (
 from lrtrain.model.build import make_model
 from lrtrain.model.experts import measured
 from lrtrain.model.init import initial_layer
+
+
+def check_patterns(config: Config, model: nn.Module) -> None:
+    """Check that each pattern of `spectra` finds a layer, of a model that may be on meta.
+
+    Raises:
+        ConfigError: if one finds none, although layers are measured.
+    """
+    layers = single(measured(model, config.param["pattern"]))
+    for key in ("parts", "tails", "gradients", "updates"):
+        pattern = getattr(config.spectra, key)
+        if config.spectra.every and layers and pattern is not None and not matching(layers, pattern):
+            raise ConfigError(
+                f"spectra.{key}={pattern} matches none of the measured layers, such as {next(iter(layers))}"
+            )
 
 
 class Monitor:

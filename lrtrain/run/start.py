@@ -19,6 +19,7 @@ from lrtrain.distributed.collectives import check_equal_on_all_ranks, run_on_all
 from lrtrain.distributed.heartbeat import Heartbeat
 from lrtrain.distributed.world import World
 from lrtrain.init_from.start import Start
+from lrtrain.measure.monitor import check_patterns
 from lrtrain.model.autotune import autotune_layers
 from lrtrain.model.build import make_model
 from lrtrain.model.rank import RankPlan
@@ -64,6 +65,7 @@ def start_run(
     architecture = meta.architecture if meta else None
     model = make_model(config, run.rank_plan, architecture)
     choice(config.optim)(model)  # on meta: raises the optimizer's errors before anything is built
+    check_patterns(config, model)
     read_data(run, model, checkpoint, meta)
     start = Start(config, model, world) if config.init_from and not checkpoint else None
     if start and start.rank_plan.exact:

@@ -24,22 +24,33 @@ class Started:
 
     def __init__(self, pipe: Connection):
         self._pipe = pipe
-        self._pid: int = pipe.recv()
+        self._pid: int | None = None
         self.result: Any = None
         """What `work` returned, or {"failed": how the process ended} if it returned nothing; None before that."""
+        while self._pid is None:
+            self._receive()
 
     def ended(self, seconds: float) -> bool:
         """Wait up to `seconds`; returns whether the process has ended."""
         while self._pipe.poll(seconds):
-            kind, value = self._pipe.recv()
-            if kind == "end":
-                self.result = self.result or {"failed": _ending(value)}
+            if self._receive() == "end":
                 return True
-            self.result = value
         return False
+
+    def _receive(self) -> str:
+        """Take one message, and return its kind."""
+        kind, value = self._pipe.recv()
+        if kind == "started":
+            self._pid = value
+        elif kind == "result":
+            self.result = value
+        else:
+            self.result = self.result or {"failed": _ending(value)}
+        return kind
 
     def signal(self, number: int) -> None:
         """Send the process a signal."""
+        assert self._pid is not None
         with suppress(ProcessLookupError):
             os.kill(self._pid, number)
 
@@ -77,6 +88,7 @@ def _serve(pipe: Connection, work: Callable[..., dict[str, Any]]) -> None:
             return
         if (child := os.fork()) == 0:
             _work(pipe, work, arguments)
+        pipe.send(("started", child))
         pipe.send(("end", _wait_for(child, parent)))
 
 
@@ -84,7 +96,6 @@ def _work(pipe: Connection, work: Callable[..., dict[str, Any]], arguments: tupl
     """The child process: run `work`, send its result and exit."""
     code = 1
     try:
-        pipe.send(os.getpid())
         pipe.send(("result", work(*arguments)))
         code = 0
     except KeyboardInterrupt:

@@ -67,6 +67,19 @@ def test_exports_of_an_odd_architecture_have_the_logits_of_the_run(folder: Path,
         assert (again - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+def test_the_merged_weights_of_a_conv1d_are_stored_as_it_stores_them(folder: Path, tmp_path: Path):
+    AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=4, n_positions=64, vocab_size=280).save_pretrained(
+        tmp_path
+    )
+    run = InMemory(
+        folder, ["model=hf", f"model.path={tmp_path}", "model.vocab_size=280", "param=lowrank", "param.rank=4"]
+    )
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    for name in ("transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"):  # (32, 96) and (32, 32)
+        merged = x @ run.dense(f"{name}.weight") + run.dense(f"{name}.bias")
+        torch.testing.assert_close(merged, run.trained.get_submodule(name)(x), rtol=1e-5, atol=1e-5)
+
+
 def test_infinite_numbers_of_a_config_are_numbers_in_its_file():
     config = AutoConfig.for_model("bamba")
     written = config_with(config, {})

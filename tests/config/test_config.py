@@ -60,6 +60,9 @@ def test_what_hydra_itself_refuses_is_one_sentence(override: str, message: str):
         ("train.steps=0", 1, "train.steps=0 trains nothing"),
         ("init_from=/nonexistent/model", 1, "init_from=/nonexistent/model does not exist"),
         ("data.streams=4", 1, "data.streams=4 has no effect: data=pystdlib is no stream"),
+        ("compress.by=outputs", 1, "compress.by=outputs has no effect without init_from"),
+        ("compress.affine=true", 1, "compress.affine=true has no effect without init_from"),
+        ("compress.budget=0.5", 1, "compress.budget=0.5 has no effect without init_from"),
         ("train.profile=999", 1, "train.profile=999 is not one of the steps 1 to train.steps=320"),
         ("train.batch_size=20", 3, "train.batch_size=20 is not a multiple of 12.*4 × 3 processes"),
         (

@@ -105,6 +105,8 @@ def test_a_wrong_value_of_a_choice_is_told_with_what_would_be_right(place: str):
         ("train.clip", 0, "train.clip=0 must be greater than 0, or null"),
         ("train.dtype", "fp8", "train.dtype=fp8 must be 'fp32', 'bf16', 'bf16_sr' or 'auto'"),
         ("train.steps", 1.5, "train.steps=1.5 must be a valid integer"),
+        ("train.steps", True, "train.steps=true must be a number"),
+        ("eval.every", False, "eval.every=false must be a number"),
         ("eval.compat", "lingua", "eval.compat=lingua must be 'galore', or null"),
         ("rollback.window", 1, "rollback.window=1 must be greater than or equal to 2"),
         ("spectra.parts", "*", r"spectra.parts=\* is not a regular expression: nothing to repeat"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,10 +16,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lrtrain import distributed
+from lrtrain.config.compose import compose
 from lrtrain.core.metrics import spelled
+from lrtrain.errors import ConfigError
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
+from lrtrain.measure.monitor import check_patterns
 from lrtrain.measure.shards import sends_gram
 from lrtrain.measure.weights import (
     LinearLayer,
@@ -31,6 +34,7 @@ from lrtrain.measure.weights import (
     weight_estimates,
     weight_spectra,
 )
+from lrtrain.model.build import make_model
 
 
 class Block(nn.Module):
@@ -238,3 +242,11 @@ def test_zero_and_broken_matrices_are_counted_and_left_out_of_the_means():
     assert metrics["spectra/summary/q_proj/spectral_norm_mean"] == pytest.approx(0.5)
     assert "spectra/0.q_proj/erank" not in metrics
     assert "spectra/1.q_proj/spectral_norm" not in metrics
+
+
+@pytest.mark.parametrize("key", ["parts", "tails", "gradients", "updates"])
+def test_a_pattern_that_finds_no_layer_is_refused(key: str):
+    for pattern, fits in (("gate_proj", True), ("gate_prj", False)):
+        config = compose("model=llama_tiny", "param=dense", f"spectra.{key}={pattern}")
+        with nullcontext() if fits else pytest.raises(ConfigError, match=rf"^spectra.{key}=gate_prj matches none of"):
+            check_patterns(config, make_model(config))

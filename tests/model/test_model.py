@@ -81,6 +81,16 @@ def test_flops_come_from_the_layers():
     assert dense.model == dense.dense_equivalent == found.dense_equivalent
 
 
+def test_flops_of_attention_follow_the_heads_own_width():
+    dense = ["model=llama_60m", "param=dense", "model.config.num_hidden_layers=1"]
+    d, heads = 512, 8
+    narrow, wide = (
+        training_flops(make_model(compose(*dense, *more)), 256).model for more in ([], ["+model.config.head_dim=128"])
+    )
+    more = heads * 128 - d  # each token's queries, keys, values and outputs are wider by this
+    assert wide - narrow == 3 * (2 * 4 * d * more + 4 * 256 * more)
+
+
 # --- which layers, which ranks -----------------------------------------------------------------------------------
 
 

@@ -65,6 +65,12 @@ def test_a_process_that_ends_without_a_result_is_told_of_and_the_next_one_begins
     assert started.ended(30) and started.result == {"fine": True}
 
 
+def test_a_process_killed_before_it_does_anything_has_ended(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lrtrain.sweeps.starter._work", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    started = Starter(end).start("well")
+    assert started.ended(30) and started.result == {"failed": "killed by SIGKILL"}
+
+
 def test_a_process_gets_the_signals_that_it_is_sent(tmp_path: Path):
     started = Starter(save_at_sigterm).start(tmp_path)
     wait_for((tmp_path / "running").exists)
