@@ -23,7 +23,7 @@ from lrtrain.layers.block_products import (
     missing,
     transposed_lists,
 )
-from lrtrain.layers.sltrain import sltrain_linear
+from lrtrain.layers.sltrain_product import sltrain_linear
 from lrtrain.layers.sparse_support import draw_rows, flat_positions
 
 CUDA = torch.device("cuda")

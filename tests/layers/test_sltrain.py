@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from lrtrain.errors import ConfigError
 from lrtrain.layers import autotune as fastest
 from lrtrain.layers.lowrank import LowRankLinear
-from lrtrain.layers.sltrain import SLTrainLinear, compose, low_rank_scale
+from lrtrain.layers.sltrain import SLTrainLinear, low_rank_scale
+from lrtrain.layers.sltrain_product import compose
 from lrtrain.layers.sparse_support import flat_positions
 from lrtrain.linalg.initial import gaussian_spectrum
 
