@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lrtrain.config.check import check, check_directories
 from lrtrain.config.compose import composition_sentence, typed
+from lrtrain.config.home import add_homes_of, search_homes
 from lrtrain.config.naming import run_name
 from lrtrain.data.prepare import check_data
 from lrtrain.distributed.world import environment_rank, environment_world_size, first_to_say
@@ -57,8 +58,9 @@ def main(composed: DictConfig) -> None:
 
 def job(composed: DictConfig) -> None:
     """Validate the configuration, then plan (`dry_run=true`) or train."""
+    hydra_config = HydraConfig.get()
+    add_homes_of(hydra_config.runtime.config_sources)
     if composed.run.name is None:
-        hydra_config = HydraConfig.get()
         name = hydra_config.job.config_name
         composed.run.name = run_name(composed, hydra_config.overrides.task, config_name=name)
     config = spend(typed(composed))
@@ -103,6 +105,7 @@ if __name__ == "__main__":
     # DeepSpeed's launcher passes it here, besides the environment.
     sys.argv = [argument for argument in sys.argv if not argument.startswith(("--local_rank=", "--local-rank="))]
     try:
+        search_homes()
         main()
     except (HydraException, OmegaConfBaseException) as error:
         fail(error, composition_sentence(error), code=2)

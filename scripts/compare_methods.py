@@ -142,14 +142,15 @@ def lacking(study: Study) -> list[Trial]:
 
 def begin(study: Study, trial: Trial, slot: int) -> Running:
     """Start or resume a run on one core."""
-    command = [
-        *(sys.executable, str(PRETRAIN)),
+    arguments = [
         *("tracking=none", "checkpoint.every=0", "checkpoint.minutes=5", "checkpoint.keep=1"),
         *study.common,
         *study.arms[trial.arm],
         *(f"optim.lr={trial.lr}", f"train.seed={trial.seed}", "resume=auto"),
         *(f"run.name={trial.name}", f"run.dir={quoted(str(study.folder / trial.name))}"),
     ]
+    arguments.sort(key=lambda word: not word.startswith("--"))  # Hydra reads its options first
+    command = [sys.executable, str(PRETRAIN), *arguments]
     cores = usable_cores()
     return start(command, log_file(study, trial), slot, [cores[slot % len(cores)]])
 

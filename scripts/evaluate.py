@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain import distributed
 from lrtrain.checkpoint.loading import Loaded, load
 from lrtrain.checkpoint.weights import RunWeights
-from lrtrain.config.compose import compose, default_composition
+from lrtrain.config.compose import compose, composition_sentence, default_composition
 from lrtrain.config.dtypes import DTYPES
 from lrtrain.config.naming import flat
 from lrtrain.config.schema import Config, as_dict
@@ -58,8 +59,9 @@ def main() -> None:
         world = distributed.start()
         loaded = load(args.path, world.device, DTYPES[args.dtype] if args.dtype else None, args.trust)
         results = run_tasks(loaded, args, world) if args.tasks else measure(loaded, args.overrides, world)
-    except ConfigError as error:
-        sys.exit(str(error) if environment_rank() == 0 else 1)
+    except (ConfigError, HydraException) as error:
+        told = composition_sentence(error) if isinstance(error, HydraException) else str(error)
+        sys.exit(told if environment_rank() == 0 else 1)
     finally:
         distributed.stop()
     if world.main:

@@ -4,7 +4,7 @@
     python scripts/plan.py model=llama_7b param=sltrain gpus=64 engine.replicas=8 train.batch_size=512 gpu=h100
 
 The script's own arguments are `gpus`, and `efficiency`, the share of the GPU's peak that a step reaches without
-communication; all others are overrides of the configuration. The GPU is gpu=h100 unless given; its figures are
+communication; all others are those of launch/pretrain.py. The GPU is gpu=h100 unless given; its figures are
 overrides too: gpu.flops.bf16, and gpu.links.network, the bytes per second that it receives from other nodes.
 docs/scaling.md has the formulas.
 """
@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lrtrain.config.check import check
 from lrtrain.config.compose import compose, composition_sentence
 from lrtrain.config.dtypes import compute_dtype
+from lrtrain.config.home import config_name_of
+from lrtrain.config.schema import Config
 from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
@@ -36,19 +38,19 @@ def main() -> None:
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print(__doc__)
         return
-    given = {key: value for key, _, value in (argument.partition("=") for argument in sys.argv[1:])}
     try:
+        name, arguments = config_name_of(sys.argv[1:])
+        given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
         own = OWN | {key: float(given.pop(key)) for key in OWN if key in given}
         overrides = ["gpu=h100", *(f"{key}={value}" for key, value in given.items())]
-        print_forecast(overrides, int(own["gpus"]), own)
+        print_forecast(compose(*overrides, config_name=name), int(own["gpus"]), own)
     except HydraException as error:
         sys.exit(composition_sentence(error))
     except (ConfigError, ValueError) as error:
         sys.exit(str(error))
 
 
-def print_forecast(overrides: list[str], gpus: int, own: dict[str, float]) -> None:
-    config = compose(*overrides)
+def print_forecast(config: Config, gpus: int, own: dict[str, float]) -> None:
     check(config, gpus)
     assert config.gpu is not None
     dtype = compute_dtype(config, torch.device("cuda"))

@@ -5,8 +5,8 @@
     python scripts/simulate.py model=llama_1b optim=muon gpus=64 gpu.links.network=25e9 markdown=true
 
 The script's own arguments are `gpus`, `rank` (the simulated process rank), `picture` (the file to write; none: no
-picture) and `markdown` (true: print one row of Markdown instead of tables). All others are overrides of the
-configuration; the GPU is gpu=h100 unless given. docs/gpu.md has the assumptions.
+picture) and `markdown` (true: print one row of Markdown instead of tables). All others are those of
+launch/pretrain.py; the GPU is gpu=h100 unless given. docs/gpu.md has the assumptions.
 """
 
 import sys
@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lrtrain.config.compose import compose, composition_sentence
+from lrtrain.config.home import config_name_of
 from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
 from lrtrain.simulation.picture import draw
@@ -30,11 +31,12 @@ def main() -> None:
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print(__doc__)
         return
-    given = [argument.partition("=") for argument in sys.argv[1:]]
-    own = OWN | {key: value for key, _, value in given if key in OWN}
-    overrides = ["gpu=h100", *(f"{key}={value}" for key, _, value in given if key not in OWN)]
     try:
-        step = simulate(compose(*overrides), int(own["gpus"]), int(own["rank"]))
+        name, arguments = config_name_of(sys.argv[1:])
+        given = [argument.partition("=") for argument in arguments]
+        own = OWN | {key: value for key, _, value in given if key in OWN}
+        overrides = ["gpu=h100", *(f"{key}={value}" for key, _, value in given if key not in OWN)]
+        step = simulate(compose(*overrides, config_name=name), int(own["gpus"]), int(own["rank"]))
     except (ConfigError, ValueError) as error:
         sys.exit(str(error))
     except HydraException as error:

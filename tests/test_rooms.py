@@ -10,7 +10,7 @@ import lrtrain
 PACKAGE = Path(lrtrain.__file__).parent
 ROOMS = """
 errors core linalg distributed config data plotting tracking layers model optim checkpoint engine planning init_from
-measure analysis run simulation sweeps
+measure analysis run simulation sweeps command
 """.split()
 """From the lowest to the highest."""
 

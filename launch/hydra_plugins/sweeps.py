@@ -18,6 +18,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from lrtrain.config.home import add_homes_of
 from lrtrain.distributed.world import environment_rank, environment_world_size
 from lrtrain.errors import ConfigError
 from lrtrain.sweeps.jobs import Job, Outcome, outcome_without_start, plan_sweep
@@ -41,6 +42,7 @@ class PretrainLauncher(Launcher):
         common, hydra = copy.deepcopy(config), config.hydra
         with open_dict(common):
             common.pop("hydra")
+        add_homes_of(hydra.runtime.config_sources)
         swept = [*(hydra.sweeper.get("params") or {})]
         self.sweep = plan_sweep(common, [*hydra.overrides.task], swept, hydra.job.config_name, composed_from(hydra))
         self.tell = Tell(self.sweep, speaks=environment_rank() == 0)

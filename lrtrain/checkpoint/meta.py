@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lrtrain.config.home import HomeRecord
 from lrtrain.errors import ConfigError
 
 META = "meta.json"
@@ -65,6 +66,8 @@ class CheckpointMeta:
     """What tells the run from all others, as its run.json has it."""
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The state of each callback, by its name in the configuration."""
+    home: HomeRecord = field(default_factory=HomeRecord)
+    """What the run has from folders outside lrtrain."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -74,6 +77,7 @@ class CheckpointMeta:
         plain = json.loads(text)
         plain["progress"] = of_known_fields(Progress, plain["progress"])
         plain["data"] = of_known_fields(DataState, plain["data"])
+        plain["home"] = of_known_fields(HomeRecord, plain.get("home", {}))
         return of_known_fields(cls, plain)
 
 

@@ -51,7 +51,7 @@ class RunWeights:
     def __init__(self, path: Path, trusted: Collection[str] = ()):
         self.checkpoint = find_checkpoint(path, "")
         self.meta: CheckpointMeta = read_meta(self.checkpoint)
-        self.config: Config = from_stored(self.meta.config, self.checkpoint, trusted)
+        self.config: Config = from_stored(self.meta.config, self.checkpoint, trusted, self.meta.home.folders)
         rank_plan = RankPlan(self.config.param["rank"], self.meta.ranks)
         self.model: PreTrainedModel = make_model(self.config, rank_plan, self.meta.architecture)
         """On meta."""

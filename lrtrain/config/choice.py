@@ -10,6 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 import hydra
 
+from lrtrain.config.home import import_from_homes
 from lrtrain.config.ranges import RankRule, Regex, RegexOrNull
 from lrtrain.config.values import STRICT, UnknownKey, validated
 from lrtrain.errors import ConfigError
@@ -78,8 +79,14 @@ def find(section: str, path: str) -> Any:
     Raises:
         ConfigError: if it cannot be imported.
     """
+    import_from_homes()
     try:
         return pkgutil.resolve_name(path)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{section}._target_={path} cannot be imported: there is no module {error.name}; --config-dir=FOLDER names "
+            f"the folder of your own configurations and modules"
+        ) from error
     except Exception as error:  # importing a module may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{section}._target_={path} cannot be imported: {reason}") from error

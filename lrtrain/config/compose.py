@@ -1,20 +1,21 @@
 """Making the typed `Config` from Hydra's composition or a stored configuration."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from lrtrain.config.choice import CALLED_WITH, checked_choice
-from lrtrain.config.naming import run_name
+from lrtrain.config.home import CONF, add_homes_of, configurations, import_from_homes, search_homes
+from lrtrain.config.naming import DEFAULT, run_name
 from lrtrain.config.schema import Config
 from lrtrain.config.stored import check_stored_targets
-from lrtrain.config.suggest import CONF, unknown_choice, unknown_key
+from lrtrain.config.suggest import unknown_choice, unknown_key
 from lrtrain.config.values import UnknownKey, validated
 from lrtrain.errors import ConfigError
 
@@ -25,6 +26,7 @@ def typed(composed: DictConfig) -> Config:
     Raises:
         ConfigError: if a key is unknown or missing, or a value is wrong.
     """
+    import_from_homes()
     try:
         plain = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
         config = validated(Config, plain)
@@ -68,49 +70,58 @@ def composition_sentence(error: Exception) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
-def default_composition(*overrides: str) -> DictConfig:
-    """conf/pretrain.yaml with overrides, composed outside a Hydra job."""
+def default_composition(*overrides: str, config_name: str = DEFAULT) -> DictConfig:
+    """conf/pretrain.yaml, or another of the homes, with overrides, composed outside a Hydra job."""
+    search_homes()
     instance = GlobalHydra.instance()
     job = instance.hydra  # of the Hydra job within which this may be called
     instance.clear()
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return hydra.compose("pretrain", overrides=list(overrides))
+            found = hydra.compose(config_name, overrides=list(overrides), return_hydra_config=True)
+        add_homes_of(found.hydra.runtime.config_sources)
+        with open_dict(found):
+            del found["hydra"]
+        return found
     finally:
         instance.hydra = job
 
 
-def compose(*overrides: str) -> Config:
+def compose(*overrides: str, config_name: str = DEFAULT) -> Config:
     """The configuration of `launch/pretrain.py` with these overrides, for scripts and tests.
 
     Raises:
         ConfigError: see `typed`.
     """
-    composed = default_composition(*overrides)
+    composed = default_composition(*overrides, config_name=config_name)
     if composed.run.name is None:
-        composed.run.name = run_name(composed, list(overrides))
+        composed.run.name = run_name(composed, list(overrides), config_name=config_name)
     return typed(composed)
 
 
-def from_stored(plain: dict[str, Any], where: object, trusted: Collection[str] = ()) -> Config:
+def from_stored(
+    plain: dict[str, Any], where: object, trusted: Collection[str] = (), folders: Sequence[str] = ()
+) -> Config:
     """The configuration stored in a run's checkpoints; keys that were added later get their defaults.
 
     Args:
         where: the path it was read from, for the error.
-        trusted: code that may run besides lrtrain's: `_target_`s, and a model.path with code.
+        trusted: code that may run besides lrtrain's and that of homes: `_target_`s, and a model.path with code.
+        folders: of configurations outside lrtrain that it was composed from, for the error.
 
     Raises:
         ConfigError: see `typed`; also if it names code that is not trusted.
     """
-    check_stored_targets(plain, str(where), trusted)
+    check_stored_targets(plain, str(where), trusted, folders)
     path = plain["model"]["path"]
     if plain["model"]["trust_remote_code"] and path not in trusted:
         raise ConfigError(f"{where} was trained with code that model.path={path} brings; --trust {path} runs it")
     stored = OmegaConf.create(plain)
-    ours = {group for group in CALLED_WITH if (CONF / group / f"{stored[group].name}.yaml").is_file()}
+    known = configurations()
+    ours = {g for g in CALLED_WITH if any((folder / g / f"{stored[g].name}.yaml").is_file() for folder in known)}
     for section, defaults in default_composition(*(f"{group}={stored[group].name}" for group in sorted(ours))).items():
         if section in CALLED_WITH.keys() - ours:
-            continue  # a user's own choice, which conf/ does not have: used as stored
+            continue  # a choice of a folder that this command does not name: used as stored
         if section not in stored:
             stored[section] = defaults
         elif isinstance(defaults, DictConfig):

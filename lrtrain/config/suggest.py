@@ -2,13 +2,11 @@
 
 import difflib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-import lrtrain
+from lrtrain.config.home import configurations
 
-CONF = Path(lrtrain.__file__).resolve().parent / "conf"  # in a clone a link to conf/
 OF_THE_MACHINERY = ("_target_", "_partial_", "model.recipe.")
 
 
@@ -26,12 +24,13 @@ def unknown_choice(group: str, name: str, options: Iterable[str]) -> str:
     """`param=sltran is not one of cola, …; did you mean sltrain?`"""
     names = sorted(options)
     near = difflib.get_close_matches(name, names, n=1)
-    return f"{group}={name} is not one of {', '.join(names)}" + (f"; did you mean {near[0]}?" if near else "")
+    more = f"did you mean {near[0]}?" if near else "--config-dir=FOLDER names a folder of your own"
+    return f"{group}={name} is not one of {', '.join(names)}; {more}"
 
 
 def choices_with(group: str, key: str) -> list[str]:
     """The choices of a group whose file has a key, such as `engine=deepspeed`."""
-    files = sorted((CONF / group).glob("*.yaml")) if key else []
+    files = sorted(file for folder in configurations() for file in (folder / group).glob("*.yaml")) if key else []
     return [f"{group}={file.stem}" for file in files if key in OmegaConf.load(file)]
 
 

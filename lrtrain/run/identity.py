@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lrtrain.checkpoint.meta import CheckpointMeta, of_known_fields
+from lrtrain.config.home import HomeRecord
 from lrtrain.config.schema import Config
 from lrtrain.core.files import write_durably
 
@@ -22,6 +23,8 @@ class RunIdentity:
     """The dtype and device that `executions` were measured with."""
     executions: dict[str, str] = field(default_factory=dict)
     """The execution of each layer that was autotuned: another one rounds differently, and resuming is not exact."""
+    home: HomeRecord = field(default_factory=HomeRecord)
+    """What the run has from folders outside lrtrain."""
 
     def write(self, run_dir: Path) -> None:
         write_durably(run_dir / RUN, json.dumps(asdict(self)))

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lrtrain.checkpoint.checkpointer import find_checkpoint, newest_sound
 from lrtrain.checkpoint.meta import CheckpointMeta
 from lrtrain.config.compose import from_stored
+from lrtrain.config.home import HomeRecord
 from lrtrain.config.naming import LENGTH_AND_CADENCE, differing, flat
 from lrtrain.config.schema import Config, as_dict
 from lrtrain.config.stored import stored_targets
@@ -44,7 +45,8 @@ def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, me
     """
     named = {str(target) for _, target in stored_targets(as_dict(config))}
     named |= {str(config.model.path)} if config.model.trust_remote_code else set()
-    changes = differing(as_dict(from_stored(meta.config, checkpoint, named)), as_dict(config))
+    stored = from_stored(meta.config, checkpoint, named, meta.home.folders)
+    changes = differing(as_dict(stored), as_dict(config))
     differences = [
         f"{key} is {old} there and {new} here"
         for key, (old, new) in changes.items()
@@ -76,12 +78,21 @@ def claim(
         ConfigError: if the directory cannot be written.
     """
     folder = Path(config.run.dir)
+    if meta:
+        tell_changed_modules(identity.home, meta)
     try:
         keep_config(config, folder, meta)
         write_folder_durably(folder / "tokenizer", lambda beside: save_tokenizer(tokenizer, beside))
         identity.write(folder)
     except OSError as error:
         raise ConfigError(f"run.dir={folder} cannot be written: {error.strerror}") from error
+
+
+def tell_changed_modules(home: HomeRecord, meta: CheckpointMeta) -> None:
+    """Print which modules from outside lrtrain are not those that the checkpoint was trained with."""
+    before = meta.home.modules
+    if changed := [name for name, found in home.modules.items() if found != before.get(name, found)]:
+        print(f"modules that changed since step {meta.step}: {', '.join(changed)}", flush=True)
 
 
 def keep_config(config: Config, folder: Path, meta: CheckpointMeta | None) -> None:

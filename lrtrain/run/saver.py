@@ -13,6 +13,7 @@ import torch
 
 from lrtrain.checkpoint.checkpointer import Checkpointer
 from lrtrain.checkpoint.meta import CheckpointMeta, DataState
+from lrtrain.config.home import home_record
 from lrtrain.config.schema import as_dict
 from lrtrain.core.metrics import scalars
 from lrtrain.distributed.collectives import max_over_ranks
@@ -111,6 +112,7 @@ def meta_of(run: Run) -> CheckpointMeta:
         architecture=run.engine.model.config.to_dict(),
         run_id=run.identity.id,
         callbacks={name: state for name, callback in run.callbacks.items() if (state := callback.state())},
+        home=home_record(),
     )
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lrtrain.checkpoint.meta import CheckpointMeta, Window, read_meta
 from lrtrain.config.choice import choice
 from lrtrain.config.dtypes import compute_dtype
+from lrtrain.config.home import home_record
 from lrtrain.config.schema import Config, as_dict
 from lrtrain.core.metrics import scalars
 from lrtrain.data.prepare import check_fits, prepare_data
@@ -127,6 +128,7 @@ def claim_directory(run: Run, model: PreTrainedModel, meta: CheckpointMeta | Non
         measured = before.executions if before and before.executed == executed else {}
         found = known or RunIdentity(uuid.uuid4().hex[:12], config.run.name)
         found.executed, found.executions = executed, autotune_layers(model, tokens, dtype, device, measured)
+        found.home = home_record()
         claim(config, found, run.data.tokenizer, meta)
         if device.type == "cuda":
             (run.dir / COLLECTIVES).mkdir(exist_ok=True)  # NCCL's watchdog makes no folder
