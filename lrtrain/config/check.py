@@ -9,6 +9,7 @@ from pathlib import Path
 import hydra
 
 from lrtrain.config.schema import Config
+from lrtrain.core.words import processes
 from lrtrain.errors import ConfigError
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -40,7 +41,7 @@ def check(config: Config, world_size: int) -> None:
     if train.batch_size % (world_size * train.micro_batch_size):
         raise ConfigError(
             f"train.batch_size={train.batch_size} is not a multiple of {world_size * train.micro_batch_size}, which is "
-            f"train.micro_batch_size={train.micro_batch_size} × {world_size} processes"
+            f"train.micro_batch_size={train.micro_batch_size} × {processes(world_size)}"
         )
     if config.data.streams is not None and "streams" not in config.data.source:
         raise ConfigError(f"data.streams={config.data.streams} has no effect: data={config.data.name} is no stream")
@@ -81,7 +82,7 @@ def check_in_backward(config: Config, world_size: int) -> None:
         )
     if train.batch_size != world_size * train.micro_batch_size:
         raise ConfigError(
-            f"train.batch_size={train.batch_size} over {world_size} processes accumulates gradients, which "
+            f"train.batch_size={train.batch_size} over {processes(world_size)} accumulates gradients, which "
             f"optim.in_backward=true never keeps; set train.micro_batch_size={train.batch_size // world_size}"
         )
     if config.spectra.gradients is not None and config.spectra.every:

@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from lrtrain.core.words import processes
+
 CGROUPS = Path("/sys/fs/cgroup")
 
 
@@ -14,7 +16,7 @@ def thread_count(local_size: int) -> tuple[int, str]:
     cores, quota = len(usable_cores()), cpu_quota()
     share = min(cores, int(quota)) if quota is not None else cores
     limit = f" by a CPU quota of {quota:g}" if quota is not None and quota < cores else ""
-    return max(1, share // local_size), f"{max(1, share)} cores{limit} ÷ {local_size} processes"
+    return max(1, share // local_size), f"{max(1, share)} cores{limit} ÷ {processes(local_size)}"
 
 
 def threads_asked_for(local_size: int) -> int | None:

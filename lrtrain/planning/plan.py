@@ -15,6 +15,7 @@ from lrtrain.config.check import check
 from lrtrain.config.choice import choice
 from lrtrain.config.dtypes import DTYPES, compute_dtype
 from lrtrain.config.schema import Config, GPUConfig
+from lrtrain.core.words import processes
 from lrtrain.engine.fsdp import sharded_units
 from lrtrain.layers.base import FactorizedLinear
 from lrtrain.model.build import make_model
@@ -63,7 +64,7 @@ def print_plan(config: Config, world_size: int) -> None:
     arithmetic = next(name for name, one in DTYPES.items() if one == dtype)
     on = f"{config.gpu.name}, " if config.gpu else ""
     table = Table(
-        title=f"{config.model.name} · {config.param['name']} · {world_size} processes, {on}{arithmetic}",
+        title=f"{config.model.name} · {config.param['name']} · {processes(world_size)}, {on}{arithmetic}",
         box=box.SIMPLE,
         show_header=False,
     )

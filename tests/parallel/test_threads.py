@@ -20,7 +20,7 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_share_the_cores(monkeypatch: pytest.MonkeyPatch):
-    assert thread_count(1) == (8, "8 cores ÷ 1 processes")
+    assert thread_count(1) == (8, "8 cores ÷ 1 process")
     assert thread_count(3)[0] == 2 and thread_count(16)[0] == 1
 
 

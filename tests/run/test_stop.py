@@ -22,6 +22,7 @@ def stop() -> Iterator[StopRequest]:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_each_signal_is_noted_by_its_name(stop: StopRequest, name: str):
     assert stop.signal is None
+    assert signal.getsignal(signal.Signals[name]) != signal.SIG_DFL  # which would kill the tests
     os.kill(os.getpid(), signal.Signals[name])
     assert stop.signal == name
 
