@@ -59,7 +59,10 @@ def check_fits(cfg: DataConfig, vocab_size: int, longest: int | None) -> None:
             f"model.vocab_size={vocab_size} is below the tokenizer's {pieces} pieces; raise it, or {lower}"
         )
     if longest is not None and cfg.seq_len > longest:
-        raise ConfigError(f"data.seq_len={cfg.seq_len} is above the model's max_position_embeddings={longest}")
+        raise ConfigError(
+            f"data.seq_len={cfg.seq_len} is above the model's max_position_embeddings={longest}, and its positions "
+            f"cannot be raised; lower data.seq_len, or give a new model more by model.config"
+        )
 
 
 def prepare_data(cfg: DataConfig, seed: int) -> Data:

@@ -20,6 +20,7 @@ from lrtrain.model.architecture import architecture, check_keys, named, new_mode
 from lrtrain.model.attention import attention_for, check_loss, separate_attention
 from lrtrain.model.counts import parameter_count
 from lrtrain.model.experts import DenseExperts, dense_experts, replace_experts
+from lrtrain.model.positions import raise_positions
 from lrtrain.model.rank import RankPlan, factorized
 from lrtrain.model.structure import linears, matrices
 
@@ -44,9 +45,11 @@ def make_model(
         shape = architecture(model.path, model.config, model.trust_remote_code)
         if model.path is None:
             check_keys(shape, model.config)
+    raised = raise_positions(shape, config.data.seq_len)
     rank_plan = rank_plan or RankPlan(config.param["rank"])
     made = factorized_model(shape, config.param, rank_plan, parameter_dtype(config), config.data.document_mask)
     hydra.utils.get_object(config.engine["_target_"]).check_model(config, made)
+    made.raised = raised  # pyright: ignore[reportArgumentType]  (`print_factorization` prints it)
     return made
 
 

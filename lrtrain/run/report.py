@@ -33,6 +33,8 @@ def print_factorization(model: nn.Module) -> None:
         print(f"  left dense, since the model's code reads their weights: {kinds} ({len(read)} layers)")
     if wasteful := above_break_even(model):
         print(f"  above break-even, no fewer trained than dense: {', '.join(wasteful[:4])} … ({len(wasteful)} layers)")
+    if raised := getattr(model, "raised", None):
+        print(f"  {raised}")
     ours, dense = parameter_count(model), dense_parameter_count(model)
     trained = trainable_count(model)
     frozen = f", {trained:,} of them trained" if trained < ours else ""
