@@ -26,6 +26,14 @@ def above_break_even(model: nn.Module) -> list[str]:
     ]
 
 
+def unaligned(model: nn.Module) -> list[int]:
+    """Sides and ranks of the matrices, without embeddings, that are no multiples of 8: tensor cores compute bf16
+    products with them more slowly."""
+    tables = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    sides = {side for p in model.parameters() if p.ndim > 1 and p not in tables for side in p.shape[-2:]}
+    return sorted(side for side in sides if side % 8)
+
+
 def parameter_count(model: nn.Module) -> int:
     """Number of parameters, unsharded, including frozen ones, tied ones once."""
     return sum(math.prod(p.shape) for p in model.parameters())

@@ -13,6 +13,7 @@ from lrtrain.model.counts import (
     factorization_table,
     parameter_count,
     trainable_count,
+    unaligned,
 )
 from lrtrain.model.structure import factorized_layers, weights_read
 from lrtrain.optim.groups import parameter_roles
@@ -39,6 +40,12 @@ def print_factorization(model: nn.Module) -> None:
     trained = trainable_count(model)
     frozen = f", {trained:,} of them trained" if trained < ours else ""
     print(f"  {ours:,} parameters{frozen}, {ours / dense:.0%} of the dense model's {dense:,}", flush=True)
+
+
+def print_unaligned(model: nn.Module) -> None:
+    """Print the widths and ranks that tensor cores compute slowly, if there are any."""
+    if found := unaligned(model):
+        print(f"  no multiples of 8, which bf16 products on tensor cores are slow with: {', '.join(map(str, found))}")
 
 
 def dense_matrices(model: nn.Module) -> list[str]:

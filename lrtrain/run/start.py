@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import torch
 from transformers import PreTrainedModel
 
 from lrtrain.checkpoint.meta import CheckpointMeta, Window, read_meta
@@ -28,7 +29,7 @@ from lrtrain.model.supports import support_hash
 from lrtrain.run.batches import Batches, in_background
 from lrtrain.run.identity import RunIdentity, known_run
 from lrtrain.run.lock import RunLock
-from lrtrain.run.report import print_factorization
+from lrtrain.run.report import print_factorization, print_unaligned
 from lrtrain.run.rundir import check_compatible, checkpoint_to_resume, claim, sibling_sentence
 from lrtrain.run.saver import Saver
 from lrtrain.run.state import Run
@@ -76,6 +77,8 @@ def start_run(
     run.cache_counts(model)
     if world.main:
         print_factorization(model)
+        if world.device.type == "cuda" and compute_dtype(config, world.device) == torch.bfloat16:
+            print_unaligned(model)
     build_engine(run, model, fresh=not (checkpoint or start))
     ours = meta is not None and config.resume == "auto"  # otherwise it is the checkpoint of another run
     run.saver = Saver(run, saved=meta.step if meta and ours else -1)

@@ -16,7 +16,13 @@ from lrtrain.layers.lost import LOSTLinear
 from lrtrain.layers.lowrank import LowRankLinear
 from lrtrain.model.autotune import autotune_layers
 from lrtrain.model.build import architecture, make_model
-from lrtrain.model.counts import above_break_even, dense_parameter_count, factorization_table, parameter_count
+from lrtrain.model.counts import (
+    above_break_even,
+    dense_parameter_count,
+    factorization_table,
+    parameter_count,
+    unaligned,
+)
 from lrtrain.model.flops import training_flops
 from lrtrain.model.init import materialize
 from lrtrain.model.structure import factorized_layers
@@ -89,6 +95,13 @@ def test_flops_of_attention_follow_the_heads_own_width():
     )
     more = heads * 128 - d  # each token's queries, keys, values and outputs are wider by this
     assert wide - narrow == 3 * (2 * 4 * d * more + 4 * 256 * more)
+
+
+@pytest.mark.parametrize(
+    "size,rank,found", [("llama_1b", 512, [5461]), ("llama_1b_aligned", 512, []), ("llama_60m", 100, [100])]
+)
+def test_widths_and_ranks_that_tensor_cores_are_slow_with(size: str, rank: int, found: list[int]):
+    assert unaligned(make_model(compose(f"model={size}", "param=lowrank", f"param.rank={rank}"))) == found
 
 
 # --- which layers, which ranks -----------------------------------------------------------------------------------
