@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from lrtrain.checkpoint.meta import META, CheckpointMeta
 from lrtrain.checkpoint.reader import TensorPlanner, TensorReader
@@ -125,6 +126,7 @@ class Checkpointer:
         self.asynchronous = asynchronous
         # The background save has its own process group, so that its collectives do not mix with the training's.
         self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if asynchronous else None
+        self.stager = pinned_stager() if asynchronous and world.device.type == "cuda" else None
         self.pending: Callable[[], Any] | None = None
         self.step = 0
         self.saved = True
@@ -146,7 +148,7 @@ class Checkpointer:
         commit = self._committer(partial, self.folder / f"step-{step:08d}", meta)
         self.step = step
         if self.asynchronous:
-            future = dcp.async_save(state, checkpoint_id=partial, process_group=self.group)
+            future = dcp.async_save(state, checkpoint_id=partial, process_group=self.group, async_stager=self.stager)
             assert isinstance(future, Future)
             self.pending = _then(future, commit).result
         else:
@@ -212,6 +214,15 @@ class Checkpointer:
             step = int(NAME.fullmatch(old.name)[1])  # type: ignore[index]
             if old != saved and (not self.keep_every or step % self.keep_every):
                 remove(old)
+
+
+def pinned_stager() -> DefaultStager:
+    """Copies a state from the GPU into pinned memory, which is kept for the next save."""
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=True, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=True
+        )
+    )
 
 
 def _then(future: Future, action: Callable[[], None]) -> Future:

@@ -18,6 +18,7 @@ from lrtrain.distributed.collectives import check_equal_on_all_ranks
 from lrtrain.distributed.heartbeat import Heartbeat
 from lrtrain.distributed.world import AFTER_STEP_1, World, limit_nccl
 from lrtrain.errors import RunFailed
+from lrtrain.model.kernels import attention_kernels
 from lrtrain.run.determinism import deterministic_algorithms
 from lrtrain.run.lock import RunLock
 from lrtrain.run.profiling import snapshot_when_out_of_memory
@@ -37,7 +38,8 @@ def pretrain(config: Config) -> dict[str, Any]:
         )
         stop = StopRequest()
         try:
-            return train(config, world, stop)
+            with attention_kernels(world.device):
+                return train(config, world, stop)
         finally:
             stop.restore()
             distributed.stop()

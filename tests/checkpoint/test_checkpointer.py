@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from crew import together
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from lrtrain import distributed
 from lrtrain.checkpoint.checkpointer import (
@@ -77,6 +78,20 @@ def test_saving_and_loading_gives_the_state_back(tmp_path: Path, world, asynchro
     saver.load(state, found)
     assert torch.equal(state["model"]["w"], before)
     assert read_meta(found) == meta(3)
+
+
+def test_a_stager_that_keeps_its_memory_saves_the_values_of_each_step(tmp_path: Path, world):
+    saver = Checkpointer(tmp_path, world, keep=2, keep_every=None, asynchronous=True)
+    saver.stager = DefaultStager(StagingOptions(False, False, False, False))  # as on a GPU, but for pinning
+    state = {"model": {"w": torch.zeros(5, 3)}, "optimizer": {"state.w.step": torch.tensor(0.0)}}
+    for step in (1, 2):
+        state["model"]["w"].fill_(step)
+        saver.save(state, step, meta(step))
+        state["model"]["w"].zero_()
+    saver.wait()
+    for step, checkpoint in enumerate(whole_checkpoints(tmp_path), 1):
+        saver.load(state, checkpoint)
+        assert (state["model"]["w"] == step).all()
 
 
 def test_what_is_said_of_a_checkpoint_is_of_the_step_that_was_saved(tmp_path: Path, world, monkeypatch):
