@@ -22,7 +22,8 @@ SEAM = re.compile(r"(?<=[^\W_])(?=[ \n])")
 
 def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
     """The ids of each text, followed by EOS, int32. "</s>" within a text is not parsed as the special token."""
-    tokenizer.backend_tokenizer.encode_special_tokens = True
+    if not tokenizer.backend_tokenizer.encode_special_tokens:  # set once: nobody else may use it meanwhile
+        tokenizer.backend_tokenizer.encode_special_tokens = True
     pieces = [(i, piece) for i, text in enumerate(texts) for piece in _pieces_of(tokenizer, text)]
     ids: list[list[np.ndarray]] = [[] for _ in texts]
     for group in _groups(pieces):

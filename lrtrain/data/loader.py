@@ -15,6 +15,10 @@ from lrtrain.data.streams import Cursor, TokenStream
 from lrtrain.errors import ConfigError
 
 
+READ_AHEAD = 2
+"""Number of batches that may be read before they are due."""
+
+
 class TrainData(Protocol):
     """The interface of training data. Sample p is the same for every batch size and number of processes."""
 
@@ -32,7 +36,7 @@ class TrainData(Protocol):
     def state(self, position: int) -> dict[str, Any]:
         """The state to resume from `position`, JSON-serializable; a collective.
 
-        `position` is the end or the beginning of the last batch read (which may have been read ahead).
+        `position` is where one of the last `READ_AHEAD + 1` batches read began, or where the last one ended.
         """
         ...
 
@@ -98,10 +102,10 @@ class StreamedTrain:
                 self._stream(p % count).next_sequence()
         mine = [p for p in range(position, position + batch_size) if p % world_size == dist_rank]
         sequences = np.stack([self._stream(p % count).next_sequence() for p in mine])
-        # Set both positions in one assignment, after reading: `state` may be called while another thread reads this
-        # batch, or after it was read and before its step.
+        # Set in one assignment, after reading: `state` may be called while another thread reads, for the end of a batch
+        # before those that were read ahead.
         here = {k: stream.cursor for k, stream in self._open.items()}
-        self._reached = {last: self._reached[last], position + batch_size: here}
+        self._reached = dict([*self._reached.items(), (position + batch_size, here)][-(READ_AHEAD + 2) :])
         return torch.from_numpy(sequences.astype(np.int64))
 
     def state(self, position: int) -> dict[str, Any]:

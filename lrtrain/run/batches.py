@@ -1,32 +1,30 @@
-"""The batches of a run, read on a thread."""
+"""The batches of a run, and what its processes agree on before each."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, wait
-from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Iterator
+from concurrent.futures import wait
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lrtrain.core.metrics import scalars
 from lrtrain.distributed.collectives import run_on_all_ranks, sum_over_ranks
 from lrtrain.errors import RunFailed
+from lrtrain.run.reading import Reader
 from lrtrain.run.rollback import beyond
 
 if TYPE_CHECKING:
     from lrtrain.run.state import Run
 
-T = TypeVar("T")
-
 
 class Batches:
-    """Reads this process's rows of the next batch."""
+    """This process's rows of one batch after another, read ahead while steps run."""
 
     def __init__(self, run: Run):
         self.run = run
+        self.reader: Reader | None = None
         self.unreadable = run.data.faults.count
         """Number of documents skipped in the data so far."""
 
@@ -36,26 +34,21 @@ class Batches:
         return beyond(progress.position, self.run.config.train.batch_size, progress.left_out)
 
     def next(self) -> tuple[Tensor, float] | None:
-        """This process's rows (sequences, seq_len + 1) of the next batch, and the seconds that reading them took; None
-        if any process got a signal first. A collective.
+        """This process's rows (sequences, seq_len + 1) of the next batch, and the seconds that the processes waited for
+        it; None if any process got a signal first. A collective.
 
-        A thread reads the rows, so that a signal or an overdue checkpoint is handled while the source is slow.
+        A signal or an overdue checkpoint is handled while the source is slow.
         """
-        run, world = self.run, self.run.world
-        read = partial(run.data.train.batch, self.first(), run.config.train.batch_size, world.dist_rank, world.size)
-        reading = in_background(read)
+        run, waited = self.run, 0.0
+        if self.reader is None:  # not before the run has its position in the data
+            self.reader = Reader(run.data.train, self._positions(), self._read, run.world.device)
         deadline = time.monotonic() + 60 * run.config.train.timeout_minutes
         while True:
-            wait([reading], timeout=1.0)
-            done = reading.done()
-            waiting, failed, stop, lost, overdue, unreadable = sum_over_ranks(
-                not done,
-                done and reading.exception() is not None,
-                run.stop.signal is not None,
-                run.lock.lost(),
-                run.saver.overdue(),
-                run.data.train.faults.count,
-            )
+            started = time.perf_counter()
+            wait([self.reader.due], timeout=1.0)
+            mine = time.perf_counter() - started
+            waiting, failed, stop, lost, overdue, unreadable = sum_over_ranks(*self._flags(self.reader))
+            waited += time.perf_counter() - started if waiting else mine
             if lost:
                 raise RunFailed(
                     f"run.dir={run.dir} was removed or moved while it trained; the run ends at step "
@@ -67,9 +60,33 @@ class Batches:
                 run.saver.save(run)
             if not waiting:
                 self._count_unreadable(run.data.faults.count + int(unreadable))
-                return run_on_all_ranks(reading.result) if failed else reading.result()
+                return run_on_all_ranks(self.reader.take) if failed else self.reader.take(), waited
             if time.monotonic() > deadline:
                 self._give_up(waiting)
+
+    def _positions(self) -> Iterator[int]:
+        """The position of each batch that is still to come."""
+        progress, config = self.run.progress, self.run.config.train
+        position = progress.position
+        for _ in range(progress.step, config.steps):
+            position = beyond(position, config.batch_size, progress.left_out)
+            yield position
+            position += config.batch_size
+
+    def _read(self, position: int) -> Tensor:
+        run = self.run
+        return run.data.train.batch(position, run.config.train.batch_size, run.world.dist_rank, run.world.size)
+
+    def _flags(self, reader: Reader) -> tuple[float, ...]:
+        """What this process has to say: whether it waits for the next batch, failed to read it, got a signal, lost the
+        directory, is late with a checkpoint; and its number of documents skipped up to that batch."""
+        run, due = self.run, reader.due
+        done = due.done()
+        failed = done and due.exception() is not None
+        unreadable = due.result().unreadable if done and not failed else 0
+        return (
+            not done, failed, run.stop.signal is not None, run.lock.lost(), run.saver.overdue(), unreadable,
+        )  # fmt: skip
 
     def _count_unreadable(self, count: int) -> None:
         """Log the number of skipped documents if it has grown."""
@@ -83,18 +100,3 @@ class Batches:
             f"{waiting:g} of {run.world.size} processes have waited for the batch of step {run.progress.step + 1} for "
             f"train.timeout_minutes={run.config.train.timeout_minutes:g}"
         )
-
-
-def in_background(call: Callable[[], T]) -> Future[tuple[T, float]]:
-    """A future of (result, seconds) of `call`, run on a daemon thread."""
-    future: Future[tuple[T, float]] = Future()
-
-    def run() -> None:
-        started = time.perf_counter()
-        try:
-            future.set_result((call(), time.perf_counter() - started))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future

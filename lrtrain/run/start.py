@@ -26,9 +26,10 @@ from lrtrain.model.autotune import autotune_layers
 from lrtrain.model.build import make_model
 from lrtrain.model.rank import RankPlan
 from lrtrain.model.supports import support_hash
-from lrtrain.run.batches import Batches, in_background
+from lrtrain.run.batches import Batches
 from lrtrain.run.identity import RunIdentity, known_run
 from lrtrain.run.lock import RunLock
+from lrtrain.run.reading import in_background
 from lrtrain.run.report import print_factorization, print_unaligned
 from lrtrain.run.rundir import check_compatible, checkpoint_to_resume, claim, sibling_sentence
 from lrtrain.run.saver import Saver

@@ -32,9 +32,9 @@ class StepLog:
     tokens: int
     """Target tokens of the batch, over all processes."""
     seconds: float
-    """Time of the step on this process, including the wait for its batch, without callbacks."""
+    """Time of the step on this process, including the wait for a batch, without callbacks."""
     waited: float
-    """Part of `seconds` spent waiting for the batch."""
+    """Part of `seconds` that the processes waited for the batch of any of them."""
 
 
 def take_step(run: Run, rows: torch.Tensor, waited: float) -> StepLog:
@@ -42,7 +42,7 @@ def take_step(run: Run, rows: torch.Tensor, waited: float) -> StepLog:
 
     Args:
         rows: this process's token ids of the global batch (sequences, seq_len + 1).
-        waited: seconds that this process waited for them.
+        waited: seconds that the processes waited for the batch.
     """
     config, progress, engine = run.config, run.progress, run.engine
     started = time.perf_counter()
