@@ -14,7 +14,6 @@ from lrtrain.data.packing import PackedRows
 from lrtrain.data.streams import Cursor, TokenStream
 from lrtrain.errors import ConfigError
 
-
 READ_AHEAD = 2
 """Number of batches that may be read before they are due."""
 

@@ -5,7 +5,7 @@ import torch
 from corpora import write_json_gz
 
 from lrtrain.data.faults import Faults
-from lrtrain.data.loader import StreamedTrain
+from lrtrain.data.loader import READ_AHEAD, StreamedTrain
 from lrtrain.data.prepare import check_data, prepare_data
 from lrtrain.data.sources import JsonStream
 from lrtrain.data.streams import Cursor, TokenStream
@@ -103,14 +103,14 @@ def test_resuming_twice_and_at_other_world_sizes_changes_nothing(c4):
     assert state == whole.state(720)
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("ahead", range(READ_AHEAD + 2))
 def test_a_resume_after_every_batch_changes_nothing(c4, ahead):
-    """So a cursor is right at whatever token, row or edge of a file it stands, and where a batch was read ahead."""
+    """So a cursor is right at whatever token, row or edge of a file it stands, and where batches were read ahead."""
     expected = global_batches([streamed(c4, "data.streams=1")], 0, 288, interleaved=True)
     train, parts = streamed(c4, "data.streams=1"), []
     for position in range(0, 288, BATCH):
-        if ahead:
-            train.batch(position, BATCH, 0, 1)
+        for i in range(ahead):
+            train.batch(position + i * BATCH, BATCH, 0, 1)
         state = train.state(position)
         train.load_state(state)
         assert train.state(position) == state

@@ -18,7 +18,7 @@ def work(local: DataConfig, c4: DataConfig, folder: Path) -> None:
     logging.basicConfig(level=logging.INFO, filename=folder / f"log-{rank}", force=True)
     packed = prepare_data(local, seed=0)
     train = prepare_data(c4, seed=0).train
-    for position in range(0, 60, 12):
+    for position in range(0, 84, 12):  # two batches ahead of the state
         train.batch(position, 12, rank, 2)
     result = {"fingerprint": packed.fingerprint, "state": train.state(60)}
     (folder / f"result-{rank}").write_text(json.dumps(result))
