@@ -76,11 +76,13 @@ class Reader:
             if before is not None:
                 before.result()  # batches are read in order, and none after one that could not be read
             rows = self.read(position)
-            copied, unreadable = None, self.data.faults.count
-            if self.stream is not None:
-                with torch.cuda.stream(self.stream):
-                    rows = rows.pin_memory().to(self.device, non_blocking=True)
-                    copied = self.stream.record_event()
+            unreadable = self.data.faults.count
+            if self.stream is None:
+                return Read(rows, unreadable)
+            copied = torch.cuda.Event()
+            with torch.cuda.stream(self.stream):
+                rows = rows.pin_memory().to(self.device, non_blocking=True)
+                copied.record()
             return Read(rows, unreadable, copied)
 
         return read
