@@ -10,9 +10,11 @@ share of this machine's best matrix product in the same dtype, the best that any
     python scripts/bench_training.py --model llama_1b --overrides model.config.num_hidden_layers=4
 
 The plain loop: the stock model, its own loss, torch's AdamW. `plain METHOD` is what the paper prints (see
-`bench_layers.py`), for GaLore a projection by an SVD of the whole gradient. `×2` is on two processes with one thread
-each, half of the sequences in each: FSDP2 for lrtrain, DistributedDataParallel for the plain loop; it also takes turns
-with itself on one process with two threads.
+`bench_layers.py`), for GaLore a projection by an SVD of the whole gradient. `compiled dense` is the stock model compiled
+whole, with its loss, and fused AdamW; `litgpt dense` is litgpt's GPT of the same shapes likewise (`pip install
+"lrtrain[peers]"`, in an environment of its own: it wants an older huggingface_hub). `×2` is on two processes with one
+thread each, half of the sequences in each: FSDP2 for lrtrain, DistributedDataParallel for the plain loop; it also takes
+turns with itself on one process with two threads.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,6 +89,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama_60m", help="a name from conf/model")
     parser.add_argument("--methods", nargs="*", default=["dense", "lowrank", "sltrain", "galore", "lost", "cola"])
     parser.add_argument("--plain", nargs="*", default=["sltrain", "galore", "lost", "cola"], help="published forms")
+    parser.add_argument("--peers", nargs="*", default=["compiled"], help="compiled, litgpt")
     parser.add_argument("--two", nargs="*", default=["dense"], help="methods of lrtrain on two processes")
     parser.add_argument("--sequences", type=int, default=8, help="per step")
     parser.add_argument("--seq-len", type=int, default=256)
@@ -100,6 +104,7 @@ def main() -> None:
         return
 
     names = [f"plain {method}" for method in args.plain]
+    names += [f"{peer} dense" for peer in args.peers]
     names += [f"lrtrain {method}" for method in args.methods]
     names += [f"{REFERENCE}{TWO}"] * bool(args.two) + [f"lrtrain {method}{TWO}" for method in args.two]
     reference = Contender(REFERENCE)
@@ -207,6 +212,8 @@ def serve(args: argparse.Namespace) -> None:
     rows = rows.tensor_split(environment_world_size())[environment_rank()]
     if kind == "plain":
         step, model = plain_loop(common, method, rows)
+    elif kind in ("compiled", "litgpt"):
+        step, model = strong_peer(common, kind, rows)
     else:
         world = distributed.start()
         chosen = ["param=dense", "optim=galore"] if method == "galore" else [f"param={method}"]
@@ -263,6 +270,62 @@ def plain_loop(overrides: list[str], method: str, rows: Tensor) -> tuple[Step, P
     return step, model
 
 
+def strong_peer(overrides: list[str], kind: str, rows: Tensor) -> tuple[Step, PreTrainedModel]:
+    """One step of a dense model compiled whole, with its loss, and fused AdamW; and transformers' model of its shape."""
+    torch.set_num_threads(len(usable_cores()))
+    config = compose(*overrides, "param=dense")
+    stock = AutoModelForCausalLM.from_config(architecture(config.model.path, config.model.config)).float().train()
+    if kind == "litgpt":
+        model: torch.nn.Module = litgpt_model(config.model.config, rows.shape[1] - 1)
+
+        def loss_of(rows: Tensor) -> Tensor:
+            logits = model(rows[:, :-1])
+            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    else:
+        model = stock
+
+        def loss_of(rows: Tensor) -> Tensor:
+            return stock(input_ids=rows, labels=rows, use_cache=False).loss
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    compiled = torch.compile(loss_of)
+
+    def step() -> None:
+        loss = compiled(rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step, stock
+
+
+def litgpt_model(shape: dict[str, Any], seq_len: int) -> torch.nn.Module:
+    """litgpt's GPT of a LLaMA's shapes."""
+    try:
+        from litgpt import GPT, Config  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        sys.exit("--peers litgpt needs litgpt: pip install lrtrain[peers]")
+    config = Config(
+        name="peer",
+        block_size=seq_len,
+        n_layer=shape["num_hidden_layers"],
+        n_embd=shape["hidden_size"],
+        n_head=shape["num_attention_heads"],
+        intermediate_size=shape["intermediate_size"],
+        vocab_size=shape["vocab_size"],
+        padded_vocab_size=shape["vocab_size"],
+        norm_class_name="RMSNorm",
+        norm_eps=shape["rms_norm_eps"],
+        mlp_class_name="LLaMAMLP",
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+    )
+    return GPT(config).float().train()
+
+
 def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTrainedModel]:
     """One step of lrtrain's engine on this process's share of the rows, and its model."""
     config = compose(*overrides)
@@ -317,7 +380,7 @@ def draw(results: list[Result], title: str, path: Path) -> None:
 
     figure = Figure(figsize=(10, 0.4 * len(results) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    colors = ["C1" if result.contender.startswith("plain") else "C0" for result in results]
+    colors = ["C0" if result.contender.startswith("lrtrain") else "C1" for result in results]
     names = [result.contender for result in results]
     left.barh(names, [result.ratio for result in results], color=colors)
     right.barh(names, [result.peak_gib / results[0].peak_gib for result in results], color=colors)
