@@ -10,8 +10,8 @@ share of this machine's best matrix product in the same dtype, the best that any
     python scripts/bench_training.py --model llama_1b --overrides model.config.num_hidden_layers=4
 
 The plain loop: the stock model, its own loss, torch's AdamW. `plain METHOD` is what the paper prints (see
-`bench_layers.py`), for GaLore a projection by an SVD of the whole gradient. `compiled dense` is the stock model compiled
-whole, with its loss, and fused AdamW; `litgpt dense` is litgpt's GPT of the same shapes likewise (`pip install
+`bench_layers.py`), for GaLore a projection by an SVD of the whole gradient. `compiled dense` is the stock model,
+compiled whole with its loss, and fused AdamW; `litgpt dense` is litgpt's GPT of the same shapes likewise (`pip install
 "lrtrain[peers]"`, in an environment of its own: it wants an older huggingface_hub). `×2` is on two processes with one
 thread each, half of the sequences in each: FSDP2 for lrtrain, DistributedDataParallel for the plain loop; it also takes
 turns with itself on one process with two threads.
@@ -271,7 +271,7 @@ def plain_loop(overrides: list[str], method: str, rows: Tensor) -> tuple[Step, P
 
 
 def strong_peer(overrides: list[str], kind: str, rows: Tensor) -> tuple[Step, PreTrainedModel]:
-    """One step of a dense model compiled whole, with its loss, and fused AdamW; and transformers' model of its shape."""
+    """One step of a dense model compiled whole, with its loss, and fused AdamW; and transformers' of its shape."""
     torch.set_num_threads(len(usable_cores()))
     config = compose(*overrides, "param=dense")
     stock = AutoModelForCausalLM.from_config(architecture(config.model.path, config.model.config)).float().train()
