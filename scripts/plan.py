@@ -29,7 +29,7 @@ from lrtrain.core.streams import never_fail_to_print
 from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
 from lrtrain.planning.plan import memory_per_process, share_of
-from lrtrain.planning.traffic import Hardware, forecast, tensor_parallel_bytes, traffic
+from lrtrain.planning.traffic import Hardware, forecast, traffic
 
 OWN = {"gpus": 8.0, "efficiency": 0.45}
 
@@ -57,9 +57,10 @@ def print_forecast(config: Config, gpus: int, own: dict[str, float]) -> None:
     model = make_model(config)
     sent = traffic(config, model, dtype, gpus)
     peak = config.gpu.flops.fp32 if dtype == torch.float32 else config.gpu.flops.bf16
-    hardware = Hardware(peak, own["efficiency"], config.gpu.links.network)
+    links = config.gpu.links
+    in_node = config.engine.get("tensor", 1) <= links.per_node
+    hardware = Hardware(peak, own["efficiency"], links.network, links.node if in_node else links.network)
     found = forecast(config, model, sent, hardware, gpus)
-    parallel = tensor_parallel_bytes(config, model, dtype, min(8, gpus))
     memory = memory_per_process(config, model, dtype, gpus)  # last, because it changes the model
 
     table = Table(
@@ -76,7 +77,6 @@ def print_forecast(config: Config, gpus: int, own: dict[str, float]) -> None:
     table.add_row("[bold]received per GPU and step", f"[bold]{sent.total / 1e9:,.3f} GB")
     for part, size in vars(sent).items():
         table.add_row(f"  {part}", f"{size / 1e9:,.3f} GB")
-    table.add_row(f"  tensor parallelism of {min(8, gpus)} would add (not in lrtrain)", f"{parallel / 1e9:,.3f} GB")
     table.add_row("[bold]seconds of a step: arithmetic", f"{found.compute_seconds:,.3f}")
     table.add_row("  wire", f"{found.wire_seconds:,.3f}")
     table.add_row("[bold]expected MFU", f"[bold]{found.worst_mfu:.0%} … {found.best_mfu:.0%}")

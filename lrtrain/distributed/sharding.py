@@ -31,6 +31,11 @@ def keep_shard(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
+def shard_dimensions(tensor: DTensor) -> list[int]:
+    """The dimensions of the mesh that a tensor is sharded over."""
+    return [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -71,12 +76,15 @@ def whole_at(tensor: Tensor, owner: int) -> Tensor | None:
     """The unsharded tensor on process `owner`, detached; None on the others, which never hold more than their shards.
 
     A collective of each group. Shards are along dimension 0 and the last dimension of the mesh (FSDP2), or ranges of
-    entries (ZeRO).
+    entries (ZeRO). Tensors cut over several dimensions of the mesh (`engine.tensor`) are gathered everywhere.
     """
     if isinstance(tensor, FlatShard):
         return tensor.gathered_at(owner)
     if not isinstance(tensor, DTensor):
         return tensor.detach()
+    if len(shard_dimensions(tensor)) > 1:
+        found = whole(tensor)
+        return found if owner == dist.get_rank() else None
     group = tensor.device_mesh.get_group(-1)
     members = dist.get_process_group_ranks(group)
     if owner not in members:

@@ -2,19 +2,26 @@
 group of processes (HSDP), or on each process (DDP)."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from lrtrain.config.dtypes import DTYPES, Dtype
 from lrtrain.config.schema import Config
 from lrtrain.distributed.collectives import sum_over_ranks
+from lrtrain.distributed.tokens import TokenGroup
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine, Spread
+from lrtrain.engine.tensor import cut_parameters, split_computation
+from lrtrain.engine.tensor_checks import check_model_split, check_split
 from lrtrain.errors import ConfigError
 from lrtrain.model.init import materialize
 from lrtrain.model.structure import blocks
@@ -25,6 +32,7 @@ class FSDPEngine(Engine):
 
     Args:
         replicas: number of groups that each hold the whole model; divides the number of processes.
+        tensor: number of processes that split each layer; see `lrtrain.engine.tensor`.
         reduce_dtype: dtype in which gradients are reduced, fp32 or bf16.
     """
 
@@ -36,10 +44,12 @@ class FSDPEngine(Engine):
         recompute_every: int,
         recompute_keep: str,
         replicas: PositiveInt,
+        tensor: PositiveInt,
         reduce_dtype: Dtype,
     ):
         super().__init__(world, dtype, compile, recompute_every, recompute_keep)
         self.mesh = device_mesh(world, replicas)
+        self.split_mesh = split_mesh(world, replicas, tensor) if tensor > 1 else None
         self.reduce_dtype = DTYPES[reduce_dtype]
 
     @classmethod
@@ -47,6 +57,14 @@ class FSDPEngine(Engine):
         replicas = config.engine.get("replicas", 1)
         if world_size % replicas:
             raise ConfigError(f"engine.replicas={replicas} does not divide the {world_size} processes")
+        if config.engine.get("tensor", 1) > 1:
+            check_split(config, world_size // replicas)
+
+    @classmethod
+    def check_model(cls, config: Config, model: nn.Module) -> None:
+        super().check_model(config, model)
+        if config.engine.get("tensor", 1) > 1:
+            check_model_split(config, model)
 
     @classmethod
     def spread(cls, config: Config, world_size: int) -> Spread:
@@ -62,19 +80,35 @@ class FSDPEngine(Engine):
 
     def _shard(self, model: PreTrainedModel) -> None:
         policy = MixedPrecisionPolicy(param_dtype=self.dtype, reduce_dtype=self.reduce_dtype)
+        options: dict[str, Any] = {"mesh": self.mesh, "mp_policy": policy, "shard_placement_fn": self._split(model)}
         head, in_loss = model.get_output_embeddings(), self.loss.head
         units = [in_loss if in_loss is not None and unit is head else unit for unit in sharded_units(model)]
         for unit in units:
             kept = unit is head or unit is in_loss  # its backward pass comes next
-            own = fully_shard(unit, mesh=self.mesh, mp_policy=policy, reshard_after_forward=not kept)
+            own = fully_shard(unit, reshard_after_forward=not kept, **options)
             own.set_unshard_in_backward(not isinstance(unit, nn.Embedding))  # its gradient needs no weight
         # The root also reaches the head's parameters through the model's own head, which is not wrapped.
         elsewhere = {*in_loss.parameters()} if in_loss in units else None
-        fully_shard(self.loss, mesh=self.mesh, mp_policy=policy, ignored_params=elsewhere)
+        fully_shard(self.loss, ignored_params=elsewhere, **options)
         for module in self._sharded():
             module.set_gradient_divide_factor(1.0)  # sum the gradients: the loss is divided by all tokens already
             module.set_force_sum_reduction_for_comms(True)
             module.register_forward_hook(_reshard_without_gradient)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _split(self, model: PreTrainedModel) -> Callable[[nn.Parameter], ShardPlacementResult | None] | None:
+        """Split layers over the innermost dimension of `split_mesh`; returns how FSDP2 is to shard each parameter: cut
+        ones over the other dimensions of that mesh, others (None) over all processes of a replica."""
+        if self.split_mesh is None:
+            return None
+        parts = self.split_mesh["tensor"]
+        others = self.split_mesh["shard" if self.split_mesh.ndim == 2 else ("replicate", "shard")]
+        cut_parameters(
+            model, parts.size(), lambda part, dim: DTensor.from_local(part, parts, [Shard(dim)], run_check=False)
+        )
+        split_computation(self.loss, TokenGroup(parts.get_group()))
+        mesh_info = HSDPMeshInfo(others, 1, 0) if others.ndim == 2 else FSDPMeshInfo(others, 0)
+        over_others = ShardPlacementResult(Shard(0), mesh_info)
+        return lambda p: over_others if isinstance(p, DTensor) else None
 
     def _sharded(self) -> list[FSDPModule]:
         return [module for module in self.loss.modules() if isinstance(module, FSDPModule)]
@@ -104,7 +138,7 @@ class DDPEngine(FSDPEngine):
         recompute_keep: str,
         reduce_dtype: Dtype,
     ):
-        super().__init__(world, dtype, compile, recompute_every, recompute_keep, world.size, reduce_dtype)
+        super().__init__(world, dtype, compile, recompute_every, recompute_keep, world.size, 1, reduce_dtype)
 
     @classmethod
     def spread(cls, config: Config, world_size: int) -> Spread:
@@ -131,3 +165,11 @@ def device_mesh(world: World, replicas: int) -> DeviceMesh:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     shape = (replicas, world.size // replicas)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def split_mesh(world: World, replicas: int, tensor: int) -> DeviceMesh:
+    """(shard, tensor), or (replicate, shard, tensor) with `replicas` groups."""
+    shape, names = (world.size // replicas // tensor, tensor), ("shard", "tensor")
+    if replicas > 1:
+        shape, names = (replicas, *shape), ("replicate", *names)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)

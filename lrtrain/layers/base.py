@@ -56,6 +56,9 @@ class FactorizedLinear(nn.Module, ABC):
     batchable: ClassVar[bool] = False
     """Whether a batch of these layers can replace a layer's experts; see `FactorizedExperts`."""
 
+    splittable: ClassVar[bool] = False
+    """Whether the layer can be split between processes: forward(x) = expand(latents(x)), see these two."""
+
     transposed: bool = False
     """Whether the dense layer that this one replaces stores its weight as (in, out)."""
 
@@ -155,6 +158,24 @@ class FactorizedLinear(nn.Module, ABC):
         None if there are none, or if W is not linear in B A (an activation, a residual, a rank that changes from step
         to step). Optimizers for pairs rely on the gradients c·G Aᵀ and c·BᵀG with the same G = ∂L/∂W."""
         return None
+
+    # --- split between processes -----------------------------------------------------------------------------------
+
+    def latents(self, x: Tensor, first: int = 0) -> Tensor:
+        """x (..., n) with the input features first … first + n − 1 → their part of the latents (..., k).
+
+        Linear in x: the parts add up to the latents of all features. Parameters with role `factor_right` have only
+        these n columns; those with other roles are not used. Only of a `splittable` layer.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be split between processes")
+
+    def expand(self, z: Tensor, first: int = 0) -> Tensor:
+        """Latents (..., k) of all features → m output features (..., m) from `first` on.
+
+        Parameters have only these m rows, except those with role `factor_right`, which are not used. Only of a
+        `splittable` layer.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be split between processes")
 
     # --- what happens between steps --------------------------------------------------------------------------------
 

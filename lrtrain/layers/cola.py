@@ -37,8 +37,8 @@ class CoLALinear(LowRankLinear):
         super().__init__(in_features, out_features, bias, rank, init, init_std, residual, residual_alpha, None, device)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.expand(ACTIVATIONS[self.activation](self.A(x)))
+    def expand(self, z: Tensor, first: int = 0) -> Tensor:
+        return super().expand(ACTIVATIONS[self.activation](z), first)
 
     def factor_pair(self) -> tuple[str, str] | None:
         return super().factor_pair() if self.activation == "none" else None

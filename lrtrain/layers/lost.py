@@ -38,6 +38,7 @@ class LOSTLinear(FactorizedLinear):
 
     roles = {"B.weight": "factor_left", "A.weight": "factor_right", "sparse": "sparse_values", "B.bias": "bias"}
     init_version = 1
+    splittable = True
 
     def __init__(
         self,
@@ -66,11 +67,24 @@ class LOSTLinear(FactorizedLinear):
         self.columns = nn.Buffer(torch.empty(self.count, dtype=torch.int64, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        z = ACTIVATIONS[self.activation](self.A(x))  # (..., rank)
-        chosen = x.index_select(-1, self.columns)  # (..., k)
+        return self._expand(self.A(x), x.index_select(-1, self.columns))
+
+    def _expand(self, z: Tensor, chosen: Tensor) -> Tensor:
+        """A x (..., rank) and x_I (..., k) → (..., out)."""
+        z = ACTIVATIONS[self.activation](z)
         # One product: adding two would write and read (..., out) once more.
         inner = torch.cat([self.gamma * z, (1 - self.gamma) * chosen], dim=-1)  # (..., rank + k)
         return F.linear(inner, torch.cat([self.B.weight, self.sparse], dim=1), self.B.bias)
+
+    def latents(self, x: Tensor, first: int = 0) -> Tensor:
+        """A x and x_I (..., rank + k), with zeros for the columns that are not here."""
+        columns = self.columns - first
+        here = (columns >= 0) & (columns < x.shape[-1])
+        chosen = x.index_select(-1, columns.clamp(0, x.shape[-1] - 1))
+        return torch.cat([self.A(x), torch.where(here, chosen, 0)], dim=-1)
+
+    def expand(self, z: Tensor, first: int = 0) -> Tensor:
+        return self._expand(z[..., : self.rank], z[..., self.rank :])
 
     def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
         weight = normal((self.out_features, self.in_features), self.init_std, generator)

@@ -39,6 +39,7 @@ class LowRankLinear(RebalancedLinear):
     """
 
     batchable = True
+    splittable = True
     roles = {"B.weight": "factor_left", "A.weight": "factor_right", "B.bias": "bias"}
 
     def __init__(
@@ -68,13 +69,15 @@ class LowRankLinear(RebalancedLinear):
         self.B = nn.Linear(rank, out_features, bias=bias, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.expand(self.A(x))  # (..., in) → (..., rank) → (..., out)
+        return self.expand(self.latents(x))  # (..., in) → (..., rank) → (..., out)
 
-    def expand(self, z: Tensor) -> Tensor:
-        """z (..., rank) → (..., out): B with its residual, and the bias."""
+    def latents(self, x: Tensor, first: int = 0) -> Tensor:
+        return self.A(x)
+
+    def expand(self, z: Tensor, first: int = 0) -> Tensor:
         if not self.residual:
             return self.B(z)
-        return linear_with_residual(z, self.B.weight, self.B.bias, self.residual_alpha)
+        return linear_with_residual(z, self.B.weight, self.B.bias, self.residual_alpha, first, self.out_features)
 
     def left(self) -> Tensor:
         """B (out, rank) with the residual added."""

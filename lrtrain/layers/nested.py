@@ -56,6 +56,8 @@ class NestedLinear(FactorizedLinear):
 
     roles = {"B.weight": "factor_left", "A.weight": "factor_right", "B.bias": "bias"}
 
+    splittable = True
+
     def __init__(
         self,
         in_features: int,
@@ -101,9 +103,19 @@ class NestedLinear(FactorizedLinear):
         return (self.rank / rank) ** self.exponent
 
     def forward(self, x: Tensor) -> Tensor:
-        rank = self.drawn if self.training else self.kept
+        rank = self._rank_in_use()
         y = nested_linear(x, self.B.weight, self.A.weight, rank, self.scale_at(rank))
         return y if self.B.bias is None else y + self.B.bias
+
+    def latents(self, x: Tensor, first: int = 0) -> Tensor:
+        return linear(x, self.A.weight[: self._rank_in_use()])
+
+    def expand(self, z: Tensor, first: int = 0) -> Tensor:
+        rank = self._rank_in_use()
+        return linear(self.scale_at(rank) * z, self.B.weight[:, :rank], self.B.bias)
+
+    def _rank_in_use(self) -> int:
+        return self.drawn if self.training else self.kept
 
     def init_parameters(self, generator: torch.Generator) -> dict[str, Tensor]:
         left, right = spectral_factors(self.out_features, self.in_features, self.rank, self.init_std, generator)

@@ -34,6 +34,8 @@ def sends_gram(layer: FactorizedLinear) -> bool:
     parameters = [*layer.parameters()]
     if not all(isinstance(p, DTensor) and p.is_floating_point() for p in parameters):
         return False
+    if len({p.device_mesh for p in parameters if isinstance(p, DTensor)}) > 1:  # cut for tensor parallelism
+        return False
     left = row_shard(layer)
     if left is None or left.shape[1] > layer.in_features:  # the Gram would be singular
         return False

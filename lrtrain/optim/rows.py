@@ -3,10 +3,10 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from lrtrain.distributed.flat_shard import FlatShard
-from lrtrain.distributed.sharding import local
+from lrtrain.distributed.sharding import local, shard_dimensions
 
 
 class Rows:
@@ -20,16 +20,21 @@ class Rows:
         """Shape of the unsharded parameter."""
         self.group: dist.ProcessGroup | None = None
         """The processes that hold the rows; None if this process holds all of them."""
+        self.column_group: dist.ProcessGroup | None = None
+        """With `engine.tensor`, where this process has a part of a tensor's rows or columns (only the sums are
+        meaningful): the processes that have the other parts of it."""
         self.index = 0
         """This process's index in the group."""
         if isinstance(parameter, FlatShard):  # may hold partial rows: only the sums are meaningful
             self.group, self.index = dist.group.WORLD, dist.get_rank()
         elif isinstance(parameter, DTensor):
             mesh = parameter.device_mesh
-            sharded = [dim for dim, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
+            sharded = shard_dimensions(parameter)
             if sharded and mesh.size(sharded[0]) > 1:
                 self.group = mesh.get_group(sharded[0])
                 self.index = mesh.get_local_rank(sharded[0])
+            if len(sharded) > 1:
+                self.column_group = mesh.get_group(sharded[1])
 
     @property
     def most(self) -> int:
@@ -47,15 +52,18 @@ class Rows:
 
     def sum(self, part: Tensor) -> Tensor:
         """All-reduce (sum) of `part`."""
-        if self.group is not None:
-            dist.all_reduce(part, group=self.group)
+        for group in self._groups():
+            dist.all_reduce(part, group=group)
         return part
 
     def max(self, part: Tensor) -> Tensor:
         """All-reduce (elementwise maximum) of `part`."""
-        if self.group is not None:
-            dist.all_reduce(part, op=dist.ReduceOp.MAX, group=self.group)
+        for group in self._groups():
+            dist.all_reduce(part, op=dist.ReduceOp.MAX, group=group)
         return part
+
+    def _groups(self) -> list[dist.ProcessGroup]:
+        return [group for group in (self.group, self.column_group) if group is not None]
 
     def gather(self, rows: Tensor) -> Tensor:
         """All-gather: the unsharded (m, …) from each process's rows."""
@@ -78,7 +86,8 @@ def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32
         assert shape == parameter.shape[1:], "a FlatShard has no whole rows"
         return parameter.with_part(torch.zeros_like(local(parameter), dtype=dtype))
     part = local(parameter)
-    here = torch.zeros(part.shape[0], *shape, dtype=dtype, device=part.device)
+    columns = part.shape[1:] if shape == parameter.shape[1:] else shape
+    here = torch.zeros(part.shape[0], *columns, dtype=dtype, device=part.device)
     if not isinstance(parameter, DTensor):
         return here
     size = torch.Size((parameter.shape[0], *shape))

@@ -131,10 +131,11 @@ def memory_per_process(config: Config, model: PreTrainedModel, dtype: torch.dtyp
         b.numel() * b.element_size() for m in model.modules() if isinstance(m, FactorizedLinear) for b in m.buffers()
     )
     in_backward = config.optim["in_backward"]
-    held = max(parameter_counts(model, sharded_units(model))[1]) if in_backward else trainable
+    by_unit = parameter_counts(model, sharded_units(model))[1]
+    held = max(by_unit) if in_backward else trainable
     gradients, optimizer = own * held // spread.gradients, choice(config.optim)(model).state_bytes(spread.states)
     moments, _ = timeline(config, model, dtype)
-    sharding = Sharding.of(config, model, dtype, own, world_size, spread)
+    sharding = Sharding.of(config, model, dtype, own, world_size, spread, by_unit)
     gathered, activations, there = max(
         ((sharding.bytes(at), at.live, min(gradients, sharding.gradients(at))) for at in moments), key=sum
     )

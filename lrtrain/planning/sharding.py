@@ -24,6 +24,8 @@ class Sharding:
     parameters: list[int]
     """Of each unit and of the rest."""
     trained: list[int]
+    complete: list[int]
+    """As `trained`, before they are cut by tensor parallelism."""
     shards: int
     """Processes that share a gradient."""
     own: int
@@ -51,7 +53,9 @@ class Sharding:
         own: int,
         world_size: int,
         spread: Spread,
+        complete: list[int],
     ) -> "Sharding":
+        """`complete`: of the model before `timeline` changed it."""
         units = sharded_units(model)
         parameters, trained = parameter_counts(model, units)
         wrapped = world_size > 1 or dtype.itemsize != own
@@ -59,6 +63,7 @@ class Sharding:
         return cls(
             parameters,
             trained,
+            complete,
             shards=spread.gradients,
             own=own,
             used=dtype.itemsize,
@@ -99,5 +104,5 @@ class Sharding:
 
     def gradients(self, moment: Moment) -> int:
         """Bytes of this process's part of complete gradients."""
-        complete = self.trained if self.accumulates else [self.trained[i] for i in moment.done]
+        complete = self.complete if self.accumulates else [self.complete[i] for i in moment.done]
         return 0 if self.in_backward else self.own * sum(complete) // self.shards

@@ -15,6 +15,7 @@ from lrtrain.engine.blocks import prepare_blocks
 from lrtrain.engine.fsdp import sharded_units
 from lrtrain.model.loss import TokenLoss
 from lrtrain.planning.live_bytes import LiveBytes
+from lrtrain.planning.split import split_alone
 
 FLASH = "lrtrain_plan"
 
@@ -52,13 +53,15 @@ class Moment:
 def timeline(config: Config, model: PreTrainedModel, dtype: torch.dtype) -> tuple[list[Moment], int]:
     """The stages of one micro-batch's passes, and the bytes that the forward pass leaves to the backward pass.
 
-    Changes the model (on meta): its dtype, attention and blocks.
+    Changes the model (on meta): its dtype, attention and blocks; with `engine.tensor` its parameters are cut.
     """
     nn.Module.to(model, dtype)
     if model.config._attn_implementation != "eager":  # which keeps its matrices
         model.set_attn_implementation(FLASH)
     prepare_blocks(model, config.train.recompute_every, config.train.recompute_keep)
     loss = TokenLoss(model.train())
+    if (degree := config.engine.get("tensor", 1)) > 1:
+        split_alone(loss, degree)
     shape = (config.train.micro_batch_size, config.data.seq_len + 1)
     rows = torch.empty(shape, dtype=torch.int64, device="meta")
     passes = _Passes(model, loss)

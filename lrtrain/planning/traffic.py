@@ -1,13 +1,16 @@
 """Traffic between the processes of a run, and a forecast of the step time, from the model only."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrtrain.config.dtypes import DTYPES
 from lrtrain.config.schema import Config
+from lrtrain.engine.tensor import cut_dimensions, latent_width
 from lrtrain.errors import ConfigError
 from lrtrain.model.flops import training_flops
 from lrtrain.model.structure import blocks
@@ -24,9 +27,12 @@ class Traffic:
     replicated: int
     """Gradients summed over the replicas, once a step."""
 
+    latents: int
+    """Latents and token ids of tensor parallelism, within its groups."""
+
     @property
     def total(self) -> int:
-        return self.gathered + self.reduced + self.replicated
+        return self.gathered + self.reduced + self.replicated + self.latents
 
 
 def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_size: int) -> Traffic:
@@ -42,36 +48,58 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
     """
     if "zero_stage" in config.engine:
         raise ConfigError("engine=deepspeed is not foretold; scripts/wire_bytes.py counts what a step of it sends")
-    replicas = config.engine.get("replicas", world_size)
+    engine = config.engine
+    replicas, degree = engine.get("replicas", world_size), engine.get("tensor", 1)
     shards = world_size // replicas
     passes = config.train.batch_size // (world_size * config.train.micro_batch_size)
-    reduce_bytes = DTYPES[config.engine.get("reduce_dtype", "fp32")].itemsize
-    others = (shards - 1) / shards
-    gathers = rows_padded(model, shards) + rows_padded(blocks(model), shards)
-    trained = sum(padded(p, shards) for p in model.parameters() if p.requires_grad)
+    reduce_bytes = DTYPES[engine.get("reduce_dtype", "fp32")].itemsize
+    cut = cut_parameters(model) if degree > 1 else {}
+
+    def sent(parameters: Iterable[Tensor]) -> tuple[float, float]:
+        """Values that a process receives to gather parameters once, and values in its own shards."""
+        received = held = 0.0
+        for p in parameters:
+            over = shards // degree if p in cut else shards
+            size = padded(p, over, degree, cut.get(p)) / over
+            received, held = received + (over - 1) * size, held + size
+        return received, held
+
+    gathers = sent(model.parameters())[0] + sent(blocks(model).parameters())[0]
+    reduced, held = sent(p for p in model.parameters() if p.requires_grad)
     return Traffic(
-        gathered=round(passes * others * gathers * dtype.itemsize),
-        reduced=round(passes * others * trained * reduce_bytes),
-        replicated=round(2 * (replicas - 1) / replicas * trained / shards * reduce_bytes),
+        gathered=round(passes * gathers * dtype.itemsize),
+        reduced=round(passes * reduced * reduce_bytes),
+        replicated=round(2 * (replicas - 1) / replicas * held * reduce_bytes),
+        latents=round(passes * latent_bytes(config, model, dtype, degree)) if degree > 1 else 0,
     )
 
 
-def rows_padded(module: torch.nn.Module, shards: int) -> int:
-    """The number of values sent for a module's parameters, padding included."""
-    return sum(padded(p, shards) for p in module.parameters())
+def cut_parameters(model: PreTrainedModel) -> dict[Tensor, int]:
+    """The parameters that tensor parallelism cuts → their dimension."""
+    return {layer.get_parameter(name): dim for block in blocks(model) for layer, name, dim in cut_dimensions(block)}
 
 
-def padded(p: torch.Tensor, shards: int) -> int:
-    """The number of values of a parameter with rows padded so that all shards are equal."""
-    return math.ceil(p.shape[0] / shards) * shards * math.prod(p.shape[1:])
+def padded(p: Tensor, shards: int, parts: int = 1, dim: int | None = None) -> int:
+    """The number of values of a parameter, or of one of its `parts` along `dim`, with rows padded so that all shards
+    are equal."""
+    shape = [*p.shape]
+    if dim is not None:
+        shape[dim] //= parts
+    return math.ceil(shape[0] / shards) * shards * math.prod(shape[1:])
 
 
-def tensor_parallel_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype, degree: int) -> int:
-    """Bytes per process and step of Megatron's tensor parallelism of this degree, which lrtrain does not have: each
-    block sums its activations (tokens, d) twice in each direction."""
+def latent_bytes(config: Config, model: PreTrainedModel, dtype: torch.dtype, degree: int) -> int:
+    """Bytes that a process receives in one pass forward and backward by tensor parallelism of this degree.
+
+    Each block gathers the latents of the layers that read the residual stream and sums those of the layers that write
+    to it; the backward pass sums and gathers their gradients. Recomputed blocks repeat the forward pass.
+    """
     tokens = config.train.micro_batch_size * config.data.seq_len
-    width = model.config.get_text_config().hidden_size
-    return round(4 * len(blocks(model)) * tokens * width * dtype.itemsize * 2 * (degree - 1) / degree)
+    every = config.train.recompute_every
+    passes = [3 if every and i % every == 0 else 2 for i in range(len(blocks(model)))]
+    values = sum(count * latent_width(block) for count, block in zip(passes, blocks(model), strict=True))
+    ids = config.train.micro_batch_size * (config.data.seq_len + 1) * torch.int64.itemsize
+    return (degree - 1) * (tokens * values * dtype.itemsize + ids)
 
 
 @dataclass(frozen=True)
@@ -84,6 +112,8 @@ class Hardware:
     """The share of them that a training step reaches alone, without communication: `perf/mfu` of one process."""
     bandwidth: float
     """Bytes per second that it receives while it also sends, over the slowest link on the ring."""
+    within: float | None = None
+    """The same for latents of tensor parallelism, whose groups are within a node; None: `bandwidth`."""
 
 
 @dataclass(frozen=True)
@@ -102,5 +132,6 @@ def forecast(config: Config, model: PreTrainedModel, sent: Traffic, hardware: Ha
     """Time and model FLOPs utilization of one step."""
     tokens = config.train.batch_size * config.data.seq_len
     ideal = training_flops(model, config.data.seq_len).model * tokens / world_size / hardware.flops
-    compute, wire = ideal / hardware.efficiency, sent.total / hardware.bandwidth
+    compute = ideal / hardware.efficiency
+    wire = (sent.total - sent.latents) / hardware.bandwidth + sent.latents / (hardware.within or hardware.bandwidth)
     return Forecast(compute, wire, ideal / max(compute, wire), ideal / (compute + wire))

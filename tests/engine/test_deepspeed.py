@@ -98,7 +98,7 @@ def test_bf16_computes_in_bf16_and_steps_float32(world, stage: int):
         losses.append(found / 64)
     assert 1e-5 < abs(losses[0] - losses[1]) < 0.02
     config = compose(*SMALL, "param=lowrank")
-    fsdp = FSDPEngine(world, torch.bfloat16, False, 0, "inputs", replicas=1, reduce_dtype="fp32")
+    fsdp = FSDPEngine(world, torch.bfloat16, False, 0, "inputs", replicas=1, tensor=1, reduce_dtype="fp32")
     fsdp.prepare(make_model(config), 0, choice(config.optim))
     assert fsdp.forward_backward(ROWS, 64).item() / 64 == pytest.approx(losses[1], abs=1e-4)
 

@@ -34,7 +34,7 @@ def world():
 
 def engine(world, dtype=torch.float32, recompute_every=0, recompute_keep="inputs", overrides=FACTORED) -> FSDPEngine:
     config = compose(*overrides)
-    made = FSDPEngine(world, dtype, False, recompute_every, recompute_keep, replicas=1, reduce_dtype="fp32")
+    made = FSDPEngine(world, dtype, False, recompute_every, recompute_keep, replicas=1, tensor=1, reduce_dtype="fp32")
     made.prepare(make_model(config), 0, choice(config.optim))
     return made
 

@@ -35,6 +35,7 @@ def engine():
         recompute_every=0,
         recompute_keep="inputs",
         replicas=1,
+        tensor=1,
         reduce_dtype="fp32",
     )
     made.prepare(make_model(CONFIG), 0, choice(CONFIG.optim))
@@ -108,6 +109,7 @@ def test_training_goes_on_and_the_smaller_model_is_saved_and_loaded(engine: FSDP
         recompute_every=0,
         recompute_keep="inputs",
         replicas=1,
+        tensor=1,
         reduce_dtype="fp32",
     )
     other.prepare(make_model(CONFIG, planned(ranks)), 1, choice(CONFIG.optim))

@@ -362,3 +362,22 @@ def test_the_residual_repeats_the_latents_and_folds_exactly(method: str, out_fea
     assert not plain.residual and torch.equal(plain(x), layer(x))
     torch.testing.assert_close(plain.singular_values(), layer.singular_values())
     assert not torch.equal(plain.B.weight, layer.B.weight)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if make(name).splittable])
+def test_parts_of_a_layer_give_its_latents_and_its_features(method: str):
+    """Columns of A give parts of the latents, and rows of the others features, as processes that split it hold them."""
+    layer = make(method)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+
+    def part(first: int, count: int, of_right: bool) -> FactorizedLinear:
+        found = copy.deepcopy(layer)
+        for name, p in found.named_parameters():
+            if (layer.roles[name] == "factor_right") == of_right:
+                p.data = p.data.narrow(int(of_right), first, count).clone()
+        return found
+
+    latents = sum(part(first, 4, True).latents(x[..., first : first + 4], first) for first in (0, 4, 8))
+    torch.testing.assert_close(latents, layer.latents(x), rtol=1e-12, atol=1e-12)
+    features = [part(first, 5, False).expand(latents, first) for first in (0, 5)]
+    torch.testing.assert_close(torch.cat(features, -1), layer(x), rtol=1e-12, atol=1e-12)

@@ -189,6 +189,7 @@ def engine():
         recompute_every=0,
         recompute_keep="inputs",
         replicas=1,
+        tensor=1,
         reduce_dtype="fp32",
     )
     made.prepare(make_model(config), 0, choice(config.optim))

@@ -27,16 +27,20 @@ class Counted(TorchDispatchMode):
     """Bytes that this process receives, by what they are for: of n processes each gets (n − 1)/n of the whole, twice
     for a sum that all get."""
 
-    def __init__(self):
+    def __init__(self, tensor_group: str | None):
         super().__init__()
-        self.received = dict.fromkeys(KINDS.values(), 0.0)
+        self.tensor_group = tensor_group
+        self.received = dict.fromkeys([*KINDS.values(), "latents"], 0.0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d" and (kind := KINDS.get(func.__name__.partition(".")[0])):
-            size = next(ProcessGroup.unbox(a).size() for a in args if isinstance(a, torch.ScriptObject)
-                        and "ProcessGroup" in str(a._type()))  # fmt: skip
+            group = next(ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject)
+                         and "ProcessGroup" in str(a._type()))  # fmt: skip
+            size = group.size()
             whole = max(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
-            self.received[kind] += whole * (size - 1) / size * (2 if kind == "replicated" else 1)
+            times = 2 if kind == "replicated" else 1
+            kind = "latents" if group.group_name == self.tensor_group else kind
+            self.received[kind] += whole * (size - 1) / size * times
         return func(*args, **(kwargs or {}))
 
 
@@ -65,7 +69,8 @@ def measured(config: Config, world: World, peak: bool) -> dict[str, Any]:
     engine.begin_step(0, 1e-3, 1.0, "global")
     engine.clip_and_step(gradients().item())  # this step also looks at the model once
     engine.begin_step(1, 1e-3, 1.0, "global")
-    with Counted() as counted:
+    split = getattr(engine, "split_mesh", None)
+    with Counted(split and split.get_group("tensor").group_name) as counted:
         loss = gradients()
     held = sum(local(p.grad).nbytes for p in engine.model.parameters() if p.grad is not None)
     engine.clip_and_step(loss.item())
