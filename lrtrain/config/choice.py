@@ -2,7 +2,7 @@
 
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, make_dataclass
 from functools import partial
 from inspect import Parameter
@@ -12,6 +12,7 @@ import hydra
 
 from lrtrain.config.home import import_from_homes
 from lrtrain.config.ranges import RankRule, Regex, RegexOrNull
+from lrtrain.config.stored import KINDS
 from lrtrain.config.values import STRICT, UnknownKey, validated
 from lrtrain.errors import ConfigError
 
@@ -42,6 +43,8 @@ def checked_choice(section: str, node: dict[str, Any]) -> dict[str, Any]:
         UnknownKey: if a key is not a parameter.
         ConfigError: if the callable cannot be imported, or a value is missing or not of the annotated type.
     """
+    if section in CALLED_WITH:
+        check_keys(section, node, ("name", "_target_"))
     if section == "param":
         node = node | checked({key: kind for key, kind in OF_THE_MODEL.items() if key in node}, node, section)
     if node.get("_target_") is None:
@@ -49,7 +52,11 @@ def checked_choice(section: str, node: dict[str, Any]) -> dict[str, Any]:
     if section == "param" and node.get("rank", 1) is None:
         raise ConfigError(f"param.rank=null is no rank, which param={node.get('name')} needs; give one, such as 128")
     target = find(section, node["_target_"])
-    parameters, any_key = arguments(target)
+    if section == "param":
+        check_keys(section, node, ("pattern", "rank"))
+    parameters, any_key = arguments(section, target)
+    lacking = set() if any_key else CALLED_WITH.get(section, set()) - parameters.keys()
+    check_callable(section, node["_target_"], target, lacking)
     given = own_arguments(node)
     for key in given:
         if key not in parameters and not any_key:
@@ -65,6 +72,27 @@ def checked_choice(section: str, node: dict[str, Any]) -> dict[str, Any]:
                 f"{section}={node.get('name')} has none"
             )
     return node | checked({key: parameters.get(key, Any) for key in given}, given, section)
+
+
+def check_keys(section: str, node: dict[str, Any], keys: Sequence[str]) -> None:
+    """Raise ConfigError if a choice lacks one of the keys that all choices of its section have."""
+    for key in keys:
+        if key not in node:
+            raise ConfigError(f"{section}.{key} has no value: the yaml of {section}={node.get('name')} has to give one")
+
+
+def check_callable(section: str, path: str, target: Any, lacking: set[str]) -> None:
+    """Raise ConfigError if the class that a choice names has another base class than its section's, lacks a method, or
+    has a constructor that does not take the arguments `lacking`, which the code gives."""
+    kind = KINDS.get(section, ("", None))[1]
+    if inspect.isclass(target) and kind and not issubclass(target, pkgutil.resolve_name(kind)):
+        hint = "; optim=torch optim.of=CLASS takes any of torch.optim" if section == "optim" else ""
+        raise ConfigError(f"{section}._target_={path} is not a subclass of {kind}{hint}")
+    if inspect.isabstract(target):
+        methods = ", ".join(sorted(getattr(target, "__abstractmethods__", ())))
+        raise ConfigError(f"{section}._target_={path} cannot be made: it lacks {methods}")
+    if lacking:
+        raise ConfigError(f"{section}._target_={path} takes no {min(lacking)}, which lrtrain gives to every {section}")
 
 
 def checked(types: dict[str, Any], values: dict[str, Any], section: str) -> dict[str, Any]:
@@ -92,12 +120,19 @@ def find(section: str, path: str) -> Any:
         raise ConfigError(f"{section}._target_={path} cannot be imported: {reason}") from error
 
 
-def arguments(target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
+def arguments(section: str, target: Callable[..., Any]) -> tuple[dict[str, Any], bool]:
     """The keyword arguments of a callable with their annotations, and whether it accepts any other key.
 
     `**settings: Unpack[SomeTypedDict]` is expanded.
+
+    Raises:
+        ConfigError: if an annotation names a type that its module does not have.
     """
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    try:
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    except NameError as error:
+        name = getattr(target, "__qualname__", target)
+        raise ConfigError(f"{section}: an annotation of {name} cannot be resolved: {error}") from error
     found, any_key = {}, False
     for name, parameter in inspect.signature(target).parameters.items():
         if parameter.kind is not Parameter.VAR_KEYWORD:

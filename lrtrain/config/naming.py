@@ -45,7 +45,7 @@ def run_name(
     leaves out its `swept` keys.
     """
     experiments = [o.removeprefix("experiment=") for o in overrides if o.startswith("experiment=")]
-    subjects = [composed[group].name for group in ("model", "param") if group not in swept]
+    subjects = [str(composed[group].get("name")) for group in ("model", "param") if group not in swept]
     name = experiments[-1] if experiments else "-".join(subjects)
     name = name if config_name == DEFAULT else f"{config_name}-{name}"
     named = ("experiment=",) if experiments else ("model=", "param=")

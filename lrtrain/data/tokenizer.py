@@ -199,5 +199,5 @@ def _what_would_do(message: str) -> str:
     if most := re.search(r"value <= (\d+)", message):
         return f"is more than this corpus can support; give at most {most[1]}, or more text"
     if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        return f"is less than the bytes and characters of this corpus; give at least {least[1]}"
+        return f"is less than the bytes and characters of this corpus; give at least {least[1]}, or more text"
     return f"cannot be trained on this corpus ({message}); give more text"

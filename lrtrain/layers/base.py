@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lrtrain.linalg.nearest import Fit
 
-Role = Literal["factor_left", "factor_right", "sparse_values", "singular_values", "frozen", "bias"]
+Role = Literal["matrix", "factor_left", "factor_right", "sparse_values", "singular_values", "frozen", "bias"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class FactorizedLinear(nn.Module, ABC):
     """The implementation that `forward` uses, if there are several; see `autotune`."""
 
     roles: ClassVar[dict[str, Role]]
-    """The role of each parameter by its name in this module: optimizers and weight decay depend on it."""
+    """The role of each parameter by its name in this module: optimizers and weight decay depend on it. A `matrix`,
+    `factor_left` or `factor_right` has two dimensions, or three if it is a batch of matrices."""
 
     paced: ClassVar[frozenset[str]] = frozenset()
     """Names of the parameters whose learning rate is multiplied by `lr_factor`."""

@@ -86,12 +86,23 @@ def initial_values(layer: FactorizedLinear, seed: int, name: str) -> dict[str, T
     """Initial values of all parameters and buffers of a factorized layer: a function of (seed, name) only.
 
     Raises:
-        ConfigError: if the layer gives no value to one of them.
+        ConfigError: if the layer gives no value to one of them, one of another shape, or one too many.
     """
-    values = initial_state(layer, seed, name) | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
-    wanted = {key for key, _ in (*layer.named_parameters(), *layer.named_buffers())}
-    if missing := sorted(wanted - {*values}):
-        raise ConfigError(f"{type(layer).__name__} gives no initial value to {', '.join(missing)} of {name}")
+    kind = type(layer).__name__
+    state = initial_state(layer, seed, name)
+    if not isinstance(state, dict):
+        raise ConfigError(f"{kind}.init_parameters gives no dictionary of values by name, but {state!r}")
+    values = state | layer.init_buffers(generator_for(seed, f"{name}/buffers"))
+    wanted = {key: t.shape for key, t in (*layer.named_parameters(), *layer.named_buffers())}
+    if missing := sorted(wanted.keys() - values.keys()):
+        raise ConfigError(f"{kind} gives no initial value to {', '.join(missing)} of {name}")
+    for key, value in values.items():
+        if key not in wanted:
+            raise ConfigError(f"{kind} gives an initial value to {key} of {name}, which has none of that name")
+        if value.shape != wanted[key]:
+            raise ConfigError(
+                f"{kind} gives {key} of {name} an initial value of shape {[*value.shape]} instead of {[*wanted[key]]}"
+            )
     return values
 
 

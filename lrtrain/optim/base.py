@@ -16,9 +16,10 @@ from torch.optim.adamw import adamw as fused_adamw
 from lrtrain.config.ranges import Betas
 from lrtrain.core.seeds import integer_seed
 from lrtrain.distributed.sharding import local
+from lrtrain.errors import ConfigError
 from lrtrain.optim.adam import EpsConvention, adam_direction
 from lrtrain.optim.batches import Batch
-from lrtrain.optim.groups import Decay, parameter_groups
+from lrtrain.optim.groups import MATRICES, Decay, parameter_groups
 from lrtrain.optim.rounding import stochastic_round
 from lrtrain.optim.rows import Rows, in_pieces, rows_like
 
@@ -110,10 +111,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if group["transposed"]:
                     self.transposed.add(p)
                 if self.takes(name, p, group["role"]):
+                    self._check_dimensions(name, p, group["role"])
                     self.own.add(p)
                     if p.ndim == 3:
                         self._add_batch(name, p)
                 self.initialize_state(p)
+
+    def _check_dimensions(self, name: str, p: Tensor, role: str) -> None:
+        if p.ndim > 3 or (p.ndim < 2 and role in MATRICES):
+            raise ConfigError(
+                f"{name} of shape {'×'.join(map(str, p.shape))} has the role {role}, but is no matrix or batch of "
+                f"matrices, which {type(self).__name__} steps; use optim=adamw, or another role"
+            )
 
     def _add_batch(self, name: str, p: Tensor) -> None:
         batch = self.batches[p] = Batch(name, p, p in self.transposed)

@@ -24,6 +24,7 @@ from lrtrain.init_from.start import Start
 from lrtrain.measure.monitor import check_patterns
 from lrtrain.model.autotune import autotune_layers
 from lrtrain.model.build import make_model
+from lrtrain.model.contract import check_contract
 from lrtrain.model.rank import RankPlan
 from lrtrain.model.supports import support_hash
 from lrtrain.run.batches import Batches
@@ -67,6 +68,8 @@ def start_run(
     run.rank_plan = RankPlan(config.param["rank"], meta.ranks if meta else {})
     architecture = meta.architecture if meta else None
     model = make_model(config, run.rank_plan, architecture)
+    if not checkpoint:
+        check_contract(model, config.train.seed)
     choice(config.optim)(model)  # on meta: raises the optimizer's errors before anything is built
     check_patterns(config, model)
     read_data(run, model, checkpoint, meta)

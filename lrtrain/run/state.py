@@ -20,6 +20,7 @@ from lrtrain.distributed.heartbeat import Heartbeat
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine
 from lrtrain.engine.resize import wanted_ranks
+from lrtrain.errors import ConfigError
 from lrtrain.measure.evaluate import Evaluation, evaluate, evenly_spaced
 from lrtrain.model.build import make_model
 from lrtrain.model.counts import dense_parameter_count, parameter_count, trainable_count
@@ -102,6 +103,10 @@ class Run:
         ranks = wanted_ranks(factorized_layers(self.engine.shards), step)
         if all(layer.rank == ranks[name] for name, layer in self.layers.items()):
             return
+        if grown := [name for name, layer in self.layers.items() if ranks[name] > layer.rank]:
+            raise ConfigError(
+                f"{grown[0]} wants rank {ranks[grown[0]]}, but has {self.layers[grown[0]].rank}: ranks shrink only"
+            )
         before = self.counts["parameters"]
         self.rank_plan = replace(self.rank_plan, exact=ranks)
         model = make_model(self.config, self.rank_plan, self.engine.model.config.to_dict())

@@ -71,5 +71,5 @@ def test_a_layer_that_gives_a_parameter_no_known_role_is_refused_by_name(role: s
     model = make_model(compose(*SMALL, "param=lowrank"))
     layer = next(m for m in model.modules() if isinstance(m, LowRankLinear))
     monkeypatch.setattr(type(layer), "roles", {"B.weight": "factor_left"} | ({"A.weight": role} if role else {}))
-    with pytest.raises(ConfigError, match=r"LowRankLinear.roles .* parameter A.weight .*; use one of factor_left, "):
+    with pytest.raises(ConfigError, match=r"LowRankLinear.roles .* parameter A.weight .*; use one of matrix, "):
         parameter_groups(model, 0.1)
