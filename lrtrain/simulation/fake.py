@@ -9,10 +9,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode  # no public name, though documented
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import _disable_current_modes  # has no public counterpart
 from transformers import AttentionInterface
 
-from lrtrain.engine.fsdp import device_mesh
+from lrtrain.engine.fsdp import device_mesh, split_mesh
 from lrtrain.model.attention import CAUSAL
 from lrtrain.optim import quantized
 from lrtrain.simulation.device import passed_off_as_cuda, waits
@@ -51,6 +52,9 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
 
     return {
         "lrtrain.engine.fsdp.device_mesh": _outside(device_mesh),  # who talks to whom are values
+        "lrtrain.engine.fsdp.split_mesh": _outside(split_mesh),
+        "torch.distributed.device_mesh.DeviceMesh.__getitem__": _outside(DeviceMesh.__getitem__),
+        "torch.distributed.device_mesh.DeviceMesh._concatenate": staticmethod(_outside(DeviceMesh._concatenate)),
         "torch.distributed.fsdp._fully_shard._fsdp_param._chunk_with_empty": Chunks,
         "lrtrain.model.init.fill": lambda *args: None,  # initial values
         "lrtrain.run.start.support_hash": lambda model: "",

@@ -14,6 +14,7 @@ JOBS: dict[str, Job] = {
     "four": ([*RUN, "param=dense", "train.batch_size=16"], 4, 1),
     "sharded": ([*RUN, "param=sltrain", "train.batch_size=256"], 64, 50),
     "ddp": ([*RUN, "param=lowrank", "train.batch_size=32", "engine=ddp"], 4, 3),
+    "split": ([*RUN, "param=lowrank", "train.batch_size=32", "engine.tensor=2"], 8, 5),
 }
 
 
@@ -36,6 +37,13 @@ def test_collectives_receive_the_planned_bytes(found: dict[str, dict[str, Any]])
             size for _, device, what, _, size in found[name]["collectives"] if device == "GPU" and kind in what
         )
         assert received == pytest.approx(traffic["gathered"] or traffic["replicated"], rel=0.02, abs=2000), name
+
+
+def test_a_split_step_receives_the_planned_bytes(found: dict[str, dict[str, Any]]):
+    split = found["split"]
+    received = sum(size for _, device, _, _, size in split["collectives"] if device == "GPU")
+    assert received == pytest.approx(sum(split["traffic"].values()), rel=0.02)
+    assert split["traffic"]["latents"] > received / 5
 
 
 def test_the_plan_is_within_3_percent_of_the_peak_of_a_small_model_too(found: dict[str, dict[str, Any]]):
