@@ -9,7 +9,7 @@ nothing by default: `draw`, `add_penalty`, `after_step`, `revise` (with `revisio
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -58,13 +58,19 @@ class FactorizedLinear(nn.Module, ABC):
     """Whether a batch of these layers can replace a layer's experts; see `FactorizedExperts`."""
 
     splittable: ClassVar[bool] = False
-    """Whether the layer can be split between processes: forward(x) = expand(latents(x)), see these two."""
+    """Whether the layer can be split between processes: forward(x) = expand(latents(x)), see these two. A subclass with
+    a `forward` of its own has to say so again."""
 
     transposed: bool = False
     """Whether the dense layer that this one replaces stores its weight as (in, out)."""
 
     batch: int = 1
     """Number of layers in a batch; with more than one, W is (batch, out, in)."""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and "splittable" not in vars(cls):
+            cls.splittable = False
 
     def __init__(self, in_features: int, out_features: int, rank: int):
         super().__init__()

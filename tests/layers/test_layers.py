@@ -377,7 +377,20 @@ def test_parts_of_a_layer_give_its_latents_and_its_features(method: str):
                 p.data = p.data.narrow(int(of_right), first, count).clone()
         return found
 
-    latents = sum(part(first, 4, True).latents(x[..., first : first + 4], first) for first in (0, 4, 8))
+    pieces = [part(first, 4, True).latents(x[..., first : first + 4], first) for first in (0, 4, 8)]
+    latents = torch.stack(pieces).sum(0)
     torch.testing.assert_close(latents, layer.latents(x), rtol=1e-12, atol=1e-12)
     features = [part(first, 5, False).expand(latents, first) for first in (0, 5)]
     torch.testing.assert_close(torch.cat(features, -1), layer(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_class_with_a_forward_of_its_own_is_not_split_unless_it_says_so():
+    class Gated(LowRankLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Louder(LowRankLinear):
+        def expand(self, z: Tensor, first: int = 0) -> Tensor:
+            return 2 * super().expand(z, first)
+
+    assert not Gated.splittable and Louder.splittable
