@@ -69,9 +69,10 @@ class Place(NamedTuple):
 
 @functools.cache
 def start_server() -> None:
-    """Start the server that forks. It does not know our sys.path."""
+    """Start the server that forks. It does not know our sys.path: it is given this clone's lrtrain, whichever is
+    installed."""
     FORKS.set_forkserver_preload(PRELOADED)
-    with patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join((str(ROOT), str(Path(__file__).parent)))):
         forkserver.ensure_running()
 
 

@@ -31,6 +31,8 @@ from lrtrain.errors import ConfigError
 
 MARKER = "checksums.json"
 NAME = re.compile(r"step-(\d{8})")
+SHORT_WRITE = "a file could not be written whole, as on a full disk"
+"""What torch's writer means by `unexpected pos 704 vs 598`."""
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -166,7 +168,8 @@ class Checkpointer:
         if not self.saved and self.world.main:
             shutil.rmtree(self._partial(self.step), ignore_errors=True)
             reason = failure or "another process could not write its part"
-            print(f"the checkpoint of step {self.step} failed: {reason}", file=sys.stderr, flush=True)
+            told = f"the checkpoint of step {self.step} failed: {reason}{_room(self.folder)}"
+            print(told, file=sys.stderr, flush=True)
 
     def load(self, state: dict[str, Any], checkpoint: Path) -> None:
         """Fill the tensors of `state` in place from a checkpoint of any world size; a collective.
@@ -254,7 +257,16 @@ def _failure_of(save: Callable[[], Any]) -> str | None:
 
 def _reasons(error: CheckpointException) -> str:
     """The reasons of an error on all processes, in one line."""
-    return "; ".join(sorted({str(failure).splitlines()[0] for failure, _ in error.failures.values()}))
+    found = {str(failure).splitlines()[0] for failure, _ in error.failures.values()}
+    return "; ".join(sorted({SHORT_WRITE if "inline_container" in reason else reason for reason in found}))
+
+
+def _room(folder: Path) -> str:
+    """How much of a disk is free, after what went wrong; nothing if its folder is gone."""
+    try:
+        return f"; {shutil.disk_usage(folder).free / 2**30:.1f} GiB are free in {folder}"
+    except OSError:
+        return ""
 
 
 def remove(checkpoint: Path) -> None:

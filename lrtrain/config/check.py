@@ -106,7 +106,7 @@ def check_directories(config: Config) -> None:
     """
     if config.gpu is not None:
         raise ConfigError(f"gpu={config.gpu.name} is a GPU to plan for: add dry_run=true; a run takes those it finds")
-    if config.resume == "never" and is_taken(Path(config.run.dir)):
+    if config.resume != "auto" and is_taken(Path(config.run.dir)):
         raise ConfigError(
             f"run.dir={config.run.dir} exists; go on with resume=auto, or choose another run.name or run.dir"
         )

@@ -23,6 +23,9 @@ from lrtrain.run.identity import RUN, RunIdentity
 ASIDE = ("resume", "dry_run", "gpu", "run.", "tracking.")
 """Keys that do not affect what a run computes."""
 
+NOT_OF_ROWS = ("data.cache_dir", "data.document_mask", "data.on_error")
+"""Keys of the data that do not affect its rows."""
+
 
 def checkpoint_to_resume(config: Config) -> Path | None:
     """The checkpoint that `resume` asks for; None for a fresh start.
@@ -64,9 +67,19 @@ def check_compatible(config: Config, data_fingerprint: str, checkpoint: Path, me
         )
     if config.resume == "auto" and meta.data.fingerprint != data_fingerprint:
         raise ConfigError(
-            f"{checkpoint} was trained on other data than data={config.data.name} gives here; to start on new data "
-            f"from its weights use another run.name and resume={checkpoint}"
+            f"{checkpoint} was trained on other data than data={config.data.name} gives here "
+            f"({changed_data(changes)}); to start on new data from its weights use another run.name and "
+            f"resume={checkpoint}"
         )
+
+
+def changed_data(changes: dict[str, tuple[Any, Any]]) -> str:
+    """What makes the data another one: the values of `data` that decide its rows and changed, or what they name."""
+    told = {}  # data.source repeats other keys
+    for key, (old, new) in changes.items():
+        if key.startswith("data.") and not key.startswith(NOT_OF_ROWS):
+            told.setdefault((str(old), str(new)), f"{key} is {old} there and {new} here")
+    return "; ".join(told.values()) or "its files or its tokenizer changed"
 
 
 def claim(

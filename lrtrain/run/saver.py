@@ -93,7 +93,9 @@ class Saver:
         if run.world.main:
             there, here = meta.config["engine"]["name"], run.config.engine["name"]
             moved = f", saved by engine={there} and loaded by engine={here}" if there != here else ""
-            print(f"going on from {checkpoint} at step {run.progress.step}{moved}", flush=True)
+            step, steps = run.progress.step, run.config.train.steps
+            ended = f"; train.steps={steps} leaves no step to take" if step >= steps else ""
+            print(f"going on from {checkpoint} at step {step}{moved}{ended}", flush=True)
 
 
 def meta_of(run: Run) -> CheckpointMeta:

@@ -242,6 +242,7 @@ def test_a_disk_that_is_full_on_one_process_costs_one_checkpoint(tmp_path: Path,
     assert not list(tmp_path.glob(".step*"))
     said = "".join((tmp_path / f"{k}.txt").read_text() for k in range(2))
     assert said.count("the checkpoint of step 2 failed: ") == 1
+    assert "a file could not be written whole, as on a full disk" in said and f" GiB are free in {tmp_path}" in said
 
 
 def save_on_a_full_disk(folder: Path, asynchronous: bool, full: int) -> None:

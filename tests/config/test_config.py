@@ -82,10 +82,11 @@ def test_values_that_do_not_fit_are_named(override: str, processes: int, message
     [
         ("resume=/nowhere", "resume=/nowhere is not never, auto, or the path"),
         ("run.dir=/", "run.dir=/ exists; go on with resume=auto"),
+        ("run.dir=/ resume=/tmp", "run.dir=/ exists; go on with resume=auto"),
     ],
 )
 def test_directories_are_looked_at_by_a_start_and_not_by_a_plan(override: str, message: str):
-    config = compose(override)
+    config = compose(*override.split())
     check(config, 1)
     with pytest.raises(ConfigError, match=message):
         check_directories(config)

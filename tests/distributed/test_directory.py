@@ -81,6 +81,11 @@ def test_other_values_are_told_and_rewrite_the_configuration(tmp_path: Path, fin
     assert (run / "config.yaml").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_is_told_as_such_and_evaluated_once(tmp_path: Path, finished: list[str]):
+    said = go([*finished, "train.steps=2", "eval.every=2"], tmp_path)
+    assert "at step 2; train.steps=2 leaves no step to take" in said and said.count("\neval 2/2") == 1
+
+
 def test_another_optimizer_is_refused_by_name(tmp_path: Path, finished: list[str], launch):
     done = launch([*finished, "optim=muon", "train.steps=4"])
     assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -29,8 +29,9 @@ class Callback:
 
     def on_start(self, run: "Run") -> None:
         """Called before the first step of a new or resumed run. By default calls `on_step` if it is due: a resumed run
-        repeats what was due at its checkpoint's step, since it may not have been done."""
-        if self.due(run.progress.step):
+        repeats what was due at its checkpoint's step, since it may not have been done. Without a step left, `on_end`
+        does it."""
+        if self.due(run.progress.step) and run.progress.step < run.config.train.steps:
             self.on_step(run)
 
     def before_step(self, run: "Run") -> None:
