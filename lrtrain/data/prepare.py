@@ -35,6 +35,8 @@ class Data:
 
 def check_data(cfg: DataConfig) -> None:
     """Raise ConfigError for errors that can be found without building anything."""
+    if cfg.path is not None and cfg.source.keys() == {"_target_"}:
+        raise ConfigError(f"data.path={cfg.path} has no effect on data={cfg.name}; add data=local")
     if reason := why_not_writable(_cache_dir(cfg)):
         raise ConfigError(f"data.cache_dir={_cache_dir(cfg)} {reason}; give one that can be written to")
     if cfg.tokenizer.path is not None:

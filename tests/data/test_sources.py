@@ -153,6 +153,11 @@ def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
     assert content_digests([path], tmp_path) == digests
 
 
+def test_a_path_that_the_default_text_does_not_read_is_refused():
+    with pytest.raises(ConfigError, match="data.path=/x has no effect on data=pystdlib; add data=local"):
+        check_data(compose_data("data.path=/x"))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
