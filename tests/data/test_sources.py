@@ -153,9 +153,9 @@ def test_an_unchanged_file_is_not_read_again(tmp_path, monkeypatch):
     assert content_digests([path], tmp_path) == digests
 
 
-def test_a_path_that_the_default_text_does_not_read_is_refused():
+def test_a_path_that_the_default_text_does_not_read_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="data.path=/x has no effect on data=pystdlib; add data=local"):
-        check_data(compose_data("data.path=/x"))
+        check_data(compose_data("pystdlib", tmp_path, "data.path=/x"))
 
 
 @pytest.mark.parametrize(
