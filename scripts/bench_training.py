@@ -348,7 +348,7 @@ def ours(overrides: list[str], rows: Tensor, world: World) -> tuple[Step, PreTra
     def step() -> None:
         engine.begin_step(0, 1e-3, 1.0, "global")
         loss = engine.forward_backward(rows, tokens)
-        engine.clip_and_step(sum_over_ranks(loss.item())[0] / tokens)
+        engine.clip_and_step(loss / tokens)
 
     return step, engine.model
 

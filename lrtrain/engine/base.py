@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import PreTrainedModel
@@ -34,7 +35,9 @@ class StepResult:
     """Global L2 norm over all trainable parameters before clipping."""
     skipped: bool
     """True if loss or gradient was not finite: parameters and optimizer state are then unchanged. With updates in the
-    backward pass, only the parameters with a non-finite gradient are unchanged."""
+    backward pass and a finite loss, only the parameters with a non-finite gradient are unchanged."""
+    sums: list[float]
+    """The shares given to `clip_and_step`, summed over all processes."""
 
 
 @dataclass(frozen=True)
@@ -157,29 +160,47 @@ class Engine(ABC):
             `TokenLoss` of this process's rows, detached, on the device.
         """
 
-    def clip_and_step(self, loss: float) -> StepResult:
+    def clip_and_step(self, shares: Tensor | float) -> StepResult:
         """Clip, take one optimizer step, and clear the gradients.
 
-        The step is skipped if the gradient norm or `loss` (of the step, over all processes) is not finite.
+        The step is skipped if the loss or the gradient norm is not finite.
+
+        Args:
+            shares: what is summed over the processes together with the norm, on the device; first this process's share
+                of the step's loss.
         """
         if self.in_backward is None:
-            result = self._step(loss)
-        else:
-            result = StepResult(self.in_backward.norm, self.in_backward.skipped or not math.isfinite(loss))
-        if self.in_backward is not None or not result.skipped:
+            self._add_penalties()
+        sums = self._sum(torch.as_tensor(shares, dtype=torch.float64, device=self.world.device).reshape(-1))
+        *told, norm = sums.cpu().tolist()  # waits for the device, so all is read at once
+        finite = math.isfinite(norm) and math.isfinite(told[0])
+        if self.in_backward is None:
+            if finite:
+                self._clip(sums[-1].float(), norm)
+            self._update(finite)
+        elif not finite:
+            self.in_backward.take_back_counts()
+        if self.in_backward is not None or finite:
             self._after_step()
         self.optimizer.zero_grad()
-        return result
+        return StepResult(norm, not finite, told)
 
-    def _step(self, loss: float) -> StepResult:
-        self._add_penalties()
-        norm = self._gradient_norm()
-        told = norm.item()  # waits for the device, so it is read once
-        finite = math.isfinite(told) and math.isfinite(loss)
-        if finite:
-            self._clip(norm, told)
-        self._update(finite)
-        return StepResult(grad_norm=told, skipped=not finite)
+    @torch.no_grad()
+    def _sum(self, shares: Tensor) -> Tensor:
+        """`shares` summed over all processes, then the norm of the gradient, in float64 by one collective."""
+        sums = torch.cat([shares, self._squares().reshape(1)])
+        if self.world.size > 1:
+            dist.all_reduce(sums)
+        sums[-1].sqrt_()
+        return sums
+
+    def _squares(self) -> Tensor:
+        """This process's share of the squared norm of the gradient."""
+        if self.in_backward is not None:
+            return self.in_backward.squares() / self.world.size  # which all processes have
+        squares = torch.stack(torch._foreach_norm(self._gradients(), dtype=torch.float32)).square().sum()
+        rows = next(iter(self.optimizer.rows.values()))  # all parameters have the same process group
+        return squares.double() * (rows.processes / self.world.size)  # each group has the whole gradient
 
     def _add_penalties(self) -> None:
         for layer in self.layers:
@@ -200,13 +221,6 @@ class Engine(ABC):
     def _gradients(self) -> list[Tensor]:
         """This process's part of each gradient."""
         return [local(p.grad) for p in self.optimizer.parameters if p.grad is not None]
-
-    @torch.no_grad()
-    def _gradient_norm(self) -> Tensor:
-        """L2 norm of the gradient over all parameters and processes."""
-        squares = torch.stack(torch._foreach_norm(self._gradients(), dtype=torch.float32)).square().sum()
-        anyone = next(iter(self.optimizer.rows.values()))  # all parameters have the same process group
-        return anyone.sum(squares).sqrt()
 
     @torch.no_grad()
     def _clip(self, norm: Tensor, told: float) -> None:

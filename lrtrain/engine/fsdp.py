@@ -1,11 +1,11 @@
 """Sharded data parallelism by torch's FSDP2, block by block: one copy of the model over all processes (FSDP), over each
 group of processes (HSDP), or on each process (DDP)."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from lrtrain.config.dtypes import DTYPES, Dtype
 from lrtrain.config.schema import Config
-from lrtrain.distributed.collectives import sum_over_ranks
 from lrtrain.distributed.tokens import TokenGroup
 from lrtrain.distributed.world import World
 from lrtrain.engine.base import Engine, Spread
@@ -117,12 +116,17 @@ class FSDPEngine(Engine):
         if isinstance(self.loss, FSDPModule):
             self.loss.set_requires_all_reduce(last)  # across replicas once per step; within a replica every micro-batch
         losses = self.loss(rows.to(self.world.device, non_blocking=True))
-        if self.in_backward is None or math.isfinite(sum_over_ranks(losses[0].item())[0]):
-            (losses[0] / tokens).backward()
-        else:
-            for module in self._sharded():  # what waits for the backward pass
-                module.reshard()
+        if self.in_backward is not None:
+            self.in_backward.loss_finite = self._finite_everywhere(losses[0].detach())
+        (losses[0] / tokens).backward()
         return losses.detach()
+
+    def _finite_everywhere(self, loss: Tensor) -> Tensor:
+        """Whether the loss is finite on all processes, on the device."""
+        total = loss.clone()
+        if self.world.size > 1:
+            dist.all_reduce(total)
+        return total.isfinite()
 
 
 class DDPEngine(FSDPEngine):

@@ -4,7 +4,6 @@ Only the gradients of one block exist at a time (Lv et al., "Full parameter fine
 LOMO, arXiv 2306.09782). The norm over all parameters is not known in time, so each gradient is clipped separately.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -32,32 +31,40 @@ class InBackward:
 
     def begin(self) -> None:
         """Reset before the first backward pass of a step."""
-        self.squares = 0.0
-        self.skipped = False
+        self.norms: list[Tensor] = []
+        self.counts: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Of each parameter stepped: whether it was finite, its count of steps, and that count before."""
+        self.loss_finite: Tensor | None = None
         self.optimizer.begin_step()
+
+    def squares(self) -> Tensor:
+        """The squared L2 norm of all gradients of this step, before clipping, in float64."""
+        return torch.stack(self.norms).double().square().sum()
+
+    def take_back_counts(self) -> None:
+        """Do not count the steps of this step's parameters that were not finite; waits for the device."""
+        for finite, count, before in self.counts:
+            if not finite.item():
+                count.copy_(before)
 
     @torch.no_grad()
     def _step(self, p: Tensor, group: dict) -> None:
         norm = clip_one(p, self.optimizer.rows[p], self.clip())
-        if math.isfinite(norm):
-            self.optimizer.step_one(p, group)
-        else:
-            self.skipped = True
-        self.squares += norm**2
+        finite = norm.isfinite() if self.loss_finite is None else norm.isfinite() & self.loss_finite
+        count = self.optimizer.state[p]["step"]
+        self.counts.append((finite, count, count.clone()))
+        self.optimizer.step_one(p, group, finite)
+        self.norms.append(norm)
         p.grad = None
-
-    @property
-    def norm(self) -> float:
-        """L2 norm of all gradients of this step, before clipping."""
-        return math.sqrt(self.squares) if math.isfinite(self.squares) else math.nan
 
 
 @torch.no_grad()
-def clip_one(p: Tensor, rows: Rows, most: float | None) -> float:
-    """Clip a parameter's gradient to the norm `most` and return its norm before; a collective of its process group."""
+def clip_one(p: Tensor, rows: Rows, most: float | None) -> Tensor:
+    """Clip a parameter's gradient to the norm `most` and return its norm before, in float64, without waiting for the
+    device; a collective of its process group."""
     assert p.grad is not None
     gradient = local(p.grad)
-    norm = math.sqrt(rows.sum(torch.linalg.vector_norm(gradient, dtype=torch.float32).square()).item())
-    if most is not None and norm > most:
-        gradient.mul_(most / norm)
+    norm = rows.sum(torch.linalg.vector_norm(gradient, dtype=torch.float32).square()).double().sqrt()
+    if most is not None:
+        gradient.mul_(torch.where(norm > most, most / norm, 1.0).float().reshape(1))  # not rounded to bfloat16
     return norm

@@ -176,9 +176,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._step_all([p for p in group["params"] if p.grad is not None and p not in done], group)
 
     @torch.no_grad()
-    def step_one(self, p: Tensor, group: dict[str, Any]) -> None:
-        """Step one parameter, which has its gradient."""
+    def step_one(self, p: Tensor, group: dict[str, Any], finite: Tensor) -> None:
+        """Step one parameter, which has its gradient.
+
+        Args:
+            finite: a truth value on the device; if false, nothing but the count of steps is changed.
+        """
+        if self._fused(p):
+            return self._step_fused([p], group, found_inf=(~finite).float())
+        gradient = self.local_gradient(p)
+        gradient.copy_(torch.where(finite, gradient, 0.0))  # decompositions refuse what is not finite
+        kept = [local(p), *(local(value) for key, value in self.state[p].items() if key != "step")]
+        before = [part.clone() for part in kept]
         self._step_all([p], group)
+        for part, old in zip(kept, before, strict=True):
+            part.copy_(torch.where(finite, part, old))
 
     def _step_all(self, ready: list[Tensor], group: dict[str, Any]) -> None:
         for p in ready:
@@ -246,7 +258,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             gradient, first, second, step, self.beta1, self.beta2, self.eps, eps_convention=self.eps_convention
         )
 
-    def _step_fused(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_fused(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None = None) -> None:
         states = [self.state[p] for p in parameters]
         fused_adamw(
             [local(p) for p in parameters],
@@ -255,6 +267,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             [local(s["exp_avg_sq"]) for s in states],
             [],
             [s["step"] for s in states],
+            found_inf=found_inf,
             fused=True,
             amsgrad=False,
             beta1=self.beta1,

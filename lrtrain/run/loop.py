@@ -112,8 +112,10 @@ def train_steps(run: Run) -> bool:
         watch(log.loss, log.skipped, progress, config, run.saver.checkpointer, run.world)
         if progress.step == first:
             limit_nccl(AFTER_STEP_1)
-        if progress.step < config.train.steps:
-            run.each(lambda callback: callback.due(progress.step) and callback.on_step(run))
+        due = [callback for callback in run.callbacks.values() if callback.due(progress.step)]
+        if due and progress.step < config.train.steps:
+            run.each(lambda callback: callback in due and callback.on_step(run))  # noqa: B023
+            run.batches.agreed = None  # a signal may have come since, and the main process may take longer
     return True
 
 

@@ -44,12 +44,8 @@ class Reader:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.ahead: deque[Future[Read]] = deque()
+        """The batches to come; the first is the next."""
         self._go_on()
-
-    @property
-    def due(self) -> Future[Read]:
-        """The next batch."""
-        return self.ahead[0]
 
     def take(self) -> Tensor:
         """The rows of the next batch, which must be read by now; another one is read from here on.
@@ -57,7 +53,7 @@ class Reader:
         Raises:
             Whatever reading them raised.
         """
-        found = self.due.result()
+        found = self.ahead[0].result()
         self.ahead.popleft()
         self._go_on()
         if found.copied is not None:

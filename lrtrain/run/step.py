@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lrtrain.core.seeds import generator_for, integer_seed
-from lrtrain.distributed.collectives import sum_over_ranks
+from lrtrain.run.batches import Said
 
 if TYPE_CHECKING:
     from lrtrain.run.state import Run
@@ -52,9 +52,11 @@ def take_step(run: Run, rows: torch.Tensor, waited: float) -> StepLog:
     engine.begin_step(progress.step, lr, config.train.clip, config.train.clip_by)
     micros = rows.split(config.train.micro_batch_size)
     losses = [engine.forward_backward(micro, tokens, micro is micros[-1]) for micro in micros]
-    loss, *parts = sum_over_ranks(*(torch.stack(losses).double().sum(0) / tokens).reshape(-1).tolist())
+    share = (torch.stack(losses).double().sum(0) / tokens).reshape(-1)
     aside = run.each(lambda callback: callback.after_backward(run))
-    result = engine.clip_and_step(loss)
+    result = engine.clip_and_step(torch.cat([share, run.batches.say().on(share.device)]))
+    loss, *parts = result.sums[: len(share)]
+    run.batches.agreed = Said(*result.sums[len(share) :])
 
     progress.step += 1
     progress.position = run.batches.first() + config.train.batch_size

@@ -18,6 +18,7 @@ from lrtrain.errors import ConfigError
 from lrtrain.model.build import make_model
 from lrtrain.model.structure import factorized_layers
 from lrtrain.planning.live_bytes import LiveBytes
+from lrtrain.run.batches import Said
 from lrtrain.run.callbacks.base import Callback
 from lrtrain.run.identity import RunIdentity
 from lrtrain.run.start import build_engine
@@ -103,7 +104,7 @@ def _run(config: Config, world: World, model: PreTrainedModel) -> Run:
     executions = {name: "materialize" if execution == "auto" else execution for name, execution in asked.items()}
     run.identity = RunIdentity("simulated", config.run.name, executions=executions)
     run.cache_counts(model)
-    run.batches = cast(Any, SimpleNamespace(first=lambda: 0))
+    run.batches = cast(Any, SimpleNamespace(first=lambda: 0, say=Said))
     run.schedule = choice(config.schedule)
     run.tracker = Tracker()
     return run
