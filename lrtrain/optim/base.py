@@ -176,12 +176,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._step_all([p for p in group["params"] if p.grad is not None and p not in done], group)
 
     @torch.no_grad()
-    def step_one(self, p: Tensor, group: dict[str, Any], finite: Tensor) -> None:
+    def step_one(self, p: Tensor, group: dict[str, Any], finite: Tensor | None = None) -> None:
         """Step one parameter, which has its gradient.
 
         Args:
-            finite: a truth value on the device; if false, nothing but the count of steps is changed.
+            finite: a truth value on the device; if false, nothing but a count of steps on the CPU is changed.
         """
+        if finite is None:
+            return self._step_all([p], group)
         if self._fused(p):
             return self._step_fused([p], group, found_inf=(~finite).float())
         gradient = self.local_gradient(p)
