@@ -199,8 +199,8 @@ class Engine(ABC):
         if self.in_backward is not None:
             return self.in_backward.squares() / self.world.size  # which all processes have
         squares = torch.stack(torch._foreach_norm(self._gradients(), dtype=torch.float32)).square().sum()
-        rows = next(iter(self.optimizer.rows.values()))  # all parameters have the same process group
-        return squares.double() * (rows.processes / self.world.size)  # each group has the whole gradient
+        rows = next(iter(self.optimizer.rows.values()))  # all parameters are spread over as many processes
+        return squares.double() * (rows.holders / self.world.size)  # each replica has the whole gradient
 
     def _add_penalties(self) -> None:
         for layer in self.layers:

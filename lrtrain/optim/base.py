@@ -165,6 +165,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         the backward pass, where gradients come one by one."""
         return ()
 
+    def involved(self, p: Tensor) -> Collection[Tensor]:
+        """The parameters whose state a step on p may change."""
+        return (p,)
+
     # --- stepping --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -188,7 +192,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return self._step_fused([p], group, found_inf=(~finite).float())
         gradient = self.local_gradient(p)
         gradient.copy_(torch.where(finite, gradient, 0.0))  # decompositions refuse what is not finite
-        kept = [local(p), *(local(value) for key, value in self.state[p].items() if key != "step")]
+        states = [self.state[one] for one in self.involved(p)]
+        kept = [local(p), *(local(value) for state in states for key, value in state.items() if key != "step")]
         before = [part.clone() for part in kept]
         self._step_all([p], group)
         for part, old in zip(kept, before, strict=True):

@@ -67,6 +67,9 @@ class PairOptimizer(ShardedOptimizer):
     def takes(self, name: str, p: Tensor, role: str) -> bool:
         return p in self.pair_of
 
+    def involved(self, p: Tensor) -> Collection[Tensor]:
+        return self.pair_of[p][1:] if p in self.pair_of else (p,)
+
     def _pairs_in_batch(self, pair: FactorPair) -> list[FactorPair]:
         """The pairs of single matrices on this process, for a pair of batches."""
         if pair.left not in self.batches:

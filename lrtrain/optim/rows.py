@@ -1,5 +1,7 @@
 """Matrices with rows sharded over processes (FSDP2), and the collectives that optimizers need over them."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -49,6 +51,11 @@ class Rows:
     @property
     def processes(self) -> int:
         return dist.get_world_size(self.group) if self.group is not None else 1
+
+    @property
+    def holders(self) -> int:
+        """The number of processes that the parts of a tensor are spread over, each on one."""
+        return math.prod(dist.get_world_size(group) for group in self._groups())
 
     def sum(self, part: Tensor) -> Tensor:
         """All-reduce (sum) of `part`."""
