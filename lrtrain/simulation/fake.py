@@ -48,7 +48,7 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
 
     @functools.cache
     def without_values(signed: bool, device: torch.device) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(table, device=device) for table in tables[signed])
+        return tuple(torch.empty(t.shape, dtype=t.dtype, device=device) for t in tables[signed])
 
     return {
         "lrtrain.engine.fsdp.device_mesh": _outside(device_mesh),  # who talks to whom are values
