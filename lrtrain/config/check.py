@@ -55,7 +55,11 @@ def check(config: Config, world_size: int) -> None:
         raise ConfigError(f"{unused} has no effect without init_from: give the weights to start from, or leave it out")
     elif config.param.get("select") == "residual" and config.resume == "never":
         raise ConfigError("param.select=residual looks at trained weights; give some by init_from, or use random")
-    hydra.utils.get_object(config.engine["_target_"]).check(config, world_size)
+    engine, optimizer = (hydra.utils.get_object(node["_target_"]) for node in (config.engine, config.optim))
+    engine.check(config, world_size)
+    if isinstance(optimizer, type):  # else a function that makes one
+        states = engine.spread(config, world_size).states
+        optimizer.check(config.optim, config.train.dtype, states)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def used_by_init_from(config: Config) -> str | None:

@@ -82,7 +82,8 @@ class DeepSpeedEngine(Engine):
                 f"engine.offload_parameters=true is for engine.zero_stage=3, not {engine['zero_stage']}, which keeps "
                 f"whole parameters"
             )
-        if not hydra.utils.get_object(optim["_target_"]).elementwise_shardable:
+        optimizer = hydra.utils.get_object(optim["_target_"])
+        if isinstance(optimizer, type) and not optimizer.steps_ranges(optim):  # pyright: ignore
             raise ConfigError(
                 f"optim={optim['name']} needs whole rows of matrices, but engine=deepspeed shards by entries; use "
                 f"engine=fsdp or engine=ddp, or optim=adamw"

@@ -132,6 +132,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.names[matrix], self.rows[matrix] = its_name, Rows(matrix)
             self.place_in_batch[matrix] = (p, i)
 
+    @classmethod
+    def check(cls, optim: dict[str, Any], dtype: str, shards: int) -> None:
+        """Check that this optimizer supports the configuration, before anything is built.
+
+        Args:
+            optim, dtype: the configuration's `optim` and `train.dtype`.
+            shards: number of processes that a parameter's state is sharded over.
+
+        Raises:
+            ConfigError: if it does not, naming the key and what would be right.
+        """
+
+    @classmethod
+    def steps_ranges(cls, optim: dict[str, Any]) -> bool:
+        """Whether the optimizer of a configuration can step any range of a parameter's entries (ZeRO)."""
+        return cls.elementwise_shardable
+
     # --- what a method defines ----------------------------------------------------------------------------------------
 
     def takes(self, name: str, p: Tensor, role: str) -> bool:
