@@ -1,8 +1,10 @@
 """Adam's step, shared by AdamW and all methods that project gradients."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 EpsConvention = Literal["corrected", "galore"]
 
@@ -35,3 +37,34 @@ def adam_direction(
     if eps_convention == "corrected":
         eps *= (1 - beta2**step) ** 0.5
     return (first * bias_correction(step, beta1, beta2)).div_(second.sqrt().add_(eps))
+
+
+def fused_adamw(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    found_inf: Tensor | None = None,
+) -> None:
+    """A step of AdamW on all parameters by torch's fused kernel; states have `exp_avg`, `exp_avg_sq` and `step`. With a
+    nonzero `found_inf` on the device nothing is changed."""
+    adamw(
+        parameters,
+        gradients,
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        found_inf=found_inf,
+        fused=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )

@@ -4,11 +4,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lrtrain.distributed.sharding import local
 from lrtrain.optim.base import ShardedOptimizer
 from lrtrain.optim.quantized import BLOCK, block_maxima, blocks_of, dequantize, quantize
 from lrtrain.optim.rows import Rows, rows_like
+from lrtrain.optim.stacks import Stack
 
 SMALL = 4096
 MOMENTS = (("exp_avg", True), ("exp_avg_sq", False))  # (moment, whether it is signed)
@@ -39,9 +41,9 @@ class AdamW8bit(ShardedOptimizer):
                 state[f"{moment}_scale"] = rows_like(p, blocks_of(p.shape[1]))
         return state
 
-    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        if p.ndim == 1:
-            return self._of_vector(self.rows[p], gradient, state, step)
+    def direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        if len(stack.shape) == 1:
+            return self._of_vectors(stack.rows, gradient, state, step)
         first, second = (dequantize(state[m], state[f"{m}_scale"], signed) for m, signed in MOMENTS)
         update = self.adam_step(gradient, first, second, step)
         for (moment, signed), new in zip(MOMENTS, (first, second), strict=True):
@@ -49,25 +51,27 @@ class AdamW8bit(ShardedOptimizer):
             state[moment].copy_(quantize(new, state[f"{moment}_scale"], signed))
         return update
 
-    def _of_vector(self, rows: Rows, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        """`direction` for a shard of a vector: blocks are those of the whole vector, their maxima are all-reduced."""
+    def _of_vectors(self, rows: Rows, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        """`direction` for shards of vectors: blocks are those of the whole vectors, their maxima are all-reduced."""
         before = rows.first % BLOCK
         start = rows.first // BLOCK
-        here = slice(start, start + blocks_of(before + len(gradient)))
+        here = slice(start, start + blocks_of(before + gradient.shape[-1]))
 
         def placed(part: Tensor) -> Tensor:
-            whole = part.new_zeros(1, before + len(part))
-            whole[0, before:] = part
-            return whole
+            return F.pad(part.view(-1, part.shape[-1]), (before, 0))
+
+        def scales(moment: str) -> Tensor:
+            return state[f"{moment}_vector_scale"].view(-1, blocks_of(rows.shape[0]))
 
         first, second = (
-            dequantize(placed(state[m]), state[f"{m}_vector_scale"][None, here], signed)[0, before:]
+            dequantize(placed(state[m]), scales(m)[:, here], signed)[:, before:].view_as(gradient)
             for m, signed in MOMENTS
         )
         update = self.adam_step(gradient, first, second, step)
         for (moment, signed), new in zip(MOMENTS, (first, second), strict=True):
-            scale = torch.zeros_like(state[f"{moment}_vector_scale"])
-            scale[here] = block_maxima(placed(new))[0]
-            state[f"{moment}_vector_scale"].copy_(rows.max(scale))
-            state[moment].copy_(quantize(placed(new), state[f"{moment}_vector_scale"][None, here], signed)[0, before:])
+            largest = torch.zeros_like(scales(moment))
+            largest[:, here] = block_maxima(placed(new))
+            scales(moment).copy_(rows.max(largest))
+            codes = quantize(placed(new), scales(moment)[:, here], signed)[:, before:]
+            state[moment].copy_(codes.view_as(gradient))
         return update

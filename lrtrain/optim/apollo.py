@@ -12,6 +12,7 @@ from lrtrain.distributed.sharding import local
 from lrtrain.optim.adam import bias_correction
 from lrtrain.optim.projections import gaussian_basis, sparse_basis
 from lrtrain.optim.scaling import limit_growth, matrix_factor, row_factors
+from lrtrain.optim.stacks import Stack
 from lrtrain.optim.subspace import Projected, Subspace, SubspaceAdam
 
 BASES = {"gaussian": gaussian_basis, "sparse": sparse_basis}
@@ -62,19 +63,20 @@ class Apollo(SubspaceAdam):
     def shared(self) -> list[Tensor]:
         return [*self.bases.values()]
 
-    def basis(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        n, rank = shape = (p.shape[1], state["first"].shape[1])
+    def basis(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        n, rank = shape = (stack.shape[1], state["first"].shape[-1])
         which = (step - 1) // self.gap
         if self.drawn.get(shape) != which:
             self.bases[shape].copy_(self.draw(n, rank, integer_seed(self.seed, f"basis {which} of {n}×{rank}")))
             self.drawn[shape] = which
         return self.bases[shape]
 
-    def lifted(self, p: Tensor, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
-        total = self.rows[p].sum
-        factors = (
-            row_factors(found.adam, found.gradient) if self.by_row else matrix_factor(found.adam, found.gradient, total)
-        )
+    def lifted(self, stack: Stack, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
+        total = stack.rows.sum
+        if self.by_row:
+            factors = row_factors(found.adam, found.gradient)
+        else:
+            factors = matrix_factor(found.adam, found.gradient, total)[..., None, None]
         update = gradient.mul_(factors * self.multiplier)
         if self.max_growth is None:
             return update

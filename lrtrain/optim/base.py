@@ -5,38 +5,24 @@ A method is a subclass that defines which parameters it steps (`roles`, `takes`)
 through `Rows`, so each method's file shows what it communicates.
 """
 
-from collections.abc import Callable, Collection
-from typing import Any, ClassVar, TypedDict
+import math
+from collections.abc import Collection, Hashable
+from typing import Any, ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
-from torch.optim.adamw import adamw as fused_adamw
 
 from lrtrain.config.ranges import Betas
 from lrtrain.core.seeds import integer_seed
+from lrtrain.distributed.flat_shard import FlatShard
 from lrtrain.distributed.sharding import local
-from lrtrain.errors import ConfigError
-from lrtrain.optim.adam import EpsConvention, adam_direction
+from lrtrain.optim.adam import EpsConvention, adam_direction, fused_adamw
 from lrtrain.optim.batches import Batch
-from lrtrain.optim.groups import MATRICES, Decay, parameter_groups
+from lrtrain.optim.groups import Decay, check_dimensions, parameter_groups
 from lrtrain.optim.rounding import stochastic_round
 from lrtrain.optim.rows import Rows, in_pieces, rows_like
-
-
-class Common(TypedDict):
-    """The settings of all optimizers: keys of `optim`, explained in conf/common/optim.yaml."""
-
-    lr: PositiveFloat
-    other_lr: NonNegativeFloat | None
-    lr_ratio: PositiveFloat
-    betas: Betas
-    eps: PositiveFloat
-    eps_convention: EpsConvention
-    weight_decay: NonNegativeFloat
-    decay: Decay
-    in_backward: bool
-    seed: int
+from lrtrain.optim.stacks import Stack, stacks_of
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -65,6 +51,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     elementwise: ClassVar[bool] = False
     """Whether the direction can be computed for some rows at a time, which needs less memory."""
+
+    stacked: ClassVar[bool] = False
+    """Whether `direction` can be computed for several matrices at a time; if it is elementwise it always can."""
 
     begins_by_gradient: ClassVar[bool] = False
     """Whether step 1 derives something from the gradient for later steps. Steps with a zero gradient (of A while B = 0)
@@ -111,18 +100,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if group["transposed"]:
                     self.transposed.add(p)
                 if self.takes(name, p, group["role"]):
-                    self._check_dimensions(name, p, group["role"])
+                    check_dimensions(name, p, group["role"], type(self).__name__)
                     self.own.add(p)
                     if p.ndim == 3:
                         self._add_batch(name, p)
                 self.initialize_state(p)
-
-    def _check_dimensions(self, name: str, p: Tensor, role: str) -> None:
-        if p.ndim > 3 or (p.ndim < 2 and role in MATRICES):
-            raise ConfigError(
-                f"{name} of shape {'×'.join(map(str, p.shape))} has the role {role}, but is no matrix or batch of "
-                f"matrices, which {type(self).__name__} steps; use optim=adamw, or another role"
-            )
+        self.stacks: dict[Tensor, Stack] = {}
+        """The stacks of parameters, or matrices of batches, that are stepped at once with others."""
+        self._stack_states()
 
     def _add_batch(self, name: str, p: Tensor) -> None:
         batch = self.batches[p] = Batch(name, p, p in self.transposed)
@@ -163,13 +148,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
-    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+    def direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """The direction of a step for this process's rows, to be multiplied by −lr; updates the state.
 
         Args:
-            p: the parameter.
-            gradient: of this process's rows, float32; may be overwritten.
-            state: this process's part.
+            stack: the parameters; if the method is `elementwise`, matrices come as one tall matrix or some rows of one.
+            gradient: of this process's rows, float32, (rows, …), or (members, rows, …) if there are several; may be
+                overwritten.
+            state: this process's part, of the same form.
             step: from 1.
         """
         raise NotImplementedError
@@ -219,60 +205,86 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _step_all(self, ready: list[Tensor], group: dict[str, Any]) -> None:
         for p in ready:
             if p in self.batches:
-                self._step_batch(p, group)
-            elif p in self.own:
-                self._step_by(p, group, self.direction, self.elementwise and p.ndim == 2)
-            elif not self._fused(p):
-                self._step_by(p, group, self.adamw_direction, by_pieces=True)
+                self.batches[p].refresh()
+        for stack in self._stacks_of([item for p in ready if not self._fused(p) for item in self._items(p)]):
+            self._step_stack(stack, group)
         if others := [p for p in ready if self._fused(p)]:
             self._step_fused(others, group)
+
+    def _items(self, p: Tensor) -> list[Tensor]:
+        """What is stepped for a parameter: the parameter, or each matrix of a batch."""
+        return self.batches[p].matrices if p in self.batches else [p]
+
+    def _stacks_of(self, items: list[Tensor]) -> list[Stack]:
+        """The stacks of these items; an item is alone if others of its stack are absent, or have other step counts."""
+        here, found = set(items), dict[Tensor, Stack]()
+        for item in items:
+            stack = self.stacks.get(item)
+            if stack is not None and found.get(stack.first) is stack:
+                continue
+            if stack is None or not here.issuperset(stack.members) or len({*stack.state["step"].tolist()}) > 1:
+                stack = self.alone(item)
+            found[stack.first] = stack
+        return [*found.values()]
+
+    def alone(self, item: Tensor) -> Stack:
+        """The stack of one parameter, or of one matrix of a batch."""
+        return Stack([item], self.rows[item], self.local_state(item))
 
     def _fused(self, p: Tensor) -> bool:
         """Whether torch's fused AdamW can step this parameter (one ε convention, no stochastic rounding)."""
         return p not in self.own and p.dtype == torch.float32 and self.eps_convention == "corrected"
 
-    def _step_by(self, p: Tensor, group: dict[str, Any], direction: Callable[..., Tensor], by_pieces: bool) -> None:
-        """One step along `direction`, for all of this process's rows or for some at a time."""
-        state, gradient = self.local_state(p), self.local_gradient(p)
-        state["step"] += 1
-        step = int(state["step"])
-        parts = {key: value for key, value in state.items() if key != "step"}
-        if step == 1 and self.begins_by_gradient and p in self.own and self._is_zero(p, gradient):
-            state["step"].zero_()  # so that the next step is the first again
-        for rows in in_pieces(gradient) if by_pieces else [slice(None)]:
+    def _step_stack(self, stack: Stack, group: dict[str, Any]) -> None:
+        own = stack.first in self.own
+        counts = stack.state["step"]
+        counts += 1
+        step = int(counts.max())
+        gradient = stack.joined([self.local_gradient(item) for item in stack.members])
+        if step == 1 and self.begins_by_gradient and own and any(self._are_zero(stack, gradient)):
+            if not stack.single:
+                counts -= 1
+                for item in stack.members:
+                    self._step_stack(self.alone(item), group)
+                return
+            counts.zero_()  # so that the next step is the first again
+        by_rows = not own or (self.elementwise and len(stack.shape) == 2)
+        direction = self.direction if own else self.adamw_direction
+        parts = {key: value for key, value in stack.state.items() if key != "step"}
+        if not stack.single:
+            if by_rows and len(stack.shape) > 1:  # one tall matrix
+                gradient, parts = gradient.flatten(0, 1), {key: part.flatten(0, 1) for key, part in parts.items()}
+            self._write(stack, direction(stack, gradient.float(), parts, step), group, step)
+            return
+        for rows in in_pieces(gradient) if by_rows else [slice(None)]:
             some = {key: part if key in self.replicated else part[rows] for key, part in parts.items()}
-            self._write(p, direction(p, gradient[rows].float(), some, step), group, step, rows)
+            self._write(stack, direction(stack, gradient[rows].float(), some, step), group, step, rows)
 
-    def _step_batch(self, p: Tensor, group: dict[str, Any]) -> None:
-        """One step on each matrix of a batch."""
-        self.batches[p].refresh()
-        for matrix in self.batches[p].matrices:
-            self._step_by(matrix, group, self.direction, self.elementwise)
-
-    def local_state(self, p: Tensor) -> dict[str, Tensor]:
+    def local_state(self, item: Tensor) -> dict[str, Tensor]:
         """This process's part of a parameter's state, or the state of one matrix of a batch."""
-        if p not in self.place_in_batch:
-            return {key: local(value) for key, value in self.state[p].items()}
-        parameter, i = self.place_in_batch[p]
+        if item not in self.place_in_batch:
+            return {key: local(value) for key, value in self.state[item].items()}
+        parameter, i = self.place_in_batch[item]
         return {key: local(value)[i] for key, value in self.state[parameter].items()}
 
-    def local_gradient(self, p: Tensor) -> Tensor:
+    def local_gradient(self, item: Tensor) -> Tensor:
         """This process's part of a parameter's gradient, or the gradient of one matrix of a batch."""
-        if p not in self.place_in_batch:
-            assert p.grad is not None
-            return local(p.grad)
-        parameter, i = self.place_in_batch[p]
+        if item not in self.place_in_batch:
+            assert item.grad is not None
+            return local(item.grad)
+        parameter, i = self.place_in_batch[item]
         return self.batches[parameter].gradient(i)
 
     def shape(self, p: Tensor) -> torch.Size:
         """(out, in) of a matrix."""
         return p.shape[::-1] if p in self.transposed else p.shape
 
-    def _is_zero(self, p: Tensor, gradient: Tensor) -> bool:
-        """Whether the gradient is zero in the rows of all processes; a collective."""
-        return not self.rows[p].sum(gradient.any().float())
+    def _are_zero(self, stack: Stack, gradient: Tensor) -> list[bool]:
+        """Whether each member's gradient is zero in the rows of all processes; a collective."""
+        nonzero = torch.stack([part.any() for part in stack.each(gradient)]).float()
+        return [not count for count in stack.rows.sum(nonzero).tolist()]
 
-    def adamw_direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+    def adamw_direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """AdamW's direction, from the moments `exp_avg` and `exp_avg_sq`."""
         return self.adam_step(gradient, state["exp_avg"], state["exp_avg_sq"], step)
 
@@ -283,53 +295,72 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
 
     def _step_fused(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None = None) -> None:
-        states = [self.state[p] for p in parameters]
-        fused_adamw(
-            [local(p) for p in parameters],
-            [local(p.grad) for p in parameters if p.grad is not None],
-            [local(s["exp_avg"]) for s in states],
-            [local(s["exp_avg_sq"]) for s in states],
-            [],
-            [s["step"] for s in states],
-            found_inf=found_inf,
-            fused=True,
-            amsgrad=False,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=self.eps,
-            maximize=False,
-        )
+        states = [{key: local(value) for key, value in self.state[p].items()} for p in parameters]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        own, betas = [local(p) for p in parameters], (self.beta1, self.beta2)
+        fused_adamw(own, gradients, states, group["lr"], betas, self.eps, group["weight_decay"], found_inf)
 
-    def _write(self, p: Tensor, update: Tensor, group: dict[str, Any], step: int, rows: slice = slice(None)) -> None:
-        """p ← (1 − lr·decay)·p − lr·update, for some of this process's rows."""
-        part = local(p)[rows]
-        new = part if part.dtype == torch.float32 else part.float()
-        new.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-        if new is not part:
-            self.put(p, new, step, rows)
+    def _write(self, stack: Stack, update: Tensor, group: dict[str, Any], step: int, rows: slice = slice(None)) -> None:
+        """p ← (1 − lr·decay)·p − lr·update, for all of this process's rows, or some of a single member's."""
+        kept = 1 - group["lr"] * group["weight_decay"]
+        parts = [local(item)[rows] for item in stack.members]
+        if parts[0].dtype != torch.float32:
+            new = stack.joined(parts).float().mul_(kept)
+            self.put(stack, new.add_(update.view_as(new), alpha=-group["lr"]), step, rows)
+        elif stack.single:
+            parts[0].mul_(kept).add_(update, alpha=-group["lr"])
+        else:
+            if kept != 1:
+                torch._foreach_mul_(parts, kept)
+            torch._foreach_add_(parts, [*update.view(len(parts), *parts[0].shape)], alpha=-group["lr"])
 
-    def put(self, p: Tensor, new: Tensor, step: int, rows: slice = slice(None)) -> None:
-        """p ← new (float32), for some of this process's rows; bfloat16 parameters are rounded stochastically."""
-        part = local(p)[rows]
-        if part.dtype == torch.bfloat16:
-            seed = integer_seed(self.seed, f"rounding of {self.names[p]} at {step}")
-            new = stochastic_round(new, seed, first_row=self.rows[p].first + (rows.start or 0))
-        part.copy_(new)
+    def put(self, stack: Stack, new: Tensor, step: int, rows: slice = slice(None)) -> None:
+        """p ← new (float32), for all of this process's rows, or some of a single member's; bfloat16 parameters are
+        rounded stochastically."""
+        parts = [local(item)[rows] for item in stack.members]
+        if parts[0].dtype == torch.bfloat16:
+            seeds = [integer_seed(self.seed, f"rounding of {self.names[item]} at {step}") for item in stack.members]
+            new = stochastic_round(new, seeds, first_row=stack.rows.first + (rows.start or 0))
+        torch._foreach_copy_(parts, [*stack.each(new)])
 
     # --- state -----------------------------------------------------------------------------------------------------
 
     def initialize_state(self, p: Tensor) -> None:
         """Give a parameter its initial state."""
         if p in self.batches:
-            self.state[p] = self.batches[p].new_state(self.new_state)
+            new = self.batches[p].new_state(self.new_state)
         elif p in self.own:
             # On the CPU, so that reading it does not synchronize with a GPU; fused AdamW needs it on the device.
-            self.state[p] = {"step": torch.zeros(()), **self.new_state(p)}
+            new = {"step": torch.zeros(()), **self.new_state(p)}
         else:
             moments = {key: rows_like(p, *p.shape[1:]) for key in ("exp_avg", "exp_avg_sq")}
-            self.state[p] = {"step": torch.zeros((), device=p.device if self._fused(p) else "cpu"), **moments}
+            new = {"step": torch.zeros((), device=p.device if self._fused(p) else "cpu"), **moments}
+        for key, value in self.state[p].items():
+            local(value).copy_(local(new[key]))
+        self.state[p] = self.state[p] or new
+
+    def alike(self, p: Tensor) -> Hashable:
+        """Parameters of a group are stepped at once if this is equal, besides their shape."""
+        return None
+
+    def entries(self, item: Tensor) -> int:
+        """The number of entries of a parameter, or of a matrix of a batch, on each process."""
+        return self.rows[item].most * math.prod(item.shape[1:])
+
+    def _stack_states(self) -> None:
+        """Fill `stacks`: as many parameters in each as `entries_at_once` allows."""
+        for group in [] if self.in_backward else self.param_groups:
+            kinds: dict[Hashable, list[Tensor]] = {}
+            for p in group["params"]:
+                several = p not in self.own or self.elementwise or self.stacked
+                in_parts = isinstance(p, FlatShard) or self.rows[p].column_group is not None  # of rows
+                if several and not (self._fused(p) or in_parts) and self._items(p):
+                    item = self._items(p)[0]
+                    kind = (item.shape, p.dtype, p in self.own, self.rows[item].group, self.alike(p))
+                    kinds.setdefault(kind, []).append(p)
+            for alike in kinds.values():
+                items, first = {p: self._items(p) for p in alike}, self._items(alike[0])[0]
+                self.stacks |= stacks_of(items, self.state, self.rows[first], self.entries(first))
 
     def named_state(self) -> dict[str, Tensor]:
         """`<parameter>.<key>` → state tensor (not a copy), to be saved, or filled in place."""

@@ -1,5 +1,6 @@
 """DCT-AdamW: Adam in a few columns of the cosine basis (Modoranu et al., arXiv 2505.17967)."""
 
+from collections.abc import Sequence
 from typing import Literal, Unpack
 
 import torch
@@ -7,10 +8,11 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from lrtrain.distributed.sharding import local
-from lrtrain.linalg.dct import dct, lift
+from lrtrain.linalg.dct import dct, lift, selected
 from lrtrain.optim.dct_columns import DctOptimizer, DctSettings
 from lrtrain.optim.row_codes import decode, encode, pack, unpack
 from lrtrain.optim.rows import rows_like
+from lrtrain.optim.stacks import Stack
 
 BITS = {"none": None, "full": 32, "8bit": 8, "4bit": 4}
 
@@ -53,38 +55,40 @@ class DctAdamW(DctOptimizer):
             state |= {"error_low": rows_like(p), "error_gap": rows_like(p)}
         return state
 
-    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        n = gradient.shape[1]
+    def direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        n = gradient.shape[-1]
         if self.bits is not None:
             gradient.add_(stored_error(state, self.bits, n))
         spectrum = dct(gradient)
         columns = state["columns"]
         if (step - 1) % self.gap == 0:
-            chosen = self.choose(p, spectrum)
+            chosen = self.choose(stack, spectrum)
             if self.rotate:
-                for moment in (state["first"], state["second"]):
-                    moment.copy_(transport(moment, columns, chosen))
+                moments = (state["first"], state["second"])
+                for moment, moved in zip(moments, transport(moments, columns, chosen), strict=True):
+                    moment.copy_(moved)
             columns.copy_(chosen)
-        part = spectrum[:, columns]  # (rows, r)
+        part = selected(spectrum, columns)  # ([members,] rows, r)
         if self.bits is not None:
             store_error(gradient.sub_(lift(part, columns, n)), state, self.bits)
         update = self.adam_step(part, state["first"], state["second"], step)
         return lift(update, columns, n)
 
 
-def transport(moment: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    """M D[:, old]ᵀ D[:, new] for a moment M (rows, r): because the columns of D are orthonormal, those that stay keep
-    their moments and new ones have zeros.
+def transport(moments: Sequence[Tensor], old: Tensor, new: Tensor) -> list[Tensor]:
+    """M D[:, old]ᵀ D[:, new] for each of the moments M ([members,] rows, r): because the columns of D are
+    orthonormal, those that stay keep their moments and new ones have zeros.
 
     Args:
-        old, new: indices (r,), ascending.
+        old, new: indices ([members,] r), ascending.
     """
-    place = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
-    return moment[:, place] * (old[place] == new)
+    place = torch.searchsorted(old, new).clamp_(max=old.shape[-1] - 1)
+    stays = (old.gather(-1, place) == new).unsqueeze(-2)
+    return [selected(moment, place) * stays for moment in moments]
 
 
 def stored_error(state: dict[str, Tensor], bits: int, n: int) -> Tensor:
-    """The accumulated error E (rows, n)."""
+    """The accumulated error E ([members,] rows, n)."""
     if bits == 32:
         return state["error"]
     codes = state["error"] if bits == 8 else unpack(state["error"], n)
@@ -92,7 +96,7 @@ def stored_error(state: dict[str, Tensor], bits: int, n: int) -> Tensor:
 
 
 def store_error(error: Tensor, state: dict[str, Tensor], bits: int) -> None:
-    """Store the error (rows, n) for the next step, quantized to `bits`."""
+    """Store the error ([members,] rows, n) for the next step, quantized to `bits`."""
     if bits == 32:
         state["error"].copy_(error)
         return

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from lrtrain.config.ranges import RankOrShare
 from lrtrain.model.rank import matrix_rank
-from lrtrain.optim.base import Common, ShardedOptimizer
+from lrtrain.optim.base import ShardedOptimizer
+from lrtrain.optim.common import Common
 from lrtrain.optim.groups import MATRICES
+from lrtrain.optim.stacks import Stack
 
 Norm = Literal["l1", "l2"]
 
@@ -33,26 +35,30 @@ class DctOptimizer(ShardedOptimizer):
     """
 
     roles = MATRICES
+    stacked = True
 
     def __init__(self, model: nn.Module, *, rank: RankOrShare, norm: Norm, **common: Unpack[Common]):
         self.rank = rank
         self.norm = norm
-        self._captured: dict[str, tuple[Tensor, Tensor]] = {}
-        """‖·‖²_F of the chosen columns and of the whole matrix, by parameter name."""
+        self._captured: dict[str, Tensor] = {}
+        """‖·‖²_F of the chosen columns and of the whole matrix (2,), by parameter name."""
         super().__init__(model, **common)
 
     def rank_for(self, p: Tensor) -> int:
         return matrix_rank(self.rank, "optim.rank", self.names[p], *p.shape)
 
-    def choose(self, p: Tensor, spectrum: Tensor) -> Tensor:
-        """The chosen columns (r,), ascending, for a matrix with the transform `spectrum` (rows, n) on this process.
+    def choose(self, stack: Stack, spectrum: Tensor) -> Tensor:
+        """The chosen columns ([members,] r), ascending, for matrices with the transforms `spectrum` ([members,]
+        rows, n) on this process.
 
         Ties go to the lower index, so that all processes choose the same columns.
         """
-        sums = self.rows[p].sum(torch.stack([spectrum.abs().sum(0), spectrum.square().sum(0)]))  # (2, n)
-        columns = top_columns(sums[0 if self.norm == "l1" else 1], self.rank_for(p))
-        if p not in self.place_in_batch:  # one process holds a batch's matrix, but metrics must be equal on all
-            self._captured[self.names[p]] = sums[1, columns].sum(), sums[1].sum()
+        sizes, energies = stack.rows.sum(torch.stack([spectrum.abs().sum(-2), spectrum.square().sum(-2)]))
+        columns = top_columns(sizes if self.norm == "l1" else energies, self.rank_for(stack.first))
+        shares = torch.stack([energies.gather(-1, columns).sum(-1), energies.sum(-1)], -1)  # ([members,] 2)
+        for p, share in zip(stack.members, stack.each(shares), strict=True):
+            if p not in self.place_in_batch:  # one process holds a batch's matrix, but metrics must be equal on all
+                self._captured[self.names[p]] = share
         return columns
 
     def captured_energy(self) -> dict[str, float]:
@@ -60,7 +66,8 @@ class DctOptimizer(ShardedOptimizer):
 
         For matrices without structure along rows it is little more than r/n: the method then does not suit the model.
         """
-        return {name: float(kept / whole) for name, (kept, whole) in self._captured.items() if whole}
+        found = torch.stack([*self._captured.values()]).tolist() if self._captured else []
+        return {name: kept / whole for name, (kept, whole) in zip(self._captured, found, strict=True) if whole}
 
     def metrics(self) -> dict[str, float]:
         shares = self.captured_energy().values()
@@ -68,5 +75,5 @@ class DctOptimizer(ShardedOptimizer):
 
 
 def top_columns(scores: Tensor, rank: int) -> Tensor:
-    """The indices (r,) of the largest scores (n,), ascending; ties go to the lower index."""
-    return scores.sort(descending=True, stable=True).indices[:rank].sort().values
+    """The indices (…, r) of the largest scores (…, n), ascending; ties go to the lower index."""
+    return scores.sort(descending=True, stable=True).indices[..., :rank].sort().values

@@ -11,6 +11,7 @@ from lrtrain.optim.adam import bias_correction
 from lrtrain.optim.galore import GaLore, GaLoreSettings
 from lrtrain.optim.projections import Total
 from lrtrain.optim.scaling import limit_growth, row_factors
+from lrtrain.optim.stacks import Stack
 from lrtrain.optim.subspace import Projected
 
 
@@ -41,7 +42,7 @@ class Fira(GaLore):
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return super().new_state(p) | {"norm": torch.zeros((), device=local(p).device)}
 
-    def lifted(self, p: Tensor, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
+    def lifted(self, stack: Stack, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
         return fira_step(
             gradient,
             *found,
@@ -50,7 +51,7 @@ class Fira(GaLore):
             1.0 if self.residual == "paper" else self.scale,
             self.max_growth,
             bias_correction(step, self.beta1, self.beta2),
-            self.rows[p].sum,
+            stack.rows.sum,
         )
 
 
@@ -69,12 +70,13 @@ def fira_step(
     """scale·u Pᵀ + limited(diag(φ) (G − removed·g Pᵀ)) with φ_i = ‖u_i‖ / ‖g_i‖ for each row.
 
     Args:
-        gradient: G (rows, n), overwritten.
-        basis: P (n, r).
-        projected, adam: g = G P and Adam's step u on it, both (rows, r).
-        norm: the norm of the scaled residual in the last step; updated in place.
+        gradient: G ([members,] rows, n), overwritten.
+        basis: P ([members,] n, r).
+        projected, adam: g = G P and Adam's step u on it, both ([members,] rows, r).
+        norm: the norm of the scaled residual in the last step ([members]); updated in place.
         correction, total: see `limit_growth`.
     """
-    residual = gradient.addmm_(projected, basis.T, alpha=-removed).mul_(row_factors(adam, projected))
+    add_product = torch.Tensor.addmm_ if gradient.ndim == 2 else torch.Tensor.baddbmm_
+    residual = add_product(gradient, projected, basis.mT, alpha=-removed).mul_(row_factors(adam, projected))
     limited = limit_growth(residual, norm, max_growth, correction, total)
-    return limited.addmm_(adam, basis.T, alpha=scale)
+    return add_product(limited, adam, basis.mT, alpha=scale)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lrtrain.core.seeds import generator_for
 from lrtrain.distributed.sharding import local
 from lrtrain.optim.projections import randomized_basis, svd_basis
+from lrtrain.optim.stacks import Stack
 from lrtrain.optim.subspace import Projected, Subspace, SubspaceAdam
 
 Basis = Literal["randomized", "svd"]
@@ -43,11 +44,11 @@ class GaLore(SubspaceAdam):
         moments = super().new_state(p)
         return moments | {"basis": torch.zeros(p.shape[1], moments["first"].shape[1], device=local(p).device)}
 
-    def basis(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        basis = state["basis"]
-        if step == 1 or (step - 1) % self.gap == self.turn[p]:
-            basis.copy_(self.compute_basis(p, gradient, basis.shape[1], step))
-        return basis
+    def basis(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        for p, own, basis in zip(stack.members, stack.each(gradient), stack.each(state["basis"]), strict=True):
+            if step == 1 or (step - 1) % self.gap == self.turn[p]:
+                basis.copy_(self.compute_basis(p, own, basis.shape[1], step))
+        return state["basis"]
 
     def compute_basis(self, p: Tensor, gradient: Tensor, rank: int, step: int) -> Tensor:
         """The leading right singular vectors (n, r) of a gradient."""
@@ -56,5 +57,5 @@ class GaLore(SubspaceAdam):
             return svd_basis(gradient, rank, total)
         return randomized_basis(gradient, rank, generator_for(self.seed, f"basis of {self.names[p]} at {step}"), total)
 
-    def lifted(self, p: Tensor, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
-        return torch.mm(found.adam, found.basis.T, out=gradient).mul_(self.scale)
+    def lifted(self, stack: Stack, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
+        return torch.matmul(found.adam, found.basis.mT, out=gradient).mul_(self.scale)

@@ -75,6 +75,19 @@ def role_of(layer: FactorizedLinear, key: str) -> str:
     return role
 
 
+def check_dimensions(name: str, p: Tensor, role: str, optimizer: str) -> None:
+    """Check that an optimizer that steps matrices can step a parameter.
+
+    Raises:
+        ConfigError: if it is no matrix, or batch of matrices, though its role says so, or has more dimensions.
+    """
+    if p.ndim > 3 or (p.ndim < 2 and role in MATRICES):
+        raise ConfigError(
+            f"{name} of shape {'×'.join(map(str, p.shape))} has the role {role}, but is no matrix or batch of "
+            f"matrices, which {optimizer} steps; use optim=adamw, or another role"
+        )
+
+
 def decays(role: str) -> bool:
     """Whether weight decay applies to parameters of this role: to matrices, factors and sparse values, but not to
     singular values, biases, norms and embeddings."""

@@ -14,9 +14,10 @@ from lrtrain.distributed.per_layer import compute_layers_across_ranks
 from lrtrain.distributed.sharding import local
 from lrtrain.errors import ConfigError
 from lrtrain.layers.rebalance import balanced
-from lrtrain.optim.base import Common
+from lrtrain.optim.common import Common
 from lrtrain.optim.pairs import PairOptimizer
 from lrtrain.optim.rows import rows_like
+from lrtrain.optim.stacks import Stack
 
 
 def tangent_step(
@@ -71,6 +72,7 @@ class LORO(PairOptimizer):
     """
 
     optim = "loro"
+    elementwise = True
 
     def __init__(
         self,
@@ -112,8 +114,8 @@ class LORO(PairOptimizer):
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {key: rows_like(p, p.shape[1]) for key in ("exp_avg", "exp_avg_sq")}
 
-    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        return self.adamw_direction(p, gradient, state, step).mul_(self._scale(p))
+    def direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        return self.adamw_direction(stack, gradient, state, step).mul_(self._scale(stack.first))
 
     # --- large steps -----------------------------------------------------------------------------------------------
 
@@ -146,11 +148,11 @@ class LORO(PairOptimizer):
     def _direction_of(self, p: Tensor) -> Tensor:
         """Adam's direction, sharded like p."""
         assert p.grad is not None
-        state = self.state[p]
-        state["step"] += 1
+        alone = self.alone(p)
+        alone.state["step"] += 1
         found = rows_like(p, p.shape[1])
-        parts = {key: local(value) for key, value in state.items()}
-        local(found).copy_(self.adamw_direction(p, local(p.grad).float(), parts, int(state["step"])))
+        step = int(alone.state["step"])
+        local(found).copy_(self.adamw_direction(alone, local(p.grad).float(), alone.state, step))
         return found
 
     def _replace(self, tensors: Mapping[str, Sequence[Tensor]], compute: Callable[..., tuple[Tensor, Tensor]]) -> None:
@@ -164,4 +166,4 @@ class LORO(PairOptimizer):
         held = {name: nn.ParameterList(given) for name, given in tensors.items()}
         for name, new in compute_layers_across_ranks(held, computed):
             for p, value in ((pairs[name].left, new["left"]), (pairs[name].right, new["right"])):
-                self.put(p, self.rows[p].cut(value), int(self.state[p]["step"]))
+                self.put(self.alone(p), self.rows[p].cut(value), int(self.state[p]["step"]))

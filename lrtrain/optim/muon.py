@@ -5,10 +5,12 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from lrtrain.config.ranges import ShareBelowOne
-from lrtrain.optim.base import Common, ShardedOptimizer
+from lrtrain.optim.base import ShardedOptimizer
+from lrtrain.optim.common import Common
 from lrtrain.optim.groups import MATRICES
 from lrtrain.optim.orthogonal import ADJUSTMENTS, ITERATIONS, Adjustment, Orthogonalization, orthogonalize
 from lrtrain.optim.rows import rows_like
+from lrtrain.optim.stacks import Stack
 
 
 class Muon(ShardedOptimizer):
@@ -20,6 +22,7 @@ class Muon(ShardedOptimizer):
     """
 
     roles = MATRICES
+    stacked = True
 
     def __init__(
         self,
@@ -40,7 +43,7 @@ class Muon(ShardedOptimizer):
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {"momentum": rows_like(p, p.shape[1])}
 
-    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+    def direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         buffer = state["momentum"].lerp_(gradient, 1 - self.momentum)
         ahead = gradient.lerp_(buffer, self.momentum) if self.nesterov else buffer
-        return orthogonalize(ahead, self.rows[p], self.coefficients).mul_(self.scale(*self.shape(p)))
+        return orthogonalize(ahead, stack.rows, self.coefficients).mul_(self.scale(*self.shape(stack.first)))

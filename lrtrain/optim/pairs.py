@@ -1,16 +1,16 @@
 """Factor pairs B, A of one matrix, for optimizers whose step on one factor depends on the other."""
 
 from abc import abstractmethod
-from collections.abc import Collection
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, Unpack
+from collections.abc import Collection, Hashable, Iterator
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 from torch import Tensor, nn
 
 from lrtrain.errors import ConfigError
 from lrtrain.model.structure import factorized_layers
-from lrtrain.optim.base import Common, ShardedOptimizer
-
-T = TypeVar("T")
+from lrtrain.optim.base import ShardedOptimizer
+from lrtrain.optim.common import Common
+from lrtrain.optim.stacks import Stack
 
 
 class FactorPair(NamedTuple):
@@ -78,35 +78,70 @@ class PairOptimizer(ShardedOptimizer):
         names = (f"{pair.name}[{left.first + i}]" for i in range(len(left.matrices)))
         return [FactorPair(*found) for found in zip(names, left.matrices, right.matrices, strict=True)]
 
-    def _step_batch(self, p: Tensor, group: dict[str, Any]) -> None:
-        for one in (self.pair_of[p].left, self.pair_of[p].right):
-            self.batches[one].refresh()
-        super()._step_batch(p, group)
+    def alike(self, p: Tensor) -> Hashable:
+        """The shapes of both factors, so that stacks of left and of right factors hold the same pairs."""
+        return (self.pair_of[p].left.shape, self.pair_of[p].right.shape) if p in self.pair_of else None
+
+    def entries(self, item: Tensor) -> int:
+        parameter, _ = self.place_in_batch.get(item, (item, 0))
+        if parameter not in self.pair_of:
+            return super().entries(item)
+        _, left, right = self.pair_of[parameter]
+        return max(super(PairOptimizer, self).entries(self._items(p)[0]) for p in (left, right))
+
+    def _step_all(self, ready: list[Tensor], group: dict[str, Any]) -> None:
+        self._refresh_pairs(ready)
+        super()._step_all(ready, group)
+
+    def _refresh_pairs(self, ready: list[Tensor]) -> None:
+        for p in ready:
+            if p in self.batches and p in self.pair_of:
+                for factor in self.pair_of[p][1:]:
+                    self.batches[factor].refresh()
 
 
-class PartnerOptimizer(PairOptimizer, Generic[T]):
+class PartnerOptimizer(PairOptimizer):
     """Steps each factor with terms computed from both factors before either was stepped, in any order."""
 
     def __init__(self, model: nn.Module, **common: Unpack[Common]):
-        self.terms: dict[Tensor, T] = {}
+        self.terms: dict[Tensor, Tensor] = {}
+        """By the first member of a stack."""
         super().__init__(model, **common)
 
     @abstractmethod
-    def pair_terms(self, pair: FactorPair) -> tuple[T, T]:
-        """The terms that the steps on B and on A need from the current pair; a collective."""
+    def pair_terms(self, left: Stack, right: Stack) -> tuple[Tensor, Tensor]:
+        """The terms ([members,] …) that the steps on stacks of B and of A need from the current pairs; a collective."""
 
-    def term_for(self, p: Tensor) -> T:
-        """The term for p from `pair_terms`, called when the first factor of a pair is stepped."""
-        if p not in self.terms:
-            pair = self.pair_of[p]
-            self.terms[pair.left], self.terms[pair.right] = self.pair_terms(pair)
-        return self.terms.pop(p)
+    def term_for(self, stack: Stack) -> Tensor:
+        """The term for a stack from `pair_terms`, called when the first factors of its pairs are stepped."""
+        if stack.first not in self.terms:
+            pair = self.pair_of[stack.first]
+            left, right = (self.alone(p) if stack.single else self.stacks[p] for p in (pair.left, pair.right))
+            self.terms[pair.left], self.terms[pair.right] = self.pair_terms(left, right)
+        return self.terms.pop(stack.first)
 
     def begin_step(self) -> None:
         self.terms.clear()  # a factor with a non-finite gradient has left its term
 
     def step_jointly(self) -> Collection[Tensor]:
         ready = [p for p in self.pair_of if p.grad is not None]
-        for p in ready:  # A right after its B, so that the terms of only one pair are held at a time
-            self._step_all([p], self.group_of[p])
+        self._refresh_pairs(ready)
+        for stack in self._paired_stacks([item for p in ready for item in self._items(p)]):
+            parameter, _ = self.place_in_batch.get(stack.first, (stack.first, 0))
+            self._step_stack(stack, self.group_of[parameter])
         return ready
+
+    def _paired_stacks(self, items: list[Tensor]) -> Iterator[Stack]:
+        """The stacks of these factors, that of the right ones after that of their left ones, so that few terms are held
+        at a time. Without all of both they are alone."""
+        here = set(items)
+        lefts = [item for item in items if item is self.pair_of[item].left]
+        for stack in self._stacks_of(lefts):
+            rights = [self.pair_of[item].right for item in stack.members]
+            of_rights = self._stacks_of([item for item in rights if item in here])
+            if len(of_rights) == 1 and [*of_rights[0].members] == rights:
+                yield stack
+                yield of_rights[0]
+            else:
+                yield from (self.alone(item) for item in (*stack.members, *rights) if item in here)
+        yield from (self.alone(item) for item in items if self.pair_of[item].left not in here)

@@ -7,27 +7,28 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from lrtrain.distributed.sharding import local
-from lrtrain.optim.base import Common
-from lrtrain.optim.pairs import FactorPair, PartnerOptimizer
+from lrtrain.optim.common import Common
+from lrtrain.optim.pairs import PartnerOptimizer
 from lrtrain.optim.rows import rows_like
+from lrtrain.optim.stacks import Stack
 
 
 def cholesky_of_gram(gram: Tensor, damping: PositiveFloat) -> Tensor:
-    """The lower triangular L (r, r) with LLᵀ = gram + δI, in gram's dtype."""
-    return torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+    """The lower triangular L (…, r, r) with LLᵀ = gram + δI, in gram's dtype."""
+    return torch.linalg.cholesky(gram + damping * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
 
 
 def precondition_left(gradient: Tensor, cholesky: Tensor) -> Tensor:
-    """∂B (AAᵀ + δI)⁻¹ for some rows of ∂B (·, r), from the Cholesky factor of AAᵀ + δI."""
-    return torch.cholesky_solve(gradient.T, cholesky).T
+    """∂B (AAᵀ + δI)⁻¹ for some rows of ∂B (…, r), from the Cholesky factor of AAᵀ + δI."""
+    return torch.cholesky_solve(gradient.mT, cholesky).mT
 
 
 def precondition_right(gradient: Tensor, cholesky: Tensor) -> Tensor:
-    """(BᵀB + δI)⁻¹ ∂A for the unsharded ∂A (r, n), from the Cholesky factor of BᵀB + δI."""
+    """(BᵀB + δI)⁻¹ ∂A for the unsharded ∂A (…, r, n), from the Cholesky factor of BᵀB + δI."""
     return torch.cholesky_solve(gradient, cholesky)
 
 
-class PreconditionedAdamW(PartnerOptimizer[Tensor]):
+class PreconditionedAdamW(PartnerOptimizer):
     """Adam, or plain gradient descent, on preconditioned gradients of factors B (m, r) and A (r, n).
 
         ∂B ← ∂B (AAᵀ + δI)⁻¹,  ∂A ← (BᵀB + δI)⁻¹ ∂A
@@ -48,6 +49,7 @@ class PreconditionedAdamW(PartnerOptimizer[Tensor]):
     """
 
     optim = "preconditioned_adamw"
+    stacked = True
 
     def __init__(self, model: nn.Module, damping: PositiveFloat, adam: bool, **common: Unpack[Common]):
         self.damping = damping
@@ -57,19 +59,19 @@ class PreconditionedAdamW(PartnerOptimizer[Tensor]):
     def new_state(self, p: Tensor) -> dict[str, Tensor]:
         return {key: rows_like(p, p.shape[1]) for key in ("exp_avg", "exp_avg_sq")} if self.adam else {}
 
-    def pair_terms(self, pair: FactorPair) -> tuple[Tensor, Tensor]:
-        left = local(pair.left).double()  # (m here, r)
-        right = self.rows[pair.right].gather(local(pair.right)).double()  # (r, n)
-        left_gram = self.rows[pair.left].sum(left.T @ left)
-        return cholesky_of_gram(right @ right.T, self.damping), cholesky_of_gram(left_gram, self.damping)
+    def pair_terms(self, left: Stack, right: Stack) -> tuple[Tensor, Tensor]:
+        b, a = (stack.joined([local(p) for p in stack.members]) for stack in (left, right))
+        b, a = b.double(), right.rows.gather(a).double()  # ([members,] m here, r) and ([members,] r, n)
+        left_gram = left.rows.sum(b.mT @ b)
+        return cholesky_of_gram(a @ a.mT, self.damping), cholesky_of_gram(left_gram, self.damping)
 
-    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        cholesky = self.term_for(p).to(gradient.dtype)
-        if p is self.pair_of[p].left:
+    def direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        cholesky = self.term_for(stack).to(gradient.dtype)
+        if stack.first is self.pair_of[stack.first].left:
             gradient = precondition_left(gradient, cholesky)
         else:
-            rows = self.rows[p]
+            rows = stack.rows
             gradient = rows.cut(precondition_right(rows.gather(gradient), cholesky))
         if not self.adam:
             return gradient
-        return self.adamw_direction(p, gradient, state, step)
+        return self.adamw_direction(stack, gradient, state, step)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 from lrtrain.distributed.flat_shard import FlatShard
 from lrtrain.distributed.sharding import local, shard_dimensions
@@ -73,18 +74,18 @@ class Rows:
         return [group for group in (self.group, self.column_group) if group is not None]
 
     def gather(self, rows: Tensor) -> Tensor:
-        """All-gather: the unsharded (m, …) from each process's rows."""
+        """All-gather: the unsharded ([matrices,] m, n) from each process's rows ([matrices,] rows, n)."""
         if self.group is None:
             return rows
-        padded = rows.new_zeros(self.most, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        whole = rows.new_empty(self.most * self.processes, *rows.shape[1:])
-        dist.all_gather_single(whole, padded, group=self.group)
-        return whole[: self.shape[0]]
+        padded = F.pad(rows, (0, 0, 0, self.most - rows.shape[-2]))
+        found = rows.new_empty(self.processes * len(padded), *padded.shape[1:])
+        dist.all_gather_single(found, padded, group=self.group)
+        return found.view(self.processes, *padded.shape).movedim(0, -3).flatten(-3, -2)[..., : self.shape[0], :]
 
     def cut(self, whole: Tensor) -> Tensor:
-        """This process's rows of an unsharded (m, …)."""
-        return whole[self.first : self.first + self.most]
+        """This process's rows of an unsharded (m, …), or of several (matrices, m, …)."""
+        here = slice(self.first, self.first + self.most)
+        return whole[here] if whole.ndim == len(self.shape) else whole[:, here]
 
 
 def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -105,6 +106,6 @@ def rows_like(parameter: Tensor, *shape: int, dtype: torch.dtype = torch.float32
 
 def in_pieces(rows: Tensor) -> list[slice]:
     """Slices over the rows for elementwise work; on a CPU small enough for temporaries to stay in its cache."""
-    entries = 2**19 if rows.device.type == "cpu" else 2**24
+    entries = 2**19 if rows.device.type == "cpu" else 2**27
     most = max(1, entries // max(1, rows[:1].numel()))
     return [slice(start, start + most) for start in range(0, len(rows), most)]

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from lrtrain.config.ranges import ShareBelowOne
 from lrtrain.core.seeds import generator_for
 from lrtrain.distributed.sharding import local
-from lrtrain.optim.base import Common
+from lrtrain.optim.common import Common
 from lrtrain.optim.orthogonal import ITERATIONS, Coefficients, Orthogonalization, orthogonalize, spectral_norm
-from lrtrain.optim.pairs import FactorPair, PartnerOptimizer
+from lrtrain.optim.pairs import PartnerOptimizer
 from lrtrain.optim.rows import Rows, rows_like
+from lrtrain.optim.stacks import Stack
 
 FIRST = 20
 
@@ -23,15 +24,15 @@ def spectron_direction(
     """O/(σ_B + σ_A + 1) with the orthogonal factor O of the momentum, an average of gradients updated in place.
 
     Args:
-        gradient, momentum: this process's rows of a factor.
-        norms: σ_B + σ_A.
+        gradient, momentum: this process's rows of a factor, or of those of a stack.
+        norms: σ_B + σ_A ([members]).
         coefficients: of the orthogonalization.
     """
     momentum.lerp_(gradient, 1 - beta)
-    return orthogonalize(momentum, rows, coefficients).div_(norms + 1)
+    return orthogonalize(momentum, rows, coefficients).div_((norms + 1)[..., None, None])
 
 
-class Spectron(PartnerOptimizer[Tensor]):
+class Spectron(PartnerOptimizer):
     """B ← B − ρ O_B and A ← A − ρ O_A with ρ = lr/(σ_B + σ_A + 1), ‖O‖ = 1 and the spectral norms σ of B and A.
 
     ("Stabilizing Native Low-Rank LLM Pretraining", arXiv 2602.12429.) Δ(B A) = −ρ(O_B A + B O_A) + ρ² O_B O_A then has
@@ -51,6 +52,7 @@ class Spectron(PartnerOptimizer[Tensor]):
     """
 
     optim = "spectron"
+    stacked = True
     replicated = frozenset({"vector"})
 
     def __init__(
@@ -70,15 +72,17 @@ class Spectron(PartnerOptimizer[Tensor]):
         start = torch.randn(p.shape[1], generator=generator_for(self.seed, f"{self.names[p]}/vector"))
         return {"momentum": rows_like(p, p.shape[1]), "vector": start.to(p.device)}
 
-    def pair_terms(self, pair: FactorPair) -> tuple[Tensor, Tensor]:
-        both = (pair.left, pair.right)
-        first = max(int(self.local_state(p)["step"]) for p in both) == 1  # one of them may already be counted
-        left, right = (self._norm(p, FIRST if first else self.iterations) for p in both)
-        return left + right, left + right
+    def pair_terms(self, left: Stack, right: Stack) -> tuple[Tensor, Tensor]:
+        first = (
+            max(int(stack.state["step"].max()) for stack in (left, right)) == 1
+        )  # one of them may already be counted
+        of_left, of_right = (self._norms(stack, FIRST if first else self.iterations) for stack in (left, right))
+        return of_left + of_right, of_left + of_right
 
-    def _norm(self, p: Tensor, iterations: int) -> Tensor:
-        return spectral_norm(local(p).float(), self.rows[p], self.local_state(p)["vector"], iterations)
+    def _norms(self, stack: Stack, iterations: int) -> Tensor:
+        factors = stack.joined([local(p) for p in stack.members]).float()
+        return spectral_norm(factors, stack.rows, stack.state["vector"], iterations)
 
-    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        settings = (self.rows[p], self.momentum, self.term_for(p), self.coefficients)
+    def direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        settings = (stack.rows, self.momentum, self.term_for(stack), self.coefficients)
         return spectron_direction(gradient, state["momentum"], *settings)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from lrtrain.config.ranges import RankOrShare
 from lrtrain.errors import ConfigError
 from lrtrain.model.rank import matrix_rank
-from lrtrain.optim.base import Common, ShardedOptimizer
+from lrtrain.optim.base import ShardedOptimizer
+from lrtrain.optim.common import Common
 from lrtrain.optim.groups import MATRICES
 from lrtrain.optim.rows import rows_like
+from lrtrain.optim.stacks import Stack
 
 
 class Subspace(Common):
@@ -24,7 +26,7 @@ class Subspace(Common):
 
 
 class Projected(NamedTuple):
-    """A gradient G in a subspace."""
+    """A gradient G in a subspace, or those of the members of a stack."""
 
     basis: Tensor
     """P (n, r)."""
@@ -46,6 +48,7 @@ class SubspaceAdam(ShardedOptimizer):
     """
 
     roles = MATRICES
+    stacked = True
 
     def __init__(self, model: nn.Module, *, rank: RankOrShare, gap: PositiveInt, **common: Unpack[Common]):
         self.rank = rank
@@ -61,16 +64,16 @@ class SubspaceAdam(ShardedOptimizer):
             )
         return {"first": rows_like(p, rank), "second": rows_like(p, rank)}
 
-    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        basis = self.basis(p, gradient, state, step)
+    def direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        basis = self.basis(stack, gradient, state, step)
         projected = gradient @ basis  # (rows, n) @ (n, r) → (rows, r)
         adam = self.adam_step(projected, state["first"], state["second"], step)
-        return self.lifted(p, gradient, Projected(basis, projected, adam), state, step)
+        return self.lifted(stack, gradient, Projected(basis, projected, adam), state, step)
 
     @abstractmethod
-    def basis(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        """The basis (n, r) of this step."""
+    def basis(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        """The bases ([members,] n, r) of this step, or one for all members (n, r)."""
 
     @abstractmethod
-    def lifted(self, p: Tensor, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
-        """The step (rows, n) on the matrix; may overwrite the gradient."""
+    def lifted(self, stack: Stack, gradient: Tensor, found: Projected, state: dict[str, Tensor], step: int) -> Tensor:
+        """The steps ([members,] rows, n) on the matrices; may overwrite the gradient."""

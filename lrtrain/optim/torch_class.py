@@ -94,6 +94,9 @@ class TorchClass(ShardedOptimizer):
         part = local(p)
         return {key: like(p, value) if value.shape == part.shape else value for key, value in state.items()}
 
+    def _stack_states(self) -> None:
+        """Leave the states apart: each parameter has its own instance of the class."""
+
     # --- stepping --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()

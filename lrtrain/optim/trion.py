@@ -5,10 +5,11 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from lrtrain.config.ranges import ShareBelowOne
-from lrtrain.linalg.dct import dct, lift
+from lrtrain.linalg.dct import dct, lift, selected
 from lrtrain.optim.dct_columns import DctOptimizer, DctSettings
 from lrtrain.optim.orthogonal import ADJUSTMENTS, ITERATIONS, Adjustment, Orthogonalization, orthogonalize
 from lrtrain.optim.rows import rows_like
+from lrtrain.optim.stacks import Stack
 
 
 class Trion(DctOptimizer):
@@ -38,12 +39,12 @@ class Trion(DctOptimizer):
         self.rank_for(p)  # raises ConfigError if the rank does not fit
         return {"momentum": rows_like(p, p.shape[1])}
 
-    def direction(self, p: Tensor, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
-        n = gradient.shape[1]
+    def direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
+        n = gradient.shape[-1]
         momentum = state["momentum"].add_(gradient)
         spectrum = dct(momentum)
-        columns = self.choose(p, spectrum)
-        part = spectrum[:, columns]  # (rows, r)
+        columns = self.choose(stack, spectrum)
+        part = selected(spectrum, columns)  # ([members,] rows, r)
         momentum.sub_(lift(part, columns, n), alpha=1 - self.momentum)
-        update = orthogonalize(part, self.rows[p], self.coefficients).mul_(self.scale(*self.shape(p)))
+        update = orthogonalize(part, stack.rows, self.coefficients).mul_(self.scale(*self.shape(stack.first)))
         return lift(update, columns, n)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes  # has no public
 from transformers import AttentionInterface
 
 from lrtrain.engine.fsdp import device_mesh, split_mesh
+from lrtrain.linalg import dct
 from lrtrain.model.attention import CAUSAL
 from lrtrain.optim import quantized
 from lrtrain.simulation.device import passed_off_as_cuda, waits
@@ -59,6 +60,7 @@ def _stand_ins() -> dict[str, Callable[..., Any]]:
         "lrtrain.model.init.fill": lambda *args: None,  # initial values
         "lrtrain.run.start.support_hash": lambda model: "",
         "lrtrain.optim.quantized._tables": without_values,
+        "lrtrain.linalg.dct._turns": functools.cache(dct._turns.__wrapped__),  # none of an earlier simulation
     }
 
 

@@ -68,12 +68,12 @@ def test_a_vector_in_parts_is_the_vector_as_a_whole():
         """The rows of one of three processes, whose maxima are those of all."""
 
         def __init__(self, first: int, agreed: list[torch.Tensor]):
-            self.first, self.agreed = first, agreed
+            self.shape, self.first, self.agreed = p.shape, first, agreed
 
         def max(self, scale: torch.Tensor) -> torch.Tensor:
             mine, theirs = scale, self.agreed.pop(0)
-            assert torch.equal(torch.maximum(mine, theirs), theirs)
-            return theirs
+            assert torch.equal(torch.maximum(mine, theirs[None]), theirs[None])
+            return theirs[None]
 
     state = {k: v for k, v in whole.state[p].items() if k != "step"}
     parts = [
@@ -81,11 +81,11 @@ def test_a_vector_in_parts_is_the_vector_as_a_whole():
         for i in range(3)
     ]
     for step, gradient in enumerate(gradients, 1):
-        expected = whole.direction(p, gradient.clone(), state, step)
+        expected = whole.direction(whole.alone(p), gradient.clone(), state, step)
         for i, mine in enumerate(parts):
             agreed = [state["exp_avg_vector_scale"], state["exp_avg_sq_vector_scale"]]
             rows = Part(i * 1667, agreed)
-            found = whole._of_vector(rows, gradient[i * 1667 : (i + 1) * 1667].clone(), mine, step)  # pyright: ignore
+            found = whole._of_vectors(rows, gradient[i * 1667 : (i + 1) * 1667].clone(), mine, step)  # pyright: ignore
             assert torch.equal(found, expected[i * 1667 : (i + 1) * 1667])
             assert torch.equal(mine["exp_avg"], state["exp_avg"][i * 1667 : (i + 1) * 1667])
 

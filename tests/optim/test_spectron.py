@@ -7,8 +7,8 @@ from launching import OPTIM
 from torch import Tensor, nn
 
 from lrtrain.optim.orthogonal import ITERATIONS
-from lrtrain.optim.pairs import FactorPair
 from lrtrain.optim.spectron import Spectron
+from lrtrain.optim.stacks import Stack
 
 OWN = {"momentum": 0.95, "iterations": 2, "orthogonalization": "polar_express"}
 
@@ -92,9 +92,9 @@ def test_the_norms_are_close_from_the_first_step_on(monkeypatch: pytest.MonkeyPa
     optimizer = Spectron(model, **OWN, **{**OPTIM, "lr": 0.05})
     pair_terms, shares = optimizer.pair_terms, []
 
-    def recorded(pair: FactorPair) -> tuple[Tensor, Tensor]:
-        found = pair_terms(pair)
-        exact = sum(torch.linalg.matrix_norm(p.detach(), 2) for p in pair[1:])
+    def recorded(left: Stack, right: Stack) -> tuple[Tensor, Tensor]:
+        found = pair_terms(left, right)
+        exact = sum(torch.linalg.matrix_norm(stack.first.detach(), 2) for stack in (left, right))
         shares.append((found[0] / exact).item())
         return found
 
