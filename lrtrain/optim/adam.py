@@ -1,10 +1,12 @@
 """Adam's step, shared by AdamW and all methods that project gradients."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from lrtrain.distributed.sharding import local
 
 EpsConvention = Literal["corrected", "galore"]
 
@@ -41,30 +43,33 @@ def adam_direction(
 
 def fused_adamw(
     parameters: list[Tensor],
-    gradients: list[Tensor],
-    states: Sequence[Mapping[str, Tensor]],
-    lr: float,
+    states: Mapping[Tensor, Mapping[str, Tensor]],
+    group: Mapping[str, Any],
     betas: tuple[float, float],
     eps: float,
-    weight_decay: float,
     found_inf: Tensor | None = None,
 ) -> None:
-    """A step of AdamW on all parameters by torch's fused kernel; states have `exp_avg`, `exp_avg_sq` and `step`. With a
-    nonzero `found_inf` on the device nothing is changed."""
+    """A step of AdamW on this process's part of all parameters by torch's fused kernel.
+
+    Args:
+        states: of each parameter: `exp_avg`, `exp_avg_sq` and `step`.
+        group: has `lr` and `weight_decay`.
+        found_inf: a number on the device; if it is not 0, nothing is changed.
+    """
     adamw(
-        parameters,
-        gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        [local(p) for p in parameters],
+        [local(p.grad) for p in parameters if p.grad is not None],
+        [local(states[p]["exp_avg"]) for p in parameters],
+        [local(states[p]["exp_avg_sq"]) for p in parameters],
         [],
-        [state["step"] for state in states],
+        [local(states[p]["step"]) for p in parameters],
         found_inf=found_inf,
         fused=True,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],
-        lr=lr,
-        weight_decay=weight_decay,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
         eps=eps,
         maximize=False,
     )

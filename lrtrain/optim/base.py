@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from lrtrain.config.ranges import Betas
 from lrtrain.core.seeds import integer_seed
-from lrtrain.distributed.flat_shard import FlatShard
 from lrtrain.distributed.sharding import local
 from lrtrain.optim.adam import EpsConvention, adam_direction, fused_adamw
 from lrtrain.optim.batches import Batch
 from lrtrain.optim.groups import Decay, check_dimensions, parameter_groups
 from lrtrain.optim.rounding import stochastic_round
 from lrtrain.optim.rows import Rows, in_pieces, rows_like
-from lrtrain.optim.stacks import Stack, stacks_of
+from lrtrain.optim.stacks import Stack, present_stacks, stacked_states
+from lrtrain.optim.withheld import unchanged_unless
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -191,47 +191,33 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         if finite is None:
             return self._step_all([p], group)
-        if self._fused(p):
+        if self.fused(p):
             return self._step_fused([p], group, found_inf=(~finite).float())
         gradient = self.local_gradient(p)
         gradient.copy_(torch.where(finite, gradient, 0.0))  # decompositions refuse what is not finite
         states = [self.state[one] for one in self.involved(p)]
         kept = [local(p), *(local(value) for state in states for key, value in state.items() if key != "step")]
-        before = [part.clone() for part in kept]
-        self._step_all([p], group)
-        for part, old in zip(kept, before, strict=True):
-            part.copy_(torch.where(finite, part, old))
+        with unchanged_unless(finite, kept):
+            self._step_all([p], group)
 
     def _step_all(self, ready: list[Tensor], group: dict[str, Any]) -> None:
         for p in ready:
             if p in self.batches:
                 self.batches[p].refresh()
-        for stack in self._stacks_of([item for p in ready if not self._fused(p) for item in self._items(p)]):
+        for stack in present_stacks(self, [item for p in ready if not self.fused(p) for item in self.items(p)]):
             self._step_stack(stack, group)
-        if others := [p for p in ready if self._fused(p)]:
+        if others := [p for p in ready if self.fused(p)]:
             self._step_fused(others, group)
 
-    def _items(self, p: Tensor) -> list[Tensor]:
+    def items(self, p: Tensor) -> list[Tensor]:
         """What is stepped for a parameter: the parameter, or each matrix of a batch."""
         return self.batches[p].matrices if p in self.batches else [p]
-
-    def _stacks_of(self, items: list[Tensor]) -> list[Stack]:
-        """The stacks of these items; an item is alone if others of its stack are absent, or have other step counts."""
-        here, found = set(items), dict[Tensor, Stack]()
-        for item in items:
-            stack = self.stacks.get(item)
-            if stack is not None and found.get(stack.first) is stack:
-                continue
-            if stack is None or not here.issuperset(stack.members) or len({*stack.state["step"].tolist()}) > 1:
-                stack = self.alone(item)
-            found[stack.first] = stack
-        return [*found.values()]
 
     def alone(self, item: Tensor) -> Stack:
         """The stack of one parameter, or of one matrix of a batch."""
         return Stack([item], self.rows[item], self.local_state(item))
 
-    def _fused(self, p: Tensor) -> bool:
+    def fused(self, p: Tensor) -> bool:
         """Whether torch's fused AdamW can step this parameter (one ε convention, no stochastic rounding)."""
         return p not in self.own and p.dtype == torch.float32 and self.eps_convention == "corrected"
 
@@ -295,10 +281,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )
 
     def _step_fused(self, parameters: list[Tensor], group: dict[str, Any], found_inf: Tensor | None = None) -> None:
-        states = [{key: local(value) for key, value in self.state[p].items()} for p in parameters]
-        gradients = [local(p.grad) for p in parameters if p.grad is not None]
-        own, betas = [local(p) for p in parameters], (self.beta1, self.beta2)
-        fused_adamw(own, gradients, states, group["lr"], betas, self.eps, group["weight_decay"], found_inf)
+        fused_adamw(parameters, self.state, group, (self.beta1, self.beta2), self.eps, found_inf)
 
     def _write(self, stack: Stack, update: Tensor, group: dict[str, Any], step: int, rows: slice = slice(None)) -> None:
         """p ← (1 − lr·decay)·p − lr·update, for all of this process's rows, or some of a single member's."""
@@ -334,7 +317,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             new = {"step": torch.zeros(()), **self.new_state(p)}
         else:
             moments = {key: rows_like(p, *p.shape[1:]) for key in ("exp_avg", "exp_avg_sq")}
-            new = {"step": torch.zeros((), device=p.device if self._fused(p) else "cpu"), **moments}
+            new = {"step": torch.zeros((), device=p.device if self.fused(p) else "cpu"), **moments}
         for key, value in self.state[p].items():
             local(value).copy_(local(new[key]))
         self.state[p] = self.state[p] or new
@@ -348,19 +331,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self.rows[item].most * math.prod(item.shape[1:])
 
     def _stack_states(self) -> None:
-        """Fill `stacks`: as many parameters in each as `entries_at_once` allows."""
-        for group in [] if self.in_backward else self.param_groups:
-            kinds: dict[Hashable, list[Tensor]] = {}
-            for p in group["params"]:
-                several = p not in self.own or self.elementwise or self.stacked
-                in_parts = isinstance(p, FlatShard) or self.rows[p].column_group is not None  # of rows
-                if several and not (self._fused(p) or in_parts) and self._items(p):
-                    item = self._items(p)[0]
-                    kind = (item.shape, p.dtype, p in self.own, self.rows[item].group, self.alike(p))
-                    kinds.setdefault(kind, []).append(p)
-            for alike in kinds.values():
-                items, first = {p: self._items(p) for p in alike}, self._items(alike[0])[0]
-                self.stacks |= stacks_of(items, self.state, self.rows[first], self.entries(first))
+        """Fill `stacks`."""
+        if not self.in_backward:
+            self.stacks = stacked_states(self)
 
     def named_state(self) -> dict[str, Tensor]:
         """`<parameter>.<key>` → state tensor (not a copy), to be saved, or filled in place."""

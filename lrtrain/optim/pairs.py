@@ -10,7 +10,7 @@ from lrtrain.errors import ConfigError
 from lrtrain.model.structure import factorized_layers
 from lrtrain.optim.base import ShardedOptimizer
 from lrtrain.optim.common import Common
-from lrtrain.optim.stacks import Stack
+from lrtrain.optim.stacks import Stack, present_stacks
 
 
 class FactorPair(NamedTuple):
@@ -87,7 +87,7 @@ class PairOptimizer(ShardedOptimizer):
         if parameter not in self.pair_of:
             return super().entries(item)
         _, left, right = self.pair_of[parameter]
-        return max(super(PairOptimizer, self).entries(self._items(p)[0]) for p in (left, right))
+        return max(super(PairOptimizer, self).entries(self.items(p)[0]) for p in (left, right))
 
     def _step_all(self, ready: list[Tensor], group: dict[str, Any]) -> None:
         self._refresh_pairs(ready)
@@ -126,7 +126,7 @@ class PartnerOptimizer(PairOptimizer):
     def step_jointly(self) -> Collection[Tensor]:
         ready = [p for p in self.pair_of if p.grad is not None]
         self._refresh_pairs(ready)
-        for stack in self._paired_stacks([item for p in ready for item in self._items(p)]):
+        for stack in self._paired_stacks([item for p in ready for item in self.items(p)]):
             parameter, _ = self.place_in_batch.get(stack.first, (stack.first, 0))
             self._step_stack(stack, self.group_of[parameter])
         return ready
@@ -136,9 +136,9 @@ class PartnerOptimizer(PairOptimizer):
         at a time. Without all of both they are alone."""
         here = set(items)
         lefts = [item for item in items if item is self.pair_of[item].left]
-        for stack in self._stacks_of(lefts):
+        for stack in present_stacks(self, lefts):
             rights = [self.pair_of[item].right for item in stack.members]
-            of_rights = self._stacks_of([item for item in rights if item in here])
+            of_rights = present_stacks(self, [item for item in rights if item in here])
             if len(of_rights) == 1 and [*of_rights[0].members] == rights:
                 yield stack
                 yield of_rights[0]

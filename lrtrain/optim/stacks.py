@@ -4,14 +4,19 @@ The states of a stack's members lie next to each other in memory. Each member's 
 checkpoints have one tensor per parameter and key.
 """
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, MutableMapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lrtrain.distributed.flat_shard import FlatShard
 from lrtrain.distributed.sharding import local
 from lrtrain.optim.rows import Rows
+
+if TYPE_CHECKING:
+    from lrtrain.optim.base import ShardedOptimizer
 
 State = dict[str, Tensor]
 
@@ -52,6 +57,37 @@ class Stack:
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `each`."""
         return parts[0] if self.single else torch.stack([*parts])
+
+
+def stacked_states(optimizer: "ShardedOptimizer") -> dict[Tensor, Stack]:
+    """Stacks of the parameters, and matrices of batches, that are alike, by member; their states become views."""
+    found: dict[Tensor, Stack] = {}
+    for group in optimizer.param_groups:
+        kinds: dict[Hashable, list[Tensor]] = {}
+        for p in group["params"]:
+            several = p not in optimizer.own or optimizer.elementwise or optimizer.stacked
+            in_parts = isinstance(p, FlatShard) or optimizer.rows[p].column_group is not None  # of rows
+            if several and not (optimizer.fused(p) or in_parts) and optimizer.items(p):
+                item = optimizer.items(p)[0]
+                kind = (item.shape, p.dtype, p in optimizer.own, optimizer.rows[item].group, optimizer.alike(p))
+                kinds.setdefault(kind, []).append(p)
+        for alike in kinds.values():
+            items, first = {p: optimizer.items(p) for p in alike}, optimizer.items(alike[0])[0]
+            found |= stacks_of(items, optimizer.state, optimizer.rows[first], optimizer.entries(first))
+    return found
+
+
+def present_stacks(optimizer: "ShardedOptimizer", items: Collection[Tensor]) -> list[Stack]:
+    """The stacks of these items; an item is alone if others of its stack are absent, or have other step counts."""
+    here, found = set(items), dict[Tensor, Stack]()
+    for item in items:
+        stack = optimizer.stacks.get(item)
+        if stack is not None and found.get(stack.first) is stack:
+            continue
+        if stack is None or not here.issuperset(stack.members) or len({*stack.state["step"].tolist()}) > 1:
+            stack = optimizer.alone(item)
+        found[stack.first] = stack
+    return [*found.values()]
 
 
 def entries_at_once(device: torch.device) -> int:

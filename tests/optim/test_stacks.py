@@ -26,7 +26,7 @@ from lrtrain.optim.deal import Deal
 from lrtrain.optim.rows import Rows
 from lrtrain.simulation.operators import launches
 
-NAMES = sorted(path.stem for path in (ROOT / "conf" / "optim").glob("*.yaml") if path.stem != "base")
+NAMES = sorted(path.stem for path in (ROOT / "conf" / "optim").glob("*.yaml") if path.stem not in ("base", "torch"))
 SETTINGS = {
     **dict.fromkeys(("galore", "fira", "apollo", "apollo_mini"), ["optim.gap=3"]),
     "dct_adamw": ["optim.gap=2", "optim.error_feedback=8bit"],
