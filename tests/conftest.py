@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["LRTRAIN_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_homes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Homes that a test names, which hold for its process, are forgotten after it."""
+    monkeypatch.setenv("LRTRAIN_CONF", "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 @pytest.fixture(scope="session")

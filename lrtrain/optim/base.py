@@ -105,9 +105,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     if p.ndim == 3:
                         self._add_batch(name, p)
                 self.initialize_state(p)
-        self.stacks: dict[Tensor, Stack] = {}
+        self.stacks: dict[Tensor, Stack] = {} if in_backward else stacked_states(self)
         """The stacks of parameters, or matrices of batches, that are stepped at once with others."""
-        self._stack_states()
 
     def _add_batch(self, name: str, p: Tensor) -> None:
         batch = self.batches[p] = Batch(name, p, p in self.transposed)
@@ -227,7 +226,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         counts += 1
         step = int(counts.max())
         gradient = stack.joined([self.local_gradient(item) for item in stack.members])
-        if step == 1 and self.begins_by_gradient and own and any(self._are_zero(stack, gradient)):
+        if step == 1 and self.begins_by_gradient and own and any(stack.are_zero(gradient)):
             if not stack.single:
                 counts -= 1
                 for item in stack.members:
@@ -264,11 +263,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def shape(self, p: Tensor) -> torch.Size:
         """(out, in) of a matrix."""
         return p.shape[::-1] if p in self.transposed else p.shape
-
-    def _are_zero(self, stack: Stack, gradient: Tensor) -> list[bool]:
-        """Whether each member's gradient is zero in the rows of all processes; a collective."""
-        nonzero = torch.stack([part.any() for part in stack.each(gradient)]).float()
-        return [not count for count in stack.rows.sum(nonzero).tolist()]
 
     def adamw_direction(self, stack: Stack, gradient: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
         """AdamW's direction, from the moments `exp_avg` and `exp_avg_sq`."""
@@ -329,11 +323,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def entries(self, item: Tensor) -> int:
         """The number of entries of a parameter, or of a matrix of a batch, on each process."""
         return self.rows[item].most * math.prod(item.shape[1:])
-
-    def _stack_states(self) -> None:
-        """Fill `stacks`."""
-        if not self.in_backward:
-            self.stacks = stacked_states(self)
 
     def named_state(self) -> dict[str, Tensor]:
         """`<parameter>.<key>` → state tensor (not a copy), to be saved, or filled in place."""

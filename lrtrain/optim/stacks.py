@@ -54,6 +54,11 @@ class Stack:
         """Each member's part of a tensor."""
         return [tensor] if self.single else tensor.unbind()
 
+    def are_zero(self, tensor: Tensor) -> list[bool]:
+        """Whether each member's part of a tensor is zero in the rows of all processes; a collective."""
+        nonzero = torch.stack([part.any() for part in self.each(tensor)]).float()
+        return [not count for count in self.rows.sum(nonzero).tolist()]
+
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The inverse of `each`."""
         return parts[0] if self.single else torch.stack([*parts])

@@ -1,7 +1,7 @@
 """Any class of torch.optim, or another subclass of torch.optim.Optimizer, on this process's part of each parameter."""
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
@@ -94,8 +94,9 @@ class TorchClass(ShardedOptimizer):
         part = local(p)
         return {key: like(p, value) if value.shape == part.shape else value for key, value in state.items()}
 
-    def _stack_states(self) -> None:
-        """Leave the states apart: each parameter has its own instance of the class."""
+    def alike(self, p: Tensor) -> Hashable:
+        """Each parameter is stepped alone, by an instance of its own."""
+        return p
 
     # --- stepping --------------------------------------------------------------------------------------------------
 
