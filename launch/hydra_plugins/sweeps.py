@@ -80,7 +80,7 @@ class InTurnLauncher(PretrainLauncher):
         return self.in_turn.run(jobs, self.tell)
 
     def gather(self) -> None:
-        self.in_turn.control.agree(True, all)
+        self.in_turn.control.leave()
 
     @cached_property
     def in_turn(self) -> "InTurn":

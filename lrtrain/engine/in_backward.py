@@ -51,7 +51,7 @@ class InBackward:
     def _step(self, p: Tensor, group: dict) -> None:
         norm = clip_one(p, self.optimizer.rows[p], self.clip())
         finite = norm.isfinite() if self.loss_finite is None else norm.isfinite() & self.loss_finite
-        count = self.optimizer.state[p]["step"]
+        count = self.optimizer.count_of(p)
         self.counts.append((finite, count, count.clone()))
         self.optimizer.step_one(p, group, finite)
         self.norms.append(norm)

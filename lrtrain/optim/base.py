@@ -167,6 +167,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         the backward pass, where gradients come one by one."""
         return ()
 
+    def count_of(self, p: Tensor) -> Tensor:
+        """The number of steps taken on a parameter."""
+        return self.state[p]["step"]
+
     def involved(self, p: Tensor) -> Collection[Tensor]:
         """The parameters whose state a step on p may change."""
         return (p,)

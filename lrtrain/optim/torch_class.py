@@ -100,6 +100,15 @@ class TorchClass(ShardedOptimizer):
 
     # --- stepping --------------------------------------------------------------------------------------------------
 
+    def count_of(self, p: Tensor) -> Tensor:
+        return self.state[p][TAKEN]
+
+    @torch.no_grad()
+    def step_one(self, p: Tensor, group: dict[str, Any], finite: Tensor | None = None) -> None:
+        """Waits for the device to know whether `finite`, since the class may replace its state."""
+        if finite is None or finite.item():
+            self._step_all([p], group)
+
     @torch.no_grad()
     def _step_all(self, ready: list[Tensor], group: dict[str, Any]) -> None:
         for p in ready:

@@ -35,6 +35,14 @@ class Control:
         """The main process's `value()`, on every process."""
         return self.agree(value() if self.dist_rank == 0 else None, lambda values: values[0])
 
+    def leave(self) -> None:
+        """Wait for all processes. The main one, which may hold the store, leaves last: the others may still read it."""
+        self.agree(True, all)
+        if self.dist_rank:
+            self.store.set(f"left {self.dist_rank}", "")
+        else:
+            self.store.wait([f"left {rank}" for rank in range(1, self.size)])
+
     def report(self, job: int) -> None:
         """Report that a job failed on this process."""
         self.store.set(f"failure of job {job}", "")
