@@ -8,14 +8,18 @@ import wandb
 from crew import Command
 
 STEP = "train/step"
+LAST = ("exit", "footer")
+"""The types of the last record of a run that has finished."""
 
 
 def of_type(folder: Path, kind: str) -> list[dict]:
     """The records of a kind in an offline run's folder, also in one whose file is not complete."""
     reader = Path(wandb.__file__).with_name("__main__.py")
-    deadline = time.monotonic() + 30  # W&B's service may write the file after it has said that the run is finished
-    records: list[dict] = []
-    while not records:
+    deadline = time.monotonic() + 30  # W&B's service may go on writing after it has said that the run is finished
+    records, before = list[dict](), list[dict]()
+    while not records or (records != before and records[-1]["type"] not in LAST):
+        time.sleep(1.0 if before else 0.0)
+        before = records
         shown = Command(reader, ["leet", "inspect", "--json", str(folder)], folder).result()
         assert shown.returncode == 0 and time.monotonic() < deadline, shown
         records = [json.loads(line) for line in shown.stdout.splitlines()]
