@@ -80,7 +80,7 @@ def test_values_that_do_not_fit_are_named(override: str, processes: int, message
 @pytest.mark.parametrize(
     "override,message",
     [
-        ("resume=/nowhere", "resume=/nowhere is not never, auto, or the path"),
+        ("resume=/nowhere run.dir=/nowhere/else", "resume=/nowhere is not never, auto, or the path"),
         ("run.dir=/", "run.dir=/ exists; go on with resume=auto"),
         ("run.dir=/ resume=/tmp", "run.dir=/ exists; go on with resume=auto"),
     ],
