@@ -99,6 +99,12 @@ def compose(*overrides: str, config_name: str = DEFAULT) -> Config:
     return typed(composed)
 
 
+def is_choice(group: str, name: str) -> bool:
+    """Whether a configuration of this name is in the group's own folder, of lrtrain or of a home."""
+    files = [folder / group / f"{name}.yaml" for folder in configurations()]
+    return Path(name).name == name and any(file.is_file() for file in files)
+
+
 def from_stored(
     plain: dict[str, Any], where: object, trusted: Collection[str] = (), folders: Sequence[str] = ()
 ) -> Config:
@@ -117,8 +123,7 @@ def from_stored(
     if plain["model"]["trust_remote_code"] and path not in trusted:
         raise ConfigError(f"{where} was trained with code that model.path={path} brings; --trust {path} runs it")
     stored = OmegaConf.create(plain)
-    known = configurations()
-    ours = {g for g in CALLED_WITH if any((folder / g / f"{stored[g].name}.yaml").is_file() for folder in known)}
+    ours = {group for group in CALLED_WITH if is_choice(group, str(stored[group].name))}
     for section, defaults in default_composition(*(f"{group}={stored[group].name}" for group in sorted(ours))).items():
         if section in CALLED_WITH.keys() - ours:
             continue  # a choice of a folder that this command does not name: used as stored

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lrtrain.config.compose import compose
-from lrtrain.config.home import VARIABLE, add_homes, home_of, home_record, homes
+from lrtrain.config.compose import compose, from_stored
+from lrtrain.config.home import CONF, VARIABLE, add_homes, home_of, home_record, homes
+from lrtrain.config.schema import as_dict
 from lrtrain.config.stored import check_stored_targets
 from lrtrain.errors import ConfigError
 
@@ -105,3 +106,13 @@ def test_a_home_replaces_no_module_of_python(home: Path):
     add_homes([home])
     with pytest.raises(ConfigError, match="which is no class of lrtrain"):
         check_stored_targets({"schedule": {"_target_": "colorsys.rgb_to_hsv"}}, "meta.json", ())
+
+
+def test_a_stored_name_chooses_no_file_outside_the_groups_folder(tmp_path: Path):
+    (tmp_path / "evil.yaml").write_text("_target_: antigravity.fly\n_partial_: true\n")
+    stored = as_dict(compose("param=lowrank"))
+    up = "../" * len(CONF.parts)
+    stored["param"] = {k: v for k, v in stored["param"].items() if k != "_target_"} | {"name": f"{up}{tmp_path}/evil"}
+    with pytest.raises(ConfigError) as told:
+        from_stored(stored, "a checkpoint")
+    assert "antigravity" not in str(told.value) and "antigravity" not in sys.modules
