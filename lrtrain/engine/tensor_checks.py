@@ -30,7 +30,8 @@ def check_split(config: Config, processes: int) -> None:
         raise ConfigError(f"engine.tensor={tensor} does not divide the {processes} processes of a replica")
     if length % tensor:
         raise ConfigError(f"engine.tensor={tensor} does not divide data.seq_len={length}, whose tokens it cuts")
-    if not getattr(hydra.utils.get_object(optim["_target_"]), "elementwise_shardable", False):  # a function may make one
+    optimizer = hydra.utils.get_object(optim["_target_"])  # a class, or a function that makes one
+    if not getattr(optimizer, "elementwise_shardable", False):
         raise ConfigError(
             f"optim={optim['name']} needs whole rows of matrices, but engine.tensor={tensor} also cuts columns; use "
             f"optim=adamw or engine.tensor=1"

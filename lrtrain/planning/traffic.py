@@ -53,7 +53,7 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
     shards = world_size // replicas
     passes = config.train.batch_size // (world_size * config.train.micro_batch_size)
     reduce_bytes = DTYPES[engine.get("reduce_dtype", "fp32")].itemsize
-    cut = cut_parameters(model) if degree > 1 else {}
+    cut = dimensions_cut(model) if degree > 1 else {}
 
     def sent(parameters: Iterable[Tensor]) -> tuple[float, float]:
         """Values that a process receives to gather parameters once, and values in its own shards."""
@@ -74,7 +74,7 @@ def traffic(config: Config, model: PreTrainedModel, dtype: torch.dtype, world_si
     )
 
 
-def cut_parameters(model: PreTrainedModel) -> dict[Tensor, int]:
+def dimensions_cut(model: PreTrainedModel) -> dict[Tensor, int]:
     """The parameters that tensor parallelism cuts → their dimension."""
     return {layer.get_parameter(name): dim for block in blocks(model) for layer, name, dim in cut_dimensions(block)}
 
